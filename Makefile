@@ -1,0 +1,36 @@
+# make        set up .venv and run the main job: convert, prove and measure the bundled tiny Step-3.7 model
+# make test   set up and pass the tests
+# make bench  what the README claims, measured on this machine
+# The released torch wheel brings CUDA along; TORCH="torch==2.13.0 --index-url URL" takes another build.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.9.0
+CORES ?= all
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+run: setup
+	@snakemake --cores $(CORES) --quiet host reason
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"mxforge needs Python 3.11 or later, {sys.executable} is {v.major}.{v.minor}; try make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (a few minutes, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TRITON)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+test: setup
+	@$(BIN)/python -m pytest
+
+bench: setup
+	@for script in benchmarks/*_cpu.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf results/*/ .snakemake
+
+.PHONY: run setup test bench clean

@@ -1,0 +1,101 @@
+# The whole conversion as a table of contents. Settings live in conf/, what a node does in stages/<node>.py.
+#   snakemake --cores all --config source=step37_fp8 recipe=mxfp4_experts 'overrides=["device.lane=4"]'
+import shlex, sys
+sys.path.insert(0, workflow.basedir)
+from stages.errors import UserError
+from stages.settings import as_json, load, overrides_from, shards_of
+try:
+    OVERRIDES = overrides_from(config)
+    S = load(OVERRIDES)
+    SHARDS = [name.removesuffix(".safetensors") for name in shards_of(S.source)]
+except UserError as error:
+    sys.exit(f"error: {error}")
+
+SOURCE, RUN = str(S.source_directory), str(S.run_directory)
+RELEASE = f"{RUN}/release/manifest.json"
+stage = lambda name, extra="": f"{shlex.quote(sys.executable)} -m stages.{name} {shlex.join(OVERRIDES)} {extra} 2>&1 | tee {{log}}"
+workflow.global_resources.setdefault("lane", S.device.lane)  # source shards on disk and in work at any time
+wildcard_constraints: shard="|".join(map(re.escape, SHARDS))
+localrules: all
+
+rule all:
+    input: f"{RUN}/report.html", f"{RUN}/verify.json", RELEASE, expand(f"{RUN}/shards/{{shard}}.safetensors", shard=SHARDS)
+
+rule download_metadata:
+    output: listing=f"{SOURCE}/listing.json", headers=f"{SOURCE}/headers.json", auxiliary=directory(f"{SOURCE}/auxiliary")
+    params: source=as_json(S.source)
+    log: f"{SOURCE}/logs/metadata.log"
+    shell: stage("download", "--metadata")
+
+rule inspect_format:
+    input: rules.download_metadata.output
+    output: f"{RUN}/inspect.json"
+    log: f"{RUN}/logs/inspect_format.log"
+    shell: stage("inspect_format")
+
+rule plan:
+    input: f"{RUN}/inspect.json"
+    output: f"{RUN}/plan.json"
+    params: recipe=as_json(S.recipe)
+    log: f"{RUN}/logs/plan.log"
+    shell: stage("plan")
+
+rule download_shard:
+    input: f"{RUN}/plan.json"
+    output: temp(f"{SOURCE}/shards/{{shard}}.safetensors")
+    log: f"{SOURCE}/logs/{{shard}}.log"
+    resources: lane=1
+    group: "shard"
+    shell: stage("download", "--shard {wildcards.shard}.safetensors")
+
+rule quantize_experts:
+    input: plan=f"{RUN}/plan.json", source=f"{SOURCE}/shards/{{shard}}.safetensors"
+    output: shard=f"{RUN}/shards/{{shard}}.safetensors", receipt=f"{RUN}/shards/{{shard}}.json"
+    log: f"{RUN}/logs/quantize_experts/{{shard}}.log"
+    benchmark: f"{RUN}/benchmarks/quantize_experts/{{shard}}.tsv"
+    resources: lane=1, mem_mb=S.device.memory_mb
+    priority: 10
+    group: "shard"
+    shell: stage("quantize_experts", "--shard {wildcards.shard}.safetensors")
+
+rule validate_gemm:
+    input: f"{RUN}/plan.json", expand(f"{RUN}/shards/{{shard}}.json", shard=SHARDS)
+    output: f"{RUN}/gemm.json"
+    params: tensors=S.evaluation.gemm_tensors, tokens=S.evaluation.gemm_tokens
+    log: f"{RUN}/logs/validate_gemm.log"
+    shell: stage("validate_gemm")
+
+rule assemble_release:
+    input: f"{RUN}/plan.json", expand(f"{RUN}/shards/{{shard}}.json", shard=SHARDS)
+    output: RELEASE
+    log: f"{RUN}/logs/assemble_release.log"
+    shell: stage("assemble_release")
+
+rule verify_release:
+    input: RELEASE
+    output: f"{RUN}/verify.json"
+    params: release=as_json(S.release)
+    log: f"{RUN}/logs/verify_release.log"
+    shell: stage("verify_release")
+
+rule evaluate:
+    input: f"{RUN}/verify.json"
+    output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
+    params: evaluation=as_json(S.evaluation)
+    log: f"{RUN}/logs/evaluate.log"
+    threads: workflow.cores
+    shell: stage("evaluate")
+
+rule serve_bench:
+    input: f"{RUN}/verify.json"
+    output: f"{RUN}/serving.json"
+    params: serving=as_json(S.serving)
+    log: f"{RUN}/logs/serve_bench.log"
+    threads: workflow.cores
+    shell: stage("serve_bench")
+
+rule report:
+    input: f"{RUN}/verify.json", f"{RUN}/gemm.json", f"{RUN}/sqnr.json", f"{RUN}/perplexity.json", f"{RUN}/serving.json"
+    output: f"{RUN}/report.html", f"{RUN}/card.md", f"{RUN}/metrics.json"
+    log: f"{RUN}/logs/report.log"
+    shell: stage("report")

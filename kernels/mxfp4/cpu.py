@@ -1,0 +1,429 @@
+"""MXFP4 on one CPU core with numba: block-FP8 through tables, everything else through float64 arithmetic.
+
+Block-FP8. All codes of a tile share one scale, so a tile holds at most 256 distinct weights w[c] = float32(c) * scale, and
+whatever a block needs is a sum of table entries, the tables being built per tile from the float32-ROUNDED w[c]:
+
+    magnitude order of codes is that of |w|, so amax = |w[max code]|, e0 = exponent[max code]
+    preference[e0][c]   both error differences D(e0+1) - D(e0) and D(e0-1) - D(e0), packed in one int64 (below)
+    nibble[e][c]        the E2M1 code under exponent e, sign included
+    error[e][c]         (w - w_hat)^2, and square[c] = w^2, in float64
+
+Tables of an exponent are built when a block of the tile first needs it, mostly three or four times per tile. One int64 load
+settles both comparisons: each difference is rounded to a multiple of 2^-22 and held in 32 bits. Rounding moves a sum of 32
+by at most 16 units, so a sum beyond that decides as the exact one would; the others (in practice exact ties) go to
+`exact_change`, which sums the exact float64 terms. A term is below 4.1 in magnitude, hence a sum below 2^8 * 2^22 = 2^30.
+
+Roads not taken: integer sums of (code value * q) decide for the unrounded product, not for w; float64 error tables for every
+candidate, 0.3 GB/s; threads, because one process per shard keeps cores busier than threads inside one.
+
+BF16, F16 and F32 weights, `importance`, and tiles too small to pay for tables go through `float_rows`, row panels at a time;
+the panel is the only temporary copy of the weights.
+
+Statistics are summed in float64 in a fixed order: block-FP8 tile by tile (row-major), in it row by row, in it block by block;
+floats row by row. They are not bound to agree with other backends to the last bit; packed and scale are.
+"""
+
+import functools
+import math
+import warnings
+
+import numba
+import numpy as np
+import torch
+
+from kernels.fp8 import NonFiniteError, check_finite, first_index
+
+BLOCK = 32
+RULE_NUMBER = {"mse": 0, "ocp_floor": 1, "even": 2, "rceil": 3}
+MSE, FLOOR, EVEN, RCEIL = range(4)
+PANEL_BYTES = 1 << 18  # float32 row panel: stays in the second-level cache
+OCTAVES = 24  # e4m3 spans 18 octaves of e0, and e runs one past either end
+UNIT = 2.0**22
+DOUBT = 16  # 32 terms, each rounded by at most half a unit
+VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def jit(function):
+    """numba.njit, cached on disk where some cache directory is writable, else compiled anew in each process."""
+    options = {"nogil": True, "boundscheck": False}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # numba: "cannot cache function: no locator available"
+        return numba.njit(**options)(function)
+
+
+@jit
+def magnitude_value(x):
+    """The E2M1 value nearest to x >= 0, ties to the even code, saturating."""
+    # steps between neighbouring values, each taken once its midpoint is passed (or reached, where the lower code is odd)
+    q = 0.5 * (x > 0.25) + 0.5 * (x >= 0.75) + 0.5 * (x > 1.25) + 0.5 * (x >= 1.75)
+    return q + 1.0 * (x > 2.5) + 1.0 * (x >= 3.5) + 2.0 * (x > 5.0)
+
+
+@jit
+def magnitude_code(x):
+    """The code (0-7) of `magnitude_value`."""
+    return (
+        np.uint8(x > 0.25) + np.uint8(x >= 0.75) + np.uint8(x > 1.25) + np.uint8(x >= 1.75)
+        + np.uint8(x > 2.5) + np.uint8(x >= 3.5) + np.uint8(x > 5.0)
+    )  # fmt: skip
+
+
+@jit
+def power(e):
+    """2^e in float64."""
+    return math.ldexp(1.0, e)
+
+
+@jit
+def exponent_of(amax, rule):
+    """Exponent of a block under a rule that looks at amax alone; e0 for mse. amax in float64, finite."""
+    if amax == 0.0:
+        return -127
+    mantissa, f = math.frexp(amax)  # mantissa in [.5, 1)
+    f -= 1
+    e = f - 2
+    if rule == EVEN and mantissa >= 0.875:
+        e += 1
+    elif rule == RCEIL and mantissa > 0.75:
+        e += 1
+    return max(e, -127)
+
+
+@jit
+def error_term(u, change):
+    """q^2 4^change - 2 u q 2^change, exact, for u >= 0."""
+    step = power(change)
+    q = magnitude_value(u * power(-change)) * step
+    return q * q - 2.0 * u * q
+
+
+@jit
+def exact_change(weight, codes, row, column, e0):
+    """The mse rule's decision for one block of codes, from exact float64 sums."""
+    inverse = power(-e0)
+    same = up = down = 0.0
+    for j in range(BLOCK):
+        u = abs(float(weight[codes[row, column + j]])) * inverse
+        same += error_term(u, 0)
+        up += error_term(u, 1)
+        down += error_term(u, -1)
+    change = 0
+    if up < same:
+        change, same = 1, up
+    if down < same and e0 > -127:
+        change = -1
+    return change
+
+
+@jit
+def fill_preference(preference, weight, e0):
+    """Packed error differences of all codes that can occur under e0 (|u| < 8); zero where every candidate rounds to 0."""
+    inverse = power(-e0)
+    for m in range(128):
+        u = abs(float(weight[m])) * inverse
+        packed = np.int64(0)
+        if 0.125 < u < 8.0:
+            same = error_term(u, 0)
+            up = np.int64(np.rint((error_term(u, 1) - same) * UNIT))
+            down = np.int64(np.rint((error_term(u, -1) - same) * UNIT))
+            packed = (up << 32) + down
+        preference[m] = packed
+        preference[m + 128] = packed
+
+
+@jit
+def fill_codes(nibble, error, weight, e):
+    """Nibble and squared error of all codes under exponent e."""
+    step, inverse = power(e), power(-e)
+    for m in range(128):
+        magnitude = abs(float(weight[m]))
+        code = magnitude_code(magnitude * inverse)
+        difference = magnitude - magnitude_value(magnitude * inverse) * step
+        nibble[m], nibble[m + 128] = code, code + 8
+        error[m] = difference * difference
+        error[m + 128] = difference * difference
+
+
+@jit
+def fp8_tile(codes, base, top, bottom, left, right, scale, rule, packed, scales, statistics):
+    """Convert one tile. codes uint8 [out, in]; base float32 [256], the code values. False if a weight is not finite."""
+    weight = np.empty(256, np.float32)
+    square = np.empty(256, np.float64)
+    for c in range(256):
+        weight[c] = base[c] * scale
+        square[c] = float(weight[c]) * float(weight[c])
+    lowest = exponent_of(float(weight[1]), FLOOR) - 1
+    preference = np.empty((OCTAVES, 256), np.int64)
+    nibble = np.empty((OCTAVES, 256), np.uint8)
+    error = np.empty((OCTAVES, 256), np.float64)
+    has_preference = np.zeros(OCTAVES, np.bool_)
+    has_codes = np.zeros(OCTAVES, np.bool_)
+    exponent = np.full(128, -1000, np.int64)
+    value4 = np.empty(256, np.int64)
+    for c in range(256):
+        v = 2.0 * VALUES[c & 7]
+        value4[c] = np.int64(v * v)
+    signal = noise = decoded = 0.0
+    for row in range(top, bottom):
+        for column in range(left, right, BLOCK):
+            block = codes[row, column : column + BLOCK]
+            largest = np.uint8(0)
+            for j in range(BLOCK):
+                largest = max(largest, np.uint8(block[j] & np.uint8(127)))
+            if largest == 0:  # all zero: no table has a row for exponent -127, and none is needed
+                for j in range(0, BLOCK, 2):
+                    packed[row, (column + j) >> 1] = (block[j] >> 4) | np.uint8(block[j + 1] & np.uint8(128))
+                scales[row, column // BLOCK] = 0
+                continue
+            e = exponent[largest]
+            if e == -1000:
+                if largest == 127 or not np.isfinite(weight[largest]):
+                    return False
+                e = exponent_of(float(weight[largest]), rule)
+                exponent[largest] = e
+            if rule == MSE:
+                k = e - lowest
+                if not has_preference[k]:
+                    fill_preference(preference[k], weight, e)
+                    has_preference[k] = True
+                table = preference[k]
+                total = np.int64(0)
+                for j in range(BLOCK):
+                    total += table[block[j]]
+                down = np.int64(np.int32(total & 0xFFFFFFFF))
+                up = (total - down) >> 32
+                if abs(up) <= DOUBT or abs(down) <= DOUBT or abs(up - down) <= 2 * DOUBT or e == -127:
+                    e += exact_change(weight, codes, row, column, e)
+                elif up < 0 and up < down:
+                    e += 1
+                elif down < 0:
+                    e -= 1
+            k = e - lowest
+            if not has_codes[k]:
+                fill_codes(nibble[k], error[k], weight, e)
+                has_codes[k] = True
+            nibbles, errors = nibble[k], error[k]
+            n0 = n1 = s0 = s1 = 0.0
+            squares = np.int64(0)
+            for j in range(0, BLOCK, 2):
+                a, b = block[j], block[j + 1]
+                low, high = nibbles[a], nibbles[b]
+                packed[row, (column + j) >> 1] = low | np.uint8(high << 4)
+                squares += value4[low] + value4[high]
+                n0 += errors[a]
+                n1 += errors[b]
+                s0 += square[a]
+                s1 += square[b]
+            scales[row, column // BLOCK] = e + 127
+            noise += n0 + n1
+            signal += s0 + s1
+            decoded += squares * power(2 * e - 2)
+    statistics[0] += signal
+    statistics[1] += noise
+    statistics[2] += decoded
+    return True
+
+
+@jit
+def fp8_matrix(codes, tile_scale, tile_rows, tile_columns, base, rule, packed, scales, statistics):
+    """Convert one matrix of whole tiles (the last ones ragged). False if a weight is not finite."""
+    rows, columns = codes.shape
+    for r in range(tile_scale.shape[0]):
+        for c in range(tile_scale.shape[1]):
+            top, left = r * tile_rows, c * tile_columns
+            bottom, right = min(top + tile_rows, rows), min(left + tile_columns, columns)
+            if not fp8_tile(codes, base, top, bottom, left, right, tile_scale[r, c], rule, packed, scales, statistics):
+                return False
+    return True
+
+
+@jit
+def halving_sum(terms):
+    """Sum of 32 numbers as ((a0 + a16) + (a8 + a24)) ...: vectorizes, and its order does not depend on the machine."""
+    width = 16
+    while width:
+        for j in range(width):
+            terms[j] += terms[j + width]
+        width >>= 1
+    return terms[0]
+
+
+@jit
+def float_rows(weight, bits, importance, weighted, rule, packed, scales, statistics):
+    """Convert float32 rows [rows, in]; `bits` is the same memory as uint32. False if a weight is not finite."""
+    rows, columns = weight.shape
+    u = np.empty(BLOCK, np.float64)
+    same = np.empty(BLOCK, np.float64)
+    up = np.empty(BLOCK, np.float64)
+    down = np.empty(BLOCK, np.float64)
+    code = np.empty(BLOCK, np.uint8)
+    for row in range(rows):
+        signal = noise = decoded = 0.0
+        for column in range(0, columns, BLOCK):
+            largest = np.uint32(0)
+            for j in range(BLOCK):
+                largest = max(largest, np.uint32(bits[row, column + j] & np.uint32(0x7FFFFFFF)))
+            if largest >= 0x7F800000:
+                return False
+            # the bits of a float32 >= 0 are ordered as its value; below 2^23 it is a subnormal, bits * 2^-149
+            if largest < 0x800000:
+                amax = math.ldexp(float(largest), -149)
+            else:
+                amax = math.ldexp(float((largest & 0x7FFFFF) | 0x800000), np.int64(largest >> 23) - 150)
+            e = exponent_of(amax, rule)
+            if rule == MSE:
+                inverse = power(-e)
+                for j in range(BLOCK):
+                    x = abs(float(weight[row, column + j])) * inverse
+                    q = magnitude_value(x)
+                    same[j] = q * q - 2.0 * x * q
+                    q = 2.0 * magnitude_value(0.5 * x)
+                    up[j] = q * q - 2.0 * x * q
+                    q = 0.5 * magnitude_value(2.0 * x)
+                    down[j] = q * q - 2.0 * x * q
+                if weighted:
+                    least = above = below = 0.0
+                    for j in range(BLOCK):
+                        factor = float(importance[column + j])
+                        least += factor * same[j]
+                        above += factor * up[j]
+                        below += factor * down[j]
+                else:
+                    least, above, below = halving_sum(same), halving_sum(up), halving_sum(down)
+                change = 0
+                if above < least:
+                    change, least = 1, above
+                if below < least and e > -127:
+                    change = -1
+                e += change
+            step, inverse = power(e), power(-e)
+            for j in range(BLOCK):
+                w = float(weight[row, column + j])
+                x = abs(w) * inverse
+                q = magnitude_value(x) * step
+                code[j] = magnitude_code(x) | np.uint8((bits[row, column + j] >> 28) & 8)
+                same[j] = w * w
+                up[j] = (abs(w) - q) * (abs(w) - q)
+                down[j] = q * q
+            for j in range(BLOCK // 2):
+                packed[row, column // 2 + j] = code[2 * j] | np.uint8(code[2 * j + 1] << 4)
+            scales[row, column // BLOCK] = e + 127
+            signal += halving_sum(same)
+            noise += halving_sum(up)
+            decoded += halving_sum(down)
+        statistics[0] += signal
+        statistics[1] += noise
+        statistics[2] += decoded
+    return True
+
+
+@functools.cache
+def code_values() -> np.ndarray:
+    """float32 value of each of the 256 e4m3fn codes."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
+
+
+def refuse(weight, tile_scale, tile, expert):
+    """Find and report the first weight of `expert` that is not finite; kernels only say that there is one."""
+    from kernels.fp8 import decode_block_fp8
+
+    try:
+        if tile_scale is None:
+            check_finite(weight[expert])
+        else:
+            decode_block_fp8(weight[expert], tile_scale[expert], tile)
+    except NonFiniteError as error:
+        raise NonFiniteError(error.what, (expert, *error.index), error.value) from None
+    raise AssertionError(f"kernel refused matrix {expert} of {tuple(weight.shape)}, but all its weights are finite")
+
+
+def quantize(weight, tile_scale, rule, tile, importance):
+    """[E, out, in] -> packed, scale, signal, error, decoded; arguments checked by kernels.mxfp4.quantize."""
+    experts, out, columns = weight.shape
+    assert columns % BLOCK == 0, f"in = {columns}"
+    weight = weight.contiguous()
+    packed = torch.empty(experts, out, columns // 2, dtype=torch.uint8)
+    scale = torch.empty(experts, out, columns // BLOCK, dtype=torch.uint8)
+    statistics = torch.zeros(experts, 3, dtype=torch.float64)
+    number = RULE_NUMBER[rule]
+    by_table = tile_scale is not None and importance is None and tile[1] % BLOCK == 0 and tile[0] * tile[1] >= 4096
+    for i in range(experts):
+        target = (packed[i].numpy(), scale[i].numpy(), statistics[i].numpy())
+        if by_table:
+            codes = weight[i].view(torch.uint8).numpy()
+            fine = fp8_matrix(codes, tile_scale[i].numpy(), tile[0], tile[1], code_values(), number, *target)
+        else:
+            fine = by_panels(weight[i], None if tile_scale is None else tile_scale[i], number, tile, importance, target)
+        if not fine:
+            refuse(weight, tile_scale, tile, i)
+    return packed, scale, *statistics.unbind(-1)
+
+
+def by_panels(weight, tile_scale, number, tile, importance, target):
+    """Convert [out, in] through float32 row panels; False if a weight is not finite."""
+    out, columns = weight.shape
+    packed, scale, statistics = target
+    weighted = importance is not None
+    factors = (importance if weighted else torch.ones(1)).contiguous().numpy()
+    height = max(1, PANEL_BYTES // max(1, 4 * columns))
+    for r in range(0, out, height):
+        rows = weight[r : r + height].to(torch.float32)
+        if tile_scale is not None:
+            index = torch.arange(r, r + len(rows)) // tile[0]
+            rows *= tile_scale[index].repeat_interleave(tile[1], dim=-1)[:, :columns]
+        values = rows.numpy()
+        span = slice(r, r + len(rows))
+        if not float_rows(values, values.view(np.uint32), factors, weighted, number, packed[span], scale[span], statistics):
+            return False
+    return True
+
+
+@jit
+def decode_rows(packed, scale, bits, value_bits):
+    """packed uint8 [rows, in/2] -> float32 bits [rows, in].
+
+    value * 2^(s - 127) is value's float32 bits with s - 127 added to the exponent field, except for zero and where the sum
+    leaves the field (s below 3 or above 252): there float64 arithmetic, rounded once, gives subnormals and infinity.
+    """
+    rows, half = packed.shape
+    table = np.empty(16, np.uint32)
+    for row in range(rows):
+        for block in range(half // 16):
+            s = scale[row, block]
+            if 3 <= s <= 252:
+                shift = np.uint32((np.int64(s) - 127) << 23)
+                for code in range(16):
+                    table[code] = value_bits[code, 127] if code & 7 == 0 else np.uint32(value_bits[code, 127] + shift)
+            else:
+                for code in range(16):
+                    table[code] = value_bits[code, s]
+            for j in range(16):
+                byte = packed[row, 16 * block + j]
+                bits[row, 32 * block + 2 * j] = table[byte & 15]
+                bits[row, 32 * block + 2 * j + 1] = table[byte >> 4]
+
+
+@functools.cache
+def value_table() -> np.ndarray:
+    """uint32 [16, 256]: float32 bits of nibble under scale byte."""
+    signed = np.concatenate((VALUES, -VALUES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # overflow to infinity is what float32 holds there
+        return (signed[:, None] * 2.0 ** (np.arange(256) - 127.0)).astype(np.float32).view(np.uint32)
+
+
+def dequantize(packed, scale, dtype):
+    """Row panels through float32 bits; for other dtypes each panel is rounded by torch."""
+    shape = (*packed.shape[:-1], packed.shape[-1] * 2)
+    packed = packed.contiguous().reshape(-1, packed.shape[-1])
+    scale = scale.contiguous().reshape(-1, scale.shape[-1])
+    result = torch.empty(len(packed), shape[-1], dtype=dtype)
+    height = max(1, PANEL_BYTES // max(1, 4 * shape[-1]))
+    panel = torch.empty(min(height, len(packed)), shape[-1], dtype=torch.float32)
+    for r in range(0, len(packed), height):
+        rows = result[r : r + height] if dtype == torch.float32 else panel[: min(height, len(packed) - r)]
+        decode_rows(packed[r : r + height].numpy(), scale[r : r + height].numpy(), rows.numpy().view(np.uint32), value_table())
+        if dtype != torch.float32:
+            result[r : r + height] = rows
+    return result.reshape(shape)

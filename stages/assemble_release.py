@@ -1,0 +1,106 @@
+"""Puts the release together: shards as hard links, a config that vLLM reads rightly, a true index, and the manifest.
+
+Everything in the directory is a function of the source's bytes and the recipe: no date, no host, no measured figure, so
+that a pin can name it by hash. Auxiliary files (tokenizer, templates, code, licence) are the source's, byte for byte; its
+README.md goes below the model card that `report` writes beside the release.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from stages.checkpoint.files import read_json, sha256_file, sync_directory, write_json, write_text
+from stages.errors import UserError, exit_with_one_line
+from stages.inspect_format import read_config
+from stages.plan import coverage, index_json, outputs_of_shard, read_plan, release_config
+from stages.quantize_experts import plan_hash
+from stages.settings import Settings, load, stage_parser
+
+INDEX = "model.safetensors.index.json"
+WRITTEN = ("config.json", INDEX, "manifest.json")
+LEFT_OUT = ("README.md", ".gitattributes", *WRITTEN)
+
+
+def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
+    """Shard -> receipt; UserError for a missing one and for one that was made under another plan."""
+    receipts = {}
+    for shard in plan["shards"]:
+        path = (settings.run_directory / "shards" / shard).with_suffix(".json")
+        receipt = read_json(path, f"quantize_experts --shard {shard}")
+        if receipt["plan_sha256"] != plan_hash(plan, shard):
+            raise UserError(f"{path} was made under another plan; run quantize_experts --shard {shard} again")
+        receipts[shard] = receipt
+    return receipts
+
+
+def auxiliary_files(settings: Settings) -> list[Path]:
+    """Files of the source that go into the release unchanged, relative to its directory, sorted."""
+    root = settings.source_directory / "auxiliary"
+    names = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    return [name for name in names if str(name) not in LEFT_OUT]
+
+
+def source_identity(settings: Settings, receipts: dict) -> dict:
+    """What was converted: repository and revision, or just a name, and the hash of every source shard."""
+    source = settings.source
+    return {"name": source.name, "repository": source.repository, "revision": source.revision,
+            "shards": {shard: receipt["source"]["sha256"] for shard, receipt in receipts.items()}}
+
+
+def run(settings: Settings) -> dict:
+    """Builds results/<source>/<recipe>/release and returns its manifest."""
+    plan = read_plan(settings)
+    receipts = read_receipts(settings, plan)
+    release = settings.run_directory / "release"
+    building = release.with_name("release.part")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        files, tensors, weight_map = {}, {}, {}
+        for shard, receipt in receipts.items():
+            made = settings.run_directory / "shards" / shard
+            if not made.exists() or made.stat().st_size != receipt["output"]["bytes"]:
+                raise UserError(f"{made} is not the file its receipt describes ({receipt['output']['bytes']} bytes); run "
+                                f"quantize_experts --shard {shard} again")
+            os.link(made, building / shard)
+            files[shard] = {"bytes": receipt["output"]["bytes"], "sha256": receipt["output"]["sha256"]}
+            for output in outputs_of_shard(plan, shard):
+                if output.name in weight_map:
+                    raise UserError(f"tensor {output.name} would be in two shards, {weight_map[output.name]} and {shard}")
+                weight_map[output.name] = shard
+                tensors[output.name] = receipt["tensors"][output.name]
+        for name in auxiliary_files(settings):
+            (building / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(settings.source_directory / "auxiliary" / name, building / name)
+        section = plan["quantization_config"]
+        modules, faults = coverage(plan["tensors"], section, plan["text_layers"])
+        if faults:
+            raise UserError(f"the config would not fit the weights: {faults[0]}")
+        write_json(building / "config.json", release_config(read_config(settings), section))
+        write_text(building / INDEX, index_json(weight_map, plan["release_tensor_bytes"]))
+        for name in (*map(str, auxiliary_files(settings)), "config.json", INDEX):
+            path = building / name
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        manifest = {"format_version": 1, "source": source_identity(settings, receipts),
+                    "recipe": plan["recipe_settings"], "files": dict(sorted(files.items())),
+                    "tensors": dict(sorted(tensors.items()))}
+        write_json(building / "manifest.json", manifest)
+        shutil.rmtree(release, ignore_errors=True)
+        os.replace(building, release)
+        sync_directory(release.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    print(f"release: {release} ({len(tensors)} tensors in {len(receipts)} shards, {len(files)} files)")
+    return manifest
+
+
+@exit_with_one_line
+def main() -> None:
+    """Command line of the stage."""
+    run(load(stage_parser(__doc__).parse_args().overrides))
+
+
+if __name__ == "__main__":
+    main()

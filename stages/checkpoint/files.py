@@ -1,0 +1,87 @@
+"""Files that are there whole or not at all: write beside, sync, rename, sync the directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from stages.errors import UserError
+
+CHUNK = 8 << 20  # bytes read or written at a time
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes a rename durable: without it a power loss can forget the new name."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_write(path: Path):
+    """Yields a binary file that takes `path`'s name only after everything was written and synced.
+
+    Whatever goes wrong, a full disk included, leaves no partial file behind; after a kill the next writer reuses its name.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        sync_directory(path.parent)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def render_json(value: object) -> str:
+    """The one way JSON is written: indented by 2, key order as given, ending with a newline."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON atomically, in the form of `render_json`."""
+    write_text(path, render_json(value))
+
+
+def read_json(path: Path, made_by: str) -> dict:
+    """Reads a result of an earlier stage; a missing or broken one names the stage that makes it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run {made_by} first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run {made_by} again") from None
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def human_bytes(count: float) -> str:
+    """123305177640 -> '123.31 GB' (decimal units, as disks and model hubs count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -1,0 +1,146 @@
+"""Strict reading and exact rendering of safetensors headers, without touching tensor data.
+
+A safetensors file is an 8-byte little-endian length n, n bytes of JSON, then the tensors' bytes without holes:
+
+    {"__metadata__": {...}, "name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
+
+The library reads headers, too, but gives no byte offsets, cannot take a header that came over HTTP, and tells a user little
+about a damaged file. Every way in which a file can lie about itself is refused here with one line that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.errors import UserError
+
+DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
+               "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+MAXIMUM_HEADER = 100_000_000  # bytes; the format's own limit
+LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One header entry: dtype as the file spells it, shape, and byte offsets from the start of the data section."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Header:
+    """All entries of one file. `data_start` is where the data section begins: 8 + length of the JSON."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] | None
+    data_start: int
+    file_size: int
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        raise ValueError(f"key {next(k for k, _ in pairs if k in seen or seen.add(k))!r} occurs twice")
+    return result
+
+
+def header_length(prefix: bytes, file_size: int, where: str) -> int:
+    """Length of the JSON from a file's first bytes (at least 8 of them where the file has so many)."""
+    if prefix.startswith(LFS_POINTER):
+        raise UserError(f"{where}: is a Git LFS pointer, not the data; run git lfs pull or download the file itself")
+    if file_size < 8 or len(prefix) < 8:
+        raise UserError(f"{where}: has {file_size} bytes, too few for a safetensors file; download it again")
+    (length,) = struct.unpack("<Q", prefix[:8])
+    if length > MAXIMUM_HEADER:
+        raise UserError(f"{where}: claims a header of {length} bytes, the format allows {MAXIMUM_HEADER}; this is no "
+                        "safetensors file")
+    if 8 + length > file_size:
+        raise UserError(f"{where}: its header needs {8 + length} bytes, the file has {file_size}; it is truncated, "
+                        "download it again")
+    return length
+
+
+def parse_header(raw: bytes, file_size: int, where: str) -> Header:
+    """Header from its JSON bytes; UserError, one line that begins with `where`, for anything irregular."""
+    def fail(what: str, remedy: str = "the file is damaged, download it again"):
+        raise UserError(f"{where}: {what}; {remedy}")
+
+    try:
+        table = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        fail(f"its header is not valid JSON ({str(error)[:120]})")
+    if not raw.startswith(b"{") or not isinstance(table, dict):
+        fail("its header does not begin with {")
+    metadata = table.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict)
+                                     and all(isinstance(value, str) for value in metadata.values())):
+        fail("__metadata__ holds something else than strings")
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in table.items():
+        if "\0" in name:
+            fail(f"tensor name {name!r} holds a NUL")
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            fail(f"the entry of tensor {name} has not exactly dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype not in DTYPE_BYTES:
+            fail(f"tensor {name} has dtype {dtype!r}, which is not known", f"known are {', '.join(DTYPE_BYTES)}")
+        whole = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
+        if len(whole) == 1 or len(offsets) != 2 or not all(type(number) is int and number >= 0 for number in whole):
+            fail(f"tensor {name} has shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}")
+        begin, end = offsets
+        if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+            fail(f"tensor {name} takes {end - begin} bytes, but {dtype} {shape} needs {math.prod(shape) * DTYPE_BYTES[dtype]}")
+        tensors[name] = TensorInfo(dtype, tuple(shape), begin, end)
+    position = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != position:
+            kind = "overlaps the tensor before it" if info.begin < position else "leaves a hole before it"
+            fail(f"tensor {name} begins at {info.begin} and {kind}, which ends at {position}")
+        position = info.end
+    data_start = 8 + len(raw)
+    if data_start + position != file_size:
+        what = "is truncated" if file_size < data_start + position else "has bytes after the last tensor"
+        fail(f"{what}: {file_size} bytes, its header describes {data_start + position}")
+    return Header(tensors, metadata, data_start, file_size)
+
+
+def read_header(path: Path) -> Header:
+    """Header of a file on disk."""
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = header_length(file.read(len(LFS_POINTER)), size, str(path))
+        file.seek(8)
+        raw = file.read(length)
+    return parse_header(raw, size, str(path))
+
+
+def sorted_specs(specs: list[tuple[str, str, tuple[int, ...]]]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) in the order of the format's own writer: dtype size descending, then name."""
+    return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec[1]], spec[0]))
+
+
+def render_header(specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None) -> bytes:
+    """The 8-byte length and the JSON, padded with spaces to whole 8 bytes, for tensors laid out in exactly this order."""
+    table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, dtype, shape in specs:
+        end = offset + math.prod(shape) * DTYPE_BYTES[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,91 @@
+"""Bounded reads from a shard: no memory map, because mapped pages count as resident memory and a shard has 9 GB."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from stages.checkpoint.files import CHUNK
+from stages.checkpoint.header import Header, TensorInfo, read_header
+from stages.errors import UserError
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+class ShardReader:
+    """Reads tensors, slices of tensors and raw bytes of one shard with `pread`. Close it, or use it in a `with`."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.header: Header = read_header(self.path)
+        self._handle = os.open(self.path, os.O_RDONLY)
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Releases the file handle."""
+        os.close(self._handle)
+
+    def info(self, name: str) -> TensorInfo:
+        """Header entry of a tensor; UserError when the shard does not hold it."""
+        try:
+            return self.header.tensors[name]
+        except KeyError:
+            raise UserError(f"{self.path.name}: tensor {name} is not in the shard; run inspect_format again") from None
+
+    def _read(self, begin: int, end: int) -> bytearray:
+        buffer = bytearray(end - begin)
+        view, position = memoryview(buffer), begin
+        while position < end:
+            count = os.preadv(self._handle, [view[position - begin:]], self.header.data_start + position)
+            if count == 0:
+                raise UserError(f"{self.path}: ends {end - position} bytes early while being read; it changed after "
+                                "its header was checked, download it again")
+            position += count
+        return buffer
+
+    def chunks(self, name: str) -> Iterator[bytearray]:
+        """Raw bytes of a tensor, at most CHUNK at a time."""
+        info = self.info(name)
+        for begin in range(info.begin, info.end, CHUNK):
+            yield self._read(begin, min(begin + CHUNK, info.end))
+
+    def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Entries begin..end along the first dimension, as a tensor of its own memory."""
+        info = self.info(name)
+        stride = info.nbytes // info.shape[0] if info.shape[0] else 0
+        raw = self._read(info.begin + begin * stride, info.begin + end * stride)
+        return self._tensor(name, raw, (end - begin, *info.shape[1:]))
+
+    def matrix_rows(self, name: str, expert: int | None, begin: int, end: int) -> torch.Tensor:
+        """Rows begin..end of a 2D tensor, or of matrix `expert` of a 3D tensor; shape [end - begin, in]."""
+        info = self.info(name)
+        rows, columns = info.shape[-2:]
+        stride = info.nbytes // (rows * columns * (info.shape[0] if expert is not None else 1)) * columns
+        start = info.begin + ((expert or 0) * rows + begin) * stride
+        return self._tensor(name, self._read(start, start + (end - begin) * stride), (end - begin, columns))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor."""
+        info = self.info(name)
+        return self._tensor(name, self._read(info.begin, info.end), info.shape)
+
+    def _tensor(self, name: str, raw: bytearray, shape: tuple[int, ...]) -> torch.Tensor:
+        dtype = TORCH_DTYPES.get(self.info(name).dtype)
+        if dtype is None:
+            raise UserError(f"{self.path.name}: tensor {name} has dtype {self.info(name).dtype}, which torch cannot "
+                            "hold; it can only pass through")
+        if not raw:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(shape)

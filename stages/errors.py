@@ -1,0 +1,40 @@
+"""The one exception for a user's mistake, and the one place that turns it into a line.
+
+Whatever a user can get wrong (a path, a setting, a damaged file) raises `UserError` with one sentence that says what,
+where and what to do. `exit_with_one_line` prints it and exits with 1; every other exception is a bug of ours and keeps
+its traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one line: what, where, what to do."""
+
+
+def exit_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorates a stage's `main`: `UserError` becomes one line on standard error and exit status 1."""
+
+    @functools.wraps(main)
+    def wrapper(*arguments, **keywords):
+        try:
+            return main(*arguments, **keywords)
+        except UserError as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("error: interrupted; finished shards are kept, run the same command again to go on", file=sys.stderr)
+            sys.exit(130)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            where = f" {error.filename!r}" if error.filename else ""
+            print(f"error: {error.strerror}{where}: the operating system refused; mend that and run again",
+                  file=sys.stderr)
+            sys.exit(1)
+
+    return wrapper

@@ -1,0 +1,222 @@
+"""Measures what the conversion cost: SQNR from the receipts, perplexity and divergence of release against source.
+
+    SQNR        = 10 log10(sum w^2 / sum (w - w_hat)^2) over the weights named; about 19 dB is the format's limit
+    perplexity  = exp(mean negative log-likelihood per scored token) over sliding windows, each token scored once
+    divergence  = mean over tokens of KL(source || release) of the next-token distributions, and how often both would
+                  pick the same token: perplexity alone has called damaged models good
+    drafts      = how often MTP layer k would have drafted the token that the model itself picks (teacher forcing)
+
+Source and release see the same windows of the same text in the same process. A model that would not fit in
+`evaluation.memory_gb` is not measured in process, and the result says so in place of a figure.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from stages.assemble_release import read_receipts
+from stages.checkpoint.files import human_bytes, read_json, sha256_file, write_json
+from stages.dialects.roles import layer_of, projection_of
+from stages.errors import UserError, exit_with_one_line
+from stages.plan import read_plan
+from stages.settings import PROJECT, Settings, as_dict, load, stage_parser
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def decibels(signal: float, error: float) -> float | None:
+    """SQNR in dB; None for an exact conversion, whose ratio has no finite value."""
+    return round(10 * math.log10(signal / error), 4) if error > 0 else None
+
+
+def _total(sums: list[list]) -> tuple[float, float]:
+    return math.fsum(entry[1] for entry in sums), math.fsum(entry[2] for entry in sums)
+
+
+def sqnr(receipts: dict[str, dict]) -> dict:
+    """SQNR per tensor, per expert, per layer and overall, from the receipts' exact sums (no second pass)."""
+    quantized = {name: sums for receipt in receipts.values() for name, sums in receipt["quantized"].items()}
+    tensors = {name: {"layer": layer_of(name), "projection": projection_of(name), "sqnr_db": decibels(*_total(sums)),
+                      "experts_db": [decibels(entry[1], entry[2]) for entry in sums]}
+               for name, sums in sorted(quantized.items(), key=lambda item: (layer_of(item[0]) or 0, item[0]))}
+    by_layer: dict[int, list] = {}
+    for name, sums in quantized.items():
+        by_layer.setdefault(layer_of(name), []).extend(sums)
+    every = [entry for sums in quantized.values() for entry in sums]
+    figures = [figure for entry in tensors.values() for figure in entry["experts_db"] if figure is not None]
+    return {
+        "overall_db": decibels(*_total(every)) if every else None,
+        "matrices": len(every),
+        "worst_matrix_db": min(figures, default=None),
+        "best_matrix_db": max(figures, default=None),
+        "layers_db": {str(layer): decibels(*_total(sums)) for layer, sums in sorted(by_layer.items())},
+        "tensors": tensors,
+    }
+
+
+def windows(token_count: int, context: int, stride: int) -> list[tuple[int, int, int]]:
+    """(begin, end, first scored token) of each window; every token but the first is scored exactly once."""
+    result, scored, begin = [], 1, 0
+    while scored < token_count:
+        end = min(begin + context, token_count)
+        result.append((begin, end, scored))
+        scored = end
+        begin += stride
+    return result
+
+
+def tokens_of(text: str, directory: Path, maximum: int | None) -> torch.Tensor:
+    """Token ids [n] of a text under the checkpoint's own tokenizer.json, beginning with its BOS token if it has one."""
+    from tokenizers import Tokenizer
+
+    path = Path(directory) / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: perplexity needs the checkpoint's tokenizer; set evaluation.memory_gb=0 to "
+                        "leave perplexity out")
+    ids = Tokenizer.from_file(str(path)).encode(text).ids
+    config = read_json(Path(directory) / "config.json", "assemble_release")
+    first = (config.get("text_config") or config).get("bos_token_id")
+    if isinstance(first, int) and ids[:1] != [first]:
+        ids = [first, *ids]
+    ids = ids[:maximum]
+    if len(ids) < 2:
+        raise UserError("evaluation.text has fewer than 2 tokens; nothing could be predicted")
+    return torch.tensor(ids)
+
+
+class Scorer:
+    """One model in memory: log-probabilities and draft picks over windows of tokens."""
+
+    def __init__(self, directory: Path, dtype: str):
+        from stages.models import step37
+
+        self.model, self.drafts, self.loading = step37.load(directory, getattr(torch, dtype))
+        self._residual = None
+        text = self.model.model.language_model
+        text.layers[-1].register_forward_hook(self._keep)
+        self._embed = text.embed_tokens
+
+    def _keep(self, module, inputs, output) -> None:
+        self._residual = output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """tokens [n] -> (log-probabilities float32 [n, vocabulary], per draft layer its picks [n - 1 - k])."""
+        rows = tokens.unsqueeze(0)
+        logits = self.model(input_ids=rows, use_cache=False).logits[0].float()
+        drafts = []
+        if self.drafts is not None:
+            drafts = [d[0].argmax(-1) for d in self.drafts(self._embed(rows), self._residual)]
+        return logits.log_softmax(-1), drafts
+
+
+def _perplexity(values: list[torch.Tensor]) -> dict:
+    loss = -torch.cat(values).double()
+    mean, count = loss.mean().item(), len(loss)
+    error = (loss.std() / math.sqrt(count)).item() if count > 1 else 0.0
+    return {"perplexity": math.exp(mean), "standard_error": math.exp(mean) * error, "nats_per_token": mean,
+            "tokens": count}
+
+
+def measure(source: Path | None, release: Path, tokens: torch.Tensor, context: int, stride: int, dtype: str) -> dict:
+    """Perplexity of both models, their divergence and their drafts' agreement over the same windows."""
+    scorers = {"release": Scorer(release, dtype)}
+    if source is not None:
+        scorers["source"] = Scorer(source, dtype)
+    likelihoods = {name: [] for name in scorers}
+    agreement = {name: {} for name in scorers}
+    divergences, same = [], []
+    for begin, end, scored in windows(len(tokens), context, stride):
+        part = tokens[begin:end]
+        first = scored - begin - 1  # position that predicts the first scored token
+        found = {}
+        for name, scorer in scorers.items():
+            log_probabilities, drafts = scorer(part)
+            found[name] = log_probabilities[first:-1]
+            likelihoods[name].append(found[name].gather(1, part[scored - begin:, None])[:, 0])
+            picks = log_probabilities.argmax(-1)
+            for k, draft in enumerate(drafts):  # draft k at p and the model at p + 1 + k predict the same token
+                hits = (draft[max(first - 1 - k, 0):] == picks[1 + k:][max(first - 1 - k, 0):]).float()
+                agreement[name].setdefault(k, []).append(hits)
+        if source is not None:
+            p, q = found["source"], found["release"]
+            divergences.append((p.exp() * (p - q)).sum(-1).double())
+            same.append((p.argmax(-1) == q.argmax(-1)).double())
+    result = {name: {**_perplexity(values), "loading": scorers[name].loading,
+                     "draft_agreement": [torch.cat(agreement[name][k]).mean().item() for k in agreement[name]]}
+              for name, values in likelihoods.items()}
+    if source is not None:
+        kl = torch.cat(divergences)
+        result["divergence"] = {
+            "mean_kl_nats": kl.mean().item(), "median_kl_nats": kl.median().item(),
+            "99th_percentile_kl_nats": kl.quantile(0.99).item(), "same_top_token": torch.cat(same).mean().item(),
+            "perplexity_ratio": result["release"]["perplexity"] / result["source"]["perplexity"]}
+    return result
+
+
+def text_path(settings: Settings) -> Path:
+    """evaluation.text, looked up from the working directory and then from the project."""
+    for path in (Path(settings.evaluation.text), PROJECT / settings.evaluation.text):
+        if path.is_file():
+            return path
+    raise UserError(f"evaluation.text={settings.evaluation.text}: no such file; name a UTF-8 text")
+
+
+def perplexity(settings: Settings, plan: dict) -> dict:
+    """The content of perplexity.json; reasons stand in place of figures that were not measured."""
+    evaluation = settings.evaluation
+    weights = sum(math.prod(entry["shape"]) for entry in plan["tensors"].values() if entry["decision"] != "drop")
+    result = {"settings": {key: value for key, value in as_dict(evaluation).items() if not key.startswith("gemm")}}
+    source = Path(settings.source.path) if settings.source.path else None
+    need = weights * BYTES[evaluation.dtype] * (2 if source is None else 4)  # state beside model; two models at once
+    if need > evaluation.memory_gb * 1e9:
+        return result | {"not_measured": f"{human_bytes(weights * BYTES[evaluation.dtype])} of weights in "
+                         f"{evaluation.dtype} exceed evaluation.memory_gb={evaluation.memory_gb:g}: measure perplexity "
+                         "through a server"}
+    path = text_path(settings)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+    release = settings.run_directory / "release"
+    tokens = tokens_of(text, release, evaluation.maximum_tokens)
+    result["text"] = {"name": path.name, "sha256": sha256_file(path), "tokens": len(tokens),
+                      "bytes": len(text.encode())}
+    if source is None:
+        result["source_not_measured"] = "the source's shards are temporary; only the release was measured"
+    return result | measure(source, release, tokens, evaluation.context, evaluation.stride, evaluation.dtype)
+
+
+def run(settings: Settings) -> dict:
+    """Writes sqnr.json and perplexity.json."""
+    plan = read_plan(settings)
+    noise = sqnr(read_receipts(settings, plan))
+    quality = perplexity(settings, plan)
+    write_json(settings.run_directory / "sqnr.json", noise)
+    write_json(settings.run_directory / "perplexity.json", quality)
+    print(f"SQNR {noise['overall_db']} dB over {noise['matrices']} matrices (worst {noise['worst_matrix_db']} dB)")
+    if "not_measured" in quality:
+        print(f"perplexity not measured: {quality['not_measured']}")
+    for name in ("source", "release"):
+        if name in quality:
+            row = quality[name]
+            print(f"{name}: perplexity {row['perplexity']:.4f} +- {row['standard_error']:.4f} over {row['tokens']} tokens, "
+                  f"{row['loading']['missing']} missing and {row['loading']['unexpected']} unexpected tensors, drafts agree "
+                  + " ".join(f"{value:.3f}" for value in row["draft_agreement"]))
+    if "divergence" in quality:
+        print("divergence: mean KL {mean_kl_nats:.5f} nats, same top token {same_top_token:.3f}".format(
+            **quality["divergence"]))
+    return quality
+
+
+@exit_with_one_line
+def main() -> None:
+    """Command line of the stage."""
+    run(load(stage_parser(__doc__).parse_args().overrides))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Reads what the headers of all shards say, and writes the census: which tensors exist, how they are stored, what for.
+
+The index is never trusted: the published FP8 index omits every scale, and sniffing the first shard says BF16. The
+census comes from the headers that `download` read off the files themselves (for a hub source by range requests).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from stages.checkpoint.files import human_bytes, read_json, write_json
+from stages.checkpoint.header import TensorInfo
+from stages.dialects import recognize
+from stages.dialects.roles import hidden_layers, role_of
+from stages.errors import UserError, exit_with_one_line
+from stages.settings import Settings, load, stage_parser
+
+
+def read_headers(settings: Settings) -> tuple[dict[str, TensorInfo], dict[str, str], dict]:
+    """(tensor -> header entry, tensor -> shard, shard -> file size and metadata) over all shards."""
+    headers = read_json(settings.source_directory / "headers.json", "download --metadata")
+    tensors, where, files = {}, {}, {}
+    for shard in sorted(headers):
+        files[shard] = {"file_size": headers[shard]["file_size"], "metadata": headers[shard]["metadata"]}
+        for name, (dtype, shape, begin, end) in headers[shard]["tensors"].items():
+            if name in where:
+                raise UserError(f"tensor {name} is in two shards, {where[name]} and {shard}; remove the stale file")
+            tensors[name], where[name] = TensorInfo(dtype, tuple(shape), begin, end), shard
+    return tensors, where, files
+
+
+def read_config(settings: Settings) -> dict:
+    """The source's config.json."""
+    return read_json(settings.source_directory / "auxiliary" / "config.json", "download --metadata")
+
+
+def census(settings: Settings) -> dict:
+    """The content of inspect.json. UserError for anything that could not be converted rightly."""
+    tensors, where, files = read_headers(settings)
+    config = read_config(settings)
+    layers = hidden_layers(config)
+    claims = recognize(tensors, where, config)
+    listing = read_json(settings.source_directory / "listing.json", "download --metadata")
+    entries = {}
+    for name in sorted(tensors):
+        info, claim = tensors[name], claims[name]
+        entries[name] = {"shard": where[name], "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes,
+                         "role": role_of(name, layers), "dialect": claim.dialect, "scale": claim.scale,
+                         "tile": list(claim.tile) if claim.tile else None}
+    by_role = Counter()
+    for entry in entries.values():
+        by_role[entry["role"]] += entry["bytes"]
+    return {
+        "source": settings.source.name,
+        "architecture": (config.get("architectures") or [None])[0],
+        "text_layers": layers,
+        "shards": files,
+        "tensor_bytes": sum(entry["bytes"] for entry in entries.values()),
+        "file_bytes": sum(file["file_size"] for file in files.values()),
+        "dialects": dict(sorted(Counter(entry["dialect"] for entry in entries.values()).items())),
+        "dtypes": dict(sorted(Counter(entry["dtype"] for entry in entries.values()).items())),
+        "bytes_by_role": dict(sorted(by_role.items())),
+        "anomalies": list(listing.get("anomalies", [])),
+        "tensors": entries,
+    }
+
+
+def run(settings: Settings) -> dict:
+    """Writes inspect.json."""
+    result = census(settings)
+    write_json(settings.run_directory / "inspect.json", result)
+    print(f"{len(result['tensors'])} tensors in {len(result['shards'])} shards, "
+          f"{human_bytes(result['tensor_bytes'])}: "
+          + ", ".join(f"{count} {name}" for name, count in result["dialects"].items()))
+    for anomaly in result["anomalies"]:
+        print(f"note: {anomaly}")
+    return result
+
+
+@exit_with_one_line
+def main() -> None:
+    """Command line of the stage."""
+    run(load(stage_parser(__doc__).parse_args().overrides))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Step-3.7 checkpoints in transformers, every tensor accounted for.
+
+transformers loads neither the block-FP8 nor the MXFP4 layout of this model rightly by itself: the scale of `down_proj` is
+never applied to the first, and the experts of the second stay at random values with only a warning. So checkpoints are
+expanded here, exactly (float32 holds every product, BF16 holds every MXFP4 value), handed over under their published
+names, and the loading report must say 0 missing and 0 unexpected.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from kernels import mxfp4
+from stages.checkpoint.reader import ShardReader
+from stages.dialects import recognize
+from stages.dialects.roles import hidden_layers, layer_of
+from stages.errors import UserError
+
+PER_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight_packed")
+
+
+def _decoded(reader: ShardReader, name: str, scale: str, dtype: torch.dtype) -> torch.Tensor:
+    return mxfp4.dequantize(reader.tensor(name), reader.tensor(scale), dtype)
+
+
+def expanded_tensors(directory: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every weight of a checkpoint or release under its published name, values expanded to `dtype`.
+
+    Experts stored one by one come stacked, [experts, out, in], as `...moe.gate_proj.weight`. F32 tensors stay F32.
+    """
+    directory = Path(directory)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards:
+        raise UserError(f"{directory} holds no *.safetensors file; is it a checkpoint?")
+    with ExitStack() as stack:
+        readers = [stack.enter_context(ShardReader(path)) for path in shards]
+        tensors = {name: info for reader in readers for name, info in reader.header.tensors.items()}
+        owner = {name: reader for reader in readers for name in reader.header.tensors}
+        packed = {name for name in tensors if name.endswith(".weight_packed")}
+        scales = {name.replace("weight_packed", "weight_scale") for name in packed}
+        plain = {name: info for name, info in tensors.items() if name not in packed | scales}
+        source_config = config if not packed else {**config, "quantization_config": None}
+        claims = recognize(plain, {name: owner[name].path.name for name in plain}, source_config)
+        stacks: dict[str, dict[int, str]] = {}
+        for name in sorted(packed):
+            if match := PER_EXPERT.fullmatch(name):
+                stacks.setdefault(f"{match[1]}.{match[3]}.weight", {})[int(match[2])] = name
+            else:
+                yield (name.removesuffix("_packed"),
+                       _decoded(owner[name], name, name.replace("weight_packed", "weight_scale"), dtype))
+        for name, experts in stacks.items():
+            yield name, torch.stack([
+                _decoded(owner[experts[e]], experts[e], experts[e].replace("weight_packed", "weight_scale"), dtype)
+                for e in range(len(experts))])
+        for name, claim in claims.items():
+            if claim.scale:
+                weight = mxfp4.decode_block_fp8(owner[name].tensor(name), owner[claim.scale].tensor(claim.scale), claim.tile)
+                yield name, weight.to(dtype)
+            elif not name.endswith("_scale_inv"):
+                tensor = owner[name].tensor(name)
+                yield name, tensor if tensor.dtype == torch.float32 else tensor.to(dtype)
+
+
+def load(directory: Path, dtype: torch.dtype):
+    """(model, drafts or None, loading report) of a Step-3.7 checkpoint or release, in evaluation mode.
+
+    The report is {"missing": [...], "unexpected": [...]} over the text, vision and draft parameters; both must be empty
+    or UserError names what is wrong.
+    """
+    from transformers import Step3p7Config, Step3p7ForConditionalGeneration
+    from transformers.utils import logging
+
+    from stages.models.step37_drafts import Drafts, checkpoint_names
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its loading report is turned into the error below
+    raw = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    architecture = (raw.get("architectures") or ["?"])[0]
+    if architecture != "Step3p7ForConditionalGeneration":
+        raise UserError(f"{directory}: architecture {architecture} cannot be evaluated in process, only "
+                        "Step3p7ForConditionalGeneration can")
+    layers = hidden_layers(raw)
+    raw.pop("quantization_config", None)
+    raw.pop("auto_map", None)
+    config = Step3p7Config(**raw)
+    state, draft_state = {}, {}
+    for name, tensor in expanded_tensors(directory, dtype):
+        layer = layer_of(name)
+        target = draft_state if layer is not None and layer >= layers else state
+        target[name.replace("model.language_model.", "model.", 1)] = tensor
+    model, report = Step3p7ForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    mismatched = sorted(str(key[0]) for key in report["mismatched_keys"])  # refused below, not ignored
+    drafts = None
+    if config.text_config.num_nextn_predict_layers:
+        drafts = Drafts(config.text_config)
+        names = checkpoint_names(config.text_config)
+        missing += sorted(set(names.values()) - set(draft_state))
+        unexpected += sorted(set(draft_state) - set(names.values()))
+        if not set(names.values()) - set(draft_state):
+            drafts.load_state_dict({inner: draft_state[name] for inner, name in names.items()})
+        for parameter in drafts.parameters():  # not .to(dtype): the rotary frequencies stay float32
+            parameter.data = parameter.data.to(dtype)
+        drafts.eval()
+    if missing or unexpected or mismatched:
+        raise UserError(f"{directory} does not fill the model: {len(missing)} tensors missing "
+                        f"({', '.join(missing[:2])}), {len(unexpected)} unexpected ({', '.join(unexpected[:2])}), "
+                        f"{len(mismatched)} of another shape ({', '.join(mismatched[:2])})")
+    return model.eval(), drafts, {"missing": len(missing), "unexpected": len(unexpected)}

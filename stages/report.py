@@ -1,0 +1,212 @@
+"""Everything that a run found out, for a person: report.html, the model card, and the few figures that DVC compares.
+
+report.html is one file without references to anything outside it. card.md is the README.md to publish with the release:
+measured figures first, the source's own card below. Neither is part of the release's identity, since figures differ in
+the last digit from machine to machine.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import platform
+import re
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import jinja2
+
+from stages.assemble_release import read_receipts
+from stages.checkpoint.files import human_bytes, read_json, write_json, write_text
+from stages.errors import exit_with_one_line
+from stages.plan import read_plan
+from stages.schemes import SCHEMES
+from stages.settings import Settings, load, stage_parser
+
+PACKAGES = ("torch", "numpy", "numba", "triton", "safetensors", "transformers", "snakemake", "hydra-core", "dvc")
+PROJECTION_COLORS = {"gate": "#2a78d6", "up": "#1baf7a", "down": "#eda100"}
+OTHER_COLOR = "#4a3aa7"
+PLOT_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#c3c2b7",
+              "axes.labelcolor": "#52514e", "xtick.color": "#898781", "ytick.color": "#898781", "svg.fonttype": "none",
+              "svg.hashsalt": "mxforge", "font.family": "sans-serif"}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that produce bytes or figures."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _svg(figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', text[text.index("<svg"):], count=1)
+
+
+def layer_plot(noise: dict) -> str:
+    """SVG: SQNR of each layer's projections."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(PLOT_STYLE):
+        figure, axes = pyplot.subplots(figsize=(7.2, 2.6))
+        series: dict[str, list] = {}
+        for entry in noise["tensors"].values():
+            series.setdefault(entry["projection"] or "weight", []).append((entry["layer"], entry["sqnr_db"]))
+        for projection, points in sorted(series.items()):
+            points = sorted(point for point in points if point[1] is not None)
+            axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=4, linewidth=1.8,
+                      label=projection, color=PROJECTION_COLORS.get(projection, OTHER_COLOR))
+        axes.set_xlabel("layer")
+        axes.set_ylabel("SQNR (dB)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y", color="#e1e0d9", linewidth=0.8)
+        axes.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+        svg = _svg(figure)
+        pyplot.close(figure)
+    return svg
+
+
+def expert_plot(noise: dict) -> str:
+    """SVG: SQNR of every expert's matrix, one row per tensor, one column per expert."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import colors, pyplot
+
+    rows = [(f"{entry['layer']} {entry['projection']}", entry["experts_db"]) for entry in noise["tensors"].values()
+            if len(entry["experts_db"]) > 1]
+    if not rows:
+        return ""
+    width = max(len(values) for _, values in rows)
+    grid = [[float("nan") if v is None else v for v in values] + [float("nan")] * (width - len(values)) for _, values in rows]
+    ramp = colors.LinearSegmentedColormap.from_list("sequential", ["#cde2fb", "#3987e5", "#0d366b"])
+    with pyplot.rc_context(PLOT_STYLE):
+        figure, axes = pyplot.subplots(figsize=(7.2, 0.9 + 0.13 * min(len(rows), 60)))
+        image = axes.imshow(grid, aspect="auto", cmap=ramp, interpolation="nearest")
+        step = max(1, len(rows) // 24)
+        axes.set_yticks(range(0, len(rows), step), [rows[i][0] for i in range(0, len(rows), step)], fontsize=7)
+        axes.set_xlabel("expert")
+        figure.colorbar(image, ax=axes, label="SQNR (dB)", pad=0.02).outline.set_visible(False)
+        svg = _svg(figure)
+        pyplot.close(figure)
+    return svg
+
+
+def role_rows(plan: dict) -> list[dict]:
+    """What happened to each role: decision, tensors, bytes before and after."""
+    rows: dict[tuple[str, str], dict] = {}
+    for name, entry in plan["tensors"].items():
+        what = f"quantized to {entry['scheme']}" if entry["scheme"] else {
+            "drop": "folded into the block scales", "pass through": "unchanged"}[entry["decision"]]
+        row = rows.setdefault((entry["role"], what), {"role": entry["role"].replace("_", " "), "what": what, "tensors": 0,
+                                                      "before": 0, "after": 0})
+        row["tensors"] += 1
+        row["before"] += entry["bytes"]
+        if entry["scheme"]:
+            made = SCHEMES[entry["scheme"]].outputs(name, tuple(entry["shape"]), "stacked")
+            row["after"] += sum(math.prod(output.shape) for output in made)
+        elif entry["decision"] == "pass through":
+            row["after"] += entry["bytes"]
+    return sorted(rows.values(), key=lambda row: -row["before"])
+
+
+def facts(settings: Settings) -> dict:
+    """Everything that the templates show, read from the run's results."""
+    run_directory = settings.run_directory
+    plan = read_plan(settings)
+    receipts = read_receipts(settings, plan)
+    gemm = read_json(run_directory / "gemm.json", "validate_gemm")
+    seconds = sum(receipt["seconds"] for receipt in receipts.values())
+    source_bytes = sum(receipt["source"]["bytes"] for receipt in receipts.values())
+    release_bytes = sum(path.stat().st_size for path in (run_directory / "release").rglob("*") if path.is_file())
+    gemm_rows = []
+    for backend in gemm["backends"]:
+        for path in ("linear", "grouped_experts"):
+            rows = [row for row in gemm["rows"] if (row["backend"], row["path"]) == (backend, path)]
+            formats = [row["format_db"] for row in rows if "format_db" in row]
+            gemm_rows.append({"backend": backend, "path": path.replace("_", " "), "tensors": len(rows),
+                              "arithmetic_db": min(row["arithmetic_db"] for row in rows),
+                              "format_db": min(formats, default=None)})
+    return {
+        "settings": settings, "plan": plan, "roles": role_rows(plan), "gemm": gemm_rows,
+        "verify": read_json(run_directory / "verify.json", "verify_release"),
+        "sqnr": read_json(run_directory / "sqnr.json", "evaluate"),
+        "quality": read_json(run_directory / "perplexity.json", "evaluate"),
+        "serving": read_json(run_directory / "serving.json", "serve_bench"),
+        "receipts": receipts, "seconds": seconds, "source_bytes": source_bytes, "release_bytes": release_bytes,
+        "rate": source_bytes / seconds if seconds else 0.0,
+        "tensor_ratio": plan["release_tensor_bytes"] / plan["source_tensor_bytes"],
+        "versions": versions(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "source_card": source_card(settings),
+        "command": f"snakemake --cores all --config source={_choice('source', settings.source.name)} "
+                   f"recipe={settings.recipe.name}",
+    }
+
+
+def source_card(settings: Settings) -> str | None:
+    """The source's README.md without its front matter, which would read as text in the middle of a card."""
+    path = settings.source_directory / "auxiliary" / "README.md"
+    if not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S)
+
+
+def _choice(group: str, name: str) -> str:
+    from stages.settings import choices
+
+    return name if name in choices(group) else "local"
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+                                     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+                                     autoescape=lambda name: bool(name) and name.endswith(".html.j2"))
+    environment.filters["bytes"] = human_bytes
+    return environment
+
+
+def metrics(found: dict) -> dict:
+    """The figures that `dvc metrics show` and `dvc metrics diff` compare between revisions."""
+    quality = found["quality"]
+    return {
+        "sqnr_db": found["sqnr"]["overall_db"], "worst_matrix_sqnr_db": found["sqnr"]["worst_matrix_db"],
+        "release_tensor_bytes": found["plan"]["release_tensor_bytes"],
+        "source_tensor_bytes": found["plan"]["source_tensor_bytes"],
+        **{f"{name}_perplexity": quality[name]["perplexity"] for name in ("source", "release") if name in quality},
+        **({"mean_kl_nats": quality["divergence"]["mean_kl_nats"],
+            "same_top_token": quality["divergence"]["same_top_token"]} if "divergence" in quality else {}),
+    }
+
+
+def run(settings: Settings) -> None:
+    """Writes report.html, card.md and metrics.json."""
+    found = facts(settings)
+    environment = _environment()
+    page = environment.get_template("report.html.j2").render(
+        **found, layer_plot=layer_plot(found["sqnr"]), expert_plot=expert_plot(found["sqnr"]))
+    write_text(settings.run_directory / "report.html", page)
+    write_text(settings.run_directory / "card.md", environment.get_template("card.md.j2").render(**found))
+    write_json(settings.run_directory / "metrics.json", metrics(found))
+    print(f"release: {settings.run_directory / 'release'}\nreport:  {settings.run_directory / 'report.html'}\n"
+          f"card:    {settings.run_directory / 'card.md'}")
+
+
+@exit_with_one_line
+def main() -> None:
+    """Command line of the stage."""
+    run(load(stage_parser(__doc__).parse_args().overrides))
+
+
+if __name__ == "__main__":
+    main()

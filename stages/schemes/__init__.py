@@ -1,0 +1,5 @@
+"""How releases store weights, and what the engine demands of their names and config. One row per output scheme."""
+
+from stages.schemes import mxfp4
+
+SCHEMES = {mxfp4.NAME: mxfp4}

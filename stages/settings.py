@@ -1,0 +1,260 @@
+"""The schema of conf/ and the one `load()` that the Snakefile, the stages and the tests use.
+
+Hydra composes the YAML files, nothing else: no launcher, no run directories. The dataclasses below are the truth about
+which keys exist, what they mean and what their defaults are; a test fails when a YAML file and this schema drift apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stages.errors import UserError
+
+PROJECT = Path(__file__).resolve().parent.parent
+CONF = PROJECT / "conf"
+EXPONENT_RULES = ("mse", "ocp_floor", "even", "rceil")  # as kernels.mxfp4.RULES, which would cost an import of torch
+
+
+@dataclass
+class SourceSettings:
+    """Where a checkpoint comes from. A row of data: a local directory, or a hub repository at a pinned revision."""
+
+    name: str | None = None  # names results/<name>/; a local directory without one takes its own name
+    path: str | None = None  # a local checkpoint directory; relative paths start at the working directory
+    repository: str | None = None  # owner/name on the hub
+    revision: str | None = None  # a commit hash: what is converted must be nameable afterwards
+    shards: list[str] = field(default_factory=list)  # shard file names of a hub source, known before the first byte
+    license: str | None = None  # licence of the weights, for the model card
+
+
+@dataclass
+class GroupSettings:
+    """What one scheme applies to: every tensor whose role is listed or whose name matches a pattern."""
+
+    scheme: str = "mxfp4"
+    roles: list[str] = field(default_factory=list)  # routed_experts, shared_experts, attention, dense_mlp, ...
+    patterns: list[str] = field(default_factory=list)  # regular expressions, matched against whole tensor names
+
+
+@dataclass
+class RecipeSettings:
+    """What is quantized, and how. Everything that no group names passes through bit-identical."""
+
+    name: str = "???"
+    exponent_rule: str = "mse"  # mse | ocp_floor | even | rceil: see kernels/mxfp4
+    layout: str = "per_expert"  # per_expert (one pair of tensors per expert) | stacked (3D, as in the source)
+    groups: list[GroupSettings] = field(default_factory=list)
+
+
+@dataclass
+class DeviceSettings:
+    """Where the numerics run and how much may run at once."""
+
+    name: str = "???"
+    backend: str = "cpu"  # cpu (numba) | cuda (Triton) | reference (float64 torch, slow): the bytes are the same
+    lane: int = 2  # source shards on disk and in work at any time
+    memory_mb: int = 1000  # resident memory that one quantize job may use
+
+
+@dataclass
+class EvaluationSettings:
+    """How the release is measured."""
+
+    name: str = "???"
+    text: str = "???"  # UTF-8 file; relative paths start at the project
+    context: int = 256  # tokens per window
+    stride: int = 128  # new tokens scored per window; the rest of the window is their context
+    maximum_tokens: int | None = None  # score at most this many tokens of the text
+    dtype: str = "float32"  # float32 | bfloat16: in which the model computes
+    memory_gb: float = 16.0  # models that would need more in process are not measured in process, and the report says so
+    gemm_tensors: int = 4  # quantized modules that validate_gemm samples from each shard
+    gemm_tokens: int = 64  # rows of the activations that it multiplies them with
+
+
+@dataclass
+class ServingSettings:
+    """Which server the serving benchmark uses."""
+
+    name: str = "none"
+
+
+@dataclass
+class ReleaseSettings:
+    """What goes into the release beside the weights."""
+
+    name: str = "default"
+    minimum_sqnr_db: float = 15.0  # a tensor below this was damaged, not quantized: verify refuses the release
+
+
+@dataclass
+class Settings:
+    """Everything that a run depends on, composed from conf/."""
+
+    source: SourceSettings = field(default_factory=SourceSettings)
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    device: DeviceSettings = field(default_factory=DeviceSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    serving: ServingSettings = field(default_factory=ServingSettings)
+    release: ReleaseSettings = field(default_factory=ReleaseSettings)
+    results: str = "results"
+
+    @property
+    def source_directory(self) -> Path:
+        """Staging area of the source: listing, headers, auxiliary files, and shards while they are needed."""
+        return Path(self.results) / str(self.source.name) / "source"
+
+    @property
+    def run_directory(self) -> Path:
+        """Everything that one recipe produced from one source."""
+        return Path(self.results) / str(self.source.name) / self.recipe.name
+
+
+def choices(group: str) -> list[str]:
+    """Names of the alternatives that conf/ offers for one settings group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def _keys() -> list[str]:
+    """All settings as dotted keys."""
+    tree = OmegaConf.structured(Settings)
+    return ["results", *(f"{group}.{key}" for group in tree if group != "results" for key in tree[group])]
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error)
+    missing = re.search(r"Could not find '(\w+)/([^']*)'", text)
+    if missing:
+        group, name = missing.groups()
+        return f"conf: there is no {group} {name!r}; choose one of {', '.join(choices(group))}"
+    misspelt = re.search(r"Could not override '([\w.]+)'", text) or re.search(r"full_key: ([\w.]+)", text)
+    if misspelt and ("Could not override" in text or "not in" in text):
+        key = misspelt.group(1)
+        near = difflib.get_close_matches(key, _keys(), n=1)
+        return f"conf: there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else
+                                                       "; stages/settings.py lists them all")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    keep = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "Set the"))]
+    key = re.search(r"full_key: (\S+)", text)
+    return "conf: " + (f"{key.group(1)}: " if key else "") + " ".join(keep[:2])
+
+
+def load(overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+    """Composes conf/ with Hydra overrides (`recipe=...`, `source.path=...`) and checks it against the schema.
+
+    Raises UserError with one line for a misspelt key, an unknown choice or a value of the wrong type.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="mxforge"):
+            composed = compose(config_name="config", overrides=list(overrides))
+        settings: Settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), composed))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from None
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    source, recipe = settings.source, settings.recipe
+    if bool(source.path) == bool(source.repository):
+        raise UserError("conf: a source is either a local directory (source.path=DIRECTORY) or a hub repository "
+                        f"(source.repository=OWNER/NAME); got path {source.path!r}, repository {source.repository!r}")
+    if source.repository and not re.fullmatch(r"[0-9a-f]{40}", source.revision or ""):
+        raise UserError(f"conf: source.revision must be the 40-digit commit hash of {source.repository}, not "
+                        f"{source.revision!r}: a branch name can mean other bytes tomorrow")
+    if source.repository and not source.shards:
+        raise UserError(f"conf: list the shard files of {source.repository} in source.shards=[...]: the workflow must "
+                        "know them before the first byte")
+    if source.name is None:
+        source.name = Path(source.path).resolve().name if source.path else source.repository.rsplit("/", 1)[-1]
+    for key, value in (("source.name", source.name), ("recipe.name", recipe.name)):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or value == "source":
+            raise UserError(f"conf: {key} {value!r} names a directory: use letters, digits, '.', '_' and '-', and "
+                            "not the word 'source'")
+    for key, value, allowed in (
+        ("recipe.exponent_rule", recipe.exponent_rule, EXPONENT_RULES),
+        ("recipe.layout", recipe.layout, ("per_expert", "stacked")),
+        ("device.backend", settings.device.backend, ("cpu", "cuda", "reference")),
+        ("evaluation.dtype", settings.evaluation.dtype, ("float32", "bfloat16")),
+    ):
+        if value not in allowed:
+            raise UserError(f"conf: {key} is {value!r}; choose one of {', '.join(allowed)}")
+    for key, value in (("device.lane", settings.device.lane), ("evaluation.context", settings.evaluation.context),
+                       ("evaluation.stride", settings.evaluation.stride)):
+        if value < 1:
+            raise UserError(f"conf: {key} is {value}; it must be at least 1")
+    if settings.evaluation.stride >= settings.evaluation.context:
+        raise UserError(f"conf: evaluation.stride {settings.evaluation.stride} must be below evaluation.context "
+                        f"{settings.evaluation.context}: a window's first token has nothing to be predicted from")
+    if not recipe.groups:
+        raise UserError(f"conf: recipe {recipe.name} names nothing to quantize; give it groups with roles or patterns")
+    for group in recipe.groups:
+        for pattern in group.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"conf: recipe {recipe.name}: pattern {pattern!r} is no regular expression: "
+                                f"{error}") from None
+
+
+def as_dict(part: object) -> dict:
+    """A settings part as plain data, for JSON results, receipts and Snakemake's `params`."""
+    return dataclasses.asdict(part)
+
+
+def as_json(part: object) -> str:
+    """Canonical JSON of a settings part: the string whose hash a receipt carries."""
+    return json.dumps(as_dict(part), sort_keys=True, separators=(",", ":"))
+
+
+def stage_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line that every stage shares: Hydra overrides as positional arguments."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE",
+                        help="settings as in conf/, for example source=step37_tiny recipe=mxfp4_experts "
+                             "source.path=/data/checkpoint")
+    return parser
+
+
+def overrides_from(config: dict) -> list[str]:
+    """Snakemake's `--config` as Hydra overrides: groups by name, and `overrides=[recipe.a=1,source.path=/data]`.
+
+    Snakemake allows no dots in its keys, hence the list. UserError names a key that is neither a group nor `results`.
+    """
+    groups = [field_.name for field_ in dataclasses.fields(Settings)]
+    result = []
+    for key, value in config.items():
+        if key == "overrides":
+            continue
+        if key not in groups:
+            raise UserError(f"--config {key}={value}: unknown; choose from {', '.join(groups)} and overrides")
+        result.append(f"{key}={value}")
+    extra = config.get("overrides") or []
+    for item in extra.split() if isinstance(extra, str) else extra:
+        if not isinstance(item, str) or "=" not in item:
+            raise UserError(f"--config overrides: {item!r} is not KEY=VALUE; write 'overrides=[\"recipe.layout=stacked\"]'")
+        result.append(item)
+    return result
+
+
+def shards_of(source: SourceSettings) -> list[str]:
+    """Shard file names of a source: pinned for a hub repository, read off the directory for a local one."""
+    if source.repository:
+        return list(source.shards)
+    directory = Path(source.path)
+    names = sorted(path.name for path in directory.glob("*.safetensors")) if directory.is_dir() else []
+    if not names:
+        raise UserError(f"source.path={source.path}: no *.safetensors file there; name a checkpoint directory")
+    return names

@@ -1,0 +1,167 @@
+"""Multiplies with quantized tensors as they lie in the shards and compares with float64, on every backend present.
+
+Two paths, as an engine runs them: `linear` (one matrix, all tokens) and `grouped_experts` (tokens sorted by expert, uneven
+numbers of them, some experts without any). Two questions, two signal-to-noise ratios in dB:
+
+    arithmetic  y against float64 on the *decoded* weights: is the kernel right?  BF16 output rounding allows about 50
+    format      y against float64 on the *source* weights: what does the format cost?  about 19, like the weights' SQNR
+
+The second needs the source's shard and is left out where that was temporary.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from stages.assemble_release import read_receipts
+from stages.checkpoint.files import write_json
+from stages.checkpoint.reader import ShardReader
+from stages.errors import UserError, exit_with_one_line
+from stages.plan import outputs_of_shard, read_plan
+from stages.settings import Settings, load, stage_parser
+
+MINIMUM_ARITHMETIC_DB = 45.0
+MAXIMUM_EXPERTS = 8  # of one 3D tensor, enough to see uneven and empty groups
+INTERPRETER_ROWS = 256  # Triton's interpreter runs on numpy: a slice of the matrix shows as much as the whole
+
+
+def signal_to_noise_db(measured: torch.Tensor, truth: torch.Tensor) -> float:
+    """10 log10(sum truth^2 / sum (measured - truth)^2); 300 for equal tensors."""
+    noise = (measured.double() - truth).square().sum().item()
+    return 10 * math.log10(truth.square().sum().item() / noise) if noise else 300.0
+
+
+def _samples(settings: Settings, plan: dict, shard: str) -> list[dict]:
+    """Pairs (packed, scale) of the shard to multiply with: each {"source", "experts": [(expert, packed, scale)]}."""
+    pairs: dict[str, list] = {}
+    outputs = outputs_of_shard(plan, shard)
+    scales = {(o.source, o.expert): o.name for o in outputs if o.part == "scale"}
+    for output in outputs:
+        if output.part == "packed":
+            pairs.setdefault(output.source, []).append((output.expert, output.name, scales[output.source, output.expert]))
+    chosen = sorted(pairs)[:: max(1, len(pairs) // settings.evaluation.gemm_tensors)][:settings.evaluation.gemm_tensors]
+    return [{"source": source, "pairs": sorted(pairs[source], key=lambda pair: pair[0] or 0)} for source in chosen]
+
+
+def _quantized_experts(reader: ShardReader, pairs: list, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(packed [experts, out, in/2], scale [experts, out, in/32]) of at most `limit` experts."""
+    if len(pairs) == 1:
+        _, packed, scale = pairs[0]
+        if len(reader.info(packed).shape) == 2:
+            return reader.tensor(packed).unsqueeze(0), reader.tensor(scale).unsqueeze(0)
+        return reader.rows(packed, 0, limit), reader.rows(scale, 0, limit)
+    return (torch.stack([reader.tensor(packed) for _, packed, _ in pairs[:limit]]),
+            torch.stack([reader.tensor(scale) for _, _, scale in pairs[:limit]]))
+
+
+def _source_experts(settings: Settings, plan: dict, shard: str, source: str, experts: int) -> torch.Tensor | None:
+    """The same weights as the source stores them, float64 [experts, out, in]; None where the source is gone."""
+    from kernels.mxfp4 import decode_block_fp8
+
+    path = Path(settings.source.path) / shard if settings.source.path else None
+    if path is None or not path.exists():
+        return None
+    entry = plan["tensors"][source]
+    with ShardReader(path) as reader:
+        if len(entry["shape"]) == 2:
+            weight = reader.tensor(source).unsqueeze(0)
+            scale = reader.tensor(entry["scale"]).unsqueeze(0) if entry["scale"] else None
+        else:
+            weight = reader.rows(source, 0, experts)
+            scale = reader.rows(entry["scale"], 0, experts) if entry["scale"] else None
+    return (decode_block_fp8(weight, scale, tuple(entry["tile"])) if scale is not None else weight.float()).double()
+
+
+def _offsets(experts: int, tokens: int) -> torch.Tensor:
+    """int32 [experts + 1]: uneven groups, every third one empty, `tokens` in all."""
+    shares = torch.tensor([0.0 if expert % 3 == 2 else 1.0 + expert for expert in range(experts)])
+    bounds = (shares.cumsum(0) / shares.sum() * tokens).round().to(torch.int32)
+    return torch.cat([torch.zeros(1, dtype=torch.int32), bounds])
+
+
+def check_tensor(settings: Settings, plan: dict, shard: str, sample: dict, backends: list[str]) -> list[dict]:
+    """Rows of gemm.json for one quantized tensor: one per path and backend."""
+    from kernels import gemm, mxfp4
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
+    with ShardReader(settings.run_directory / "shards" / shard) as reader:
+        packed, scale = _quantized_experts(reader, sample["pairs"], MAXIMUM_EXPERTS)
+    experts, tokens = len(packed), settings.evaluation.gemm_tokens
+    source = _source_experts(settings, plan, shard, sample["source"], experts)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, packed.shape[-1] * 2, generator=generator).to(torch.bfloat16)
+    offsets = _offsets(experts, tokens)
+    rows = []
+    for backend in backends:
+        cut = slice(0, INTERPRETER_ROWS) if backend == "cuda" and interpreted else slice(None)
+        p, s = packed[:, cut].contiguous(), scale[:, cut].contiguous()
+        device = "cuda" if backend == "cuda" and not interpreted else "cpu"
+        decoded = mxfp4.dequantize(p, s, torch.float32).double()
+        truths = {"arithmetic": decoded} | ({} if source is None else {"format": source[:, cut]})
+
+        def place(tensor):
+            return tensor.to(device)
+
+        made = {
+            "linear": gemm.linear(place(x), place(p[0]), place(s[0]), backend=backend),
+            "grouped_experts": gemm.grouped_linear(place(x), place(p), place(s), place(offsets), backend=backend),
+        }
+        for path, y in made.items():
+            row = {"shard": shard, "tensor": sample["source"], "path": path,
+                   "backend": "triton-interpreter" if backend == "cuda" and interpreted else backend,
+                   "experts": experts if path != "linear" else 1, "tokens": tokens, "shape": [p.shape[1], x.shape[1]]}
+            for question, weights in truths.items():
+                if path == "linear":
+                    truth = x.double() @ weights[0].T
+                else:
+                    truth = torch.cat([x[a:b].double() @ weights[e].T
+                                       for e, (a, b) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist()))])
+                row[f"{question}_db"] = round(signal_to_noise_db(y.cpu(), truth), 3)
+            rows.append(row)
+    return rows
+
+
+def run(settings: Settings) -> dict:
+    """Writes gemm.json; UserError when a kernel is wrong."""
+    from kernels import mxfp4
+
+    plan = read_plan(settings)
+    read_receipts(settings, plan)
+    backends = [backend for backend in mxfp4.backends() if backend != "reference"]
+    rows = []
+    for shard in plan["shards"]:
+        for sample in _samples(settings, plan, shard):
+            rows += check_tensor(settings, plan, shard, sample, backends)
+    result = {"minimum_arithmetic_db": MINIMUM_ARITHMETIC_DB, "backends": sorted({row["backend"] for row in rows}),
+              "passed": all(row["arithmetic_db"] >= MINIMUM_ARITHMETIC_DB for row in rows), "rows": rows}
+    for backend in result["backends"]:
+        for path in ("linear", "grouped_experts"):
+            part = [row for row in rows if (row["backend"], row["path"]) == (backend, path)]
+            line = f"{backend}, {path}: {len(part)} tensors, worst {min(row['arithmetic_db'] for row in part):.1f} dB"
+            line += " against float64 of the decoded weights"
+            if "format_db" in part[0]:
+                line += f", {min(row['format_db'] for row in part):.2f} dB against the source's weights"
+            print(line)
+    bad = next((row for row in rows if row["arithmetic_db"] < MINIMUM_ARITHMETIC_DB), None)
+    if bad:
+        raise UserError(f"{bad['shard']}: {bad['tensor']}: {bad['path']} on {bad['backend']} has {bad['arithmetic_db']} dB "
+                        f"against float64, below {MINIMUM_ARITHMETIC_DB}: the kernel is wrong on this machine, report it")
+    write_json(settings.run_directory / "gemm.json", result)
+    return result
+
+
+@exit_with_one_line
+def main() -> None:
+    """Command line of the stage."""
+    settings = load(stage_parser(__doc__).parse_args().overrides)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on numpy
+    run(settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Reads the release back from disk and proves it, trusting nothing but the plan and the receipts.
+
+Each check is a row of the proof table in the report. A single failure ends the stage with a non-zero exit and the first
+fault named; verify.json is written either way, so that the report can show what failed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from stages.assemble_release import INDEX, auxiliary_files, read_receipts
+from stages.checkpoint.files import read_json, sha256_file, write_json
+from stages.checkpoint.reader import ShardReader
+from stages.errors import UserError, exit_with_one_line
+from stages.inspect_format import read_config
+from stages.plan import coverage, index_json, outputs_of_shard, read_plan, release_config
+from stages.settings import Settings, load, stage_parser
+
+RELATIVE_TOLERANCE = 1e-9  # of sums of squares that two implementations add up in different orders
+DECODE_WEIGHTS = 4 << 20  # weights decoded at once while re-reading
+
+
+def _sha256(reader: ShardReader, name: str) -> str:
+    digest = hashlib.sha256()
+    for chunk in reader.chunks(name):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Verification:
+    """One run of all checks over results/<source>/<recipe>/release."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.release = settings.run_directory / "release"
+        self.plan = read_plan(settings)
+        self.receipts = read_receipts(settings, self.plan)
+        self.planned = {output.name: (shard, output) for shard in self.plan["shards"]
+                        for output in outputs_of_shard(self.plan, shard)}
+        self.readers = {}
+        self.checked: dict[str, int] = {}
+
+    def files(self) -> Iterator[str]:
+        """Every file of the release is there, with the size and sha256 that the manifest gives, and no other file."""
+        manifest = read_json(self.release / "manifest.json", "assemble_release")
+        present = {str(p.relative_to(self.release)) for p in self.release.rglob("*") if p.is_file()}
+        expected = {*manifest["files"], "manifest.json"}
+        yield from (f"{name}: is missing" for name in sorted(expected - present))
+        yield from (f"{name}: does not belong to the release" for name in sorted(present - expected))
+        for name, entry in manifest["files"].items():
+            path = self.release / name
+            if name in present and (path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]):
+                yield f"{name}: its bytes are not those of the manifest"
+        self.checked["files"] = len(expected)
+
+    def inventory(self) -> Iterator[str]:
+        """Every planned tensor is in its shard once, with its dtype and shape, and there is none besides."""
+        seen = {}
+        for shard in self.plan["shards"]:
+            self.readers[shard] = ShardReader(self.release / shard)
+            for name, info in self.readers[shard].header.tensors.items():
+                if name in seen:
+                    yield f"{name}: is in {seen[name]} and in {shard}"
+                seen[name] = shard
+                if name not in self.planned:
+                    yield f"{shard}: {name} was not planned"
+                    continue
+                planned_shard, output = self.planned[name]
+                if (shard, info.dtype, tuple(info.shape)) != (planned_shard, output.dtype, output.shape):
+                    yield (f"{shard}: {name} is {info.dtype} {list(info.shape)}, planned {output.dtype} "
+                           f"{list(output.shape)} in {planned_shard}")
+        yield from (f"{name}: is in no shard" for name in self.planned if name not in seen)
+        self.checked["tensors"] = len(self.planned)
+
+    def index(self) -> Iterator[str]:
+        """The index names every tensor with its shard, and total_size is the true number of tensor bytes."""
+        weight_map = {name: shard for name, (shard, _) in self.planned.items()}
+        total = sum(info.nbytes for reader in self.readers.values() for info in reader.header.tensors.values())
+        if (self.release / INDEX).read_text(encoding="utf-8") != index_json(weight_map, total):
+            yield f"{INDEX}: does not list exactly the tensors of the shards with total_size {total}"
+
+    def passthrough(self) -> Iterator[str]:
+        """Every tensor that is not quantized has, re-read from disk, the sha256 of its source bytes: those hashed when
+        the shard was converted and, where the source is a local directory, those that it holds now."""
+        count = 0
+        for shard in self.plan["shards"]:
+            local = Path(self.settings.source.path) / shard if self.settings.source.path else None
+            with ShardReader(local) if local and local.exists() else nullcontext() as source:
+                for name, (planned_shard, output) in self.planned.items():
+                    if planned_shard != shard or output.part != "weight":
+                        continue
+                    digests = {self.receipts[shard]["tensors"][name], _sha256(self.readers[shard], name)}
+                    if source is not None:
+                        digests.add(_sha256(source, output.source))
+                    if len(digests) != 1:
+                        yield f"{shard}: {name} is not bit-identical to the source"
+                    count += 1
+        self.checked["passthrough"] = count
+
+    def auxiliary(self) -> Iterator[str]:
+        """Tokenizer and other auxiliary files are those of the source, byte for byte."""
+        names = auxiliary_files(self.settings)
+        for name in names:
+            if sha256_file(self.settings.source_directory / "auxiliary" / name) != sha256_file(self.release / name):
+                yield f"{name}: differs from the source's"
+        self.checked["auxiliary"] = len(names)
+
+    def quantized(self) -> Iterator[str]:
+        """Every quantized tensor, decoded from disk by the reference, has the energy that was measured, and its SQNR
+        is above the floor: swapped names, swapped shards and scales off by one all change the energy."""
+        floor = self.settings.release.minimum_sqnr_db
+        names = {(output.source, output.expert, output.part): name for name, (_, output) in self.planned.items()}
+        count = 0
+        for shard in self.plan["shards"]:
+            for source, sums in self.receipts[shard]["quantized"].items():
+                for expert, signal, error, decoded in sums:
+                    split = (source, expert, "packed") in names
+                    packed, scale = (names[source, expert if split else None, part] for part in ("packed", "scale"))
+                    energy = self._energy(shard, packed, scale, None if split else expert)
+                    if not math.isclose(energy, decoded, rel_tol=RELATIVE_TOLERANCE):
+                        yield (f"{shard}: {packed} decodes to a sum of squares of {energy!r}, measured were {decoded!r} "
+                               "when it was quantized")
+                    if error and 10 * math.log10(signal / error) < floor:
+                        yield (f"{shard}: {packed} has {10 * math.log10(signal / error):.2f} dB SQNR, below the floor of "
+                               f"{floor} dB (release.minimum_sqnr_db)")
+                    count += 1
+        self.checked["quantized"] = count
+
+    def _energy(self, shard: str, packed_name: str, scale_name: str, expert: int | None) -> float:
+        from kernels import mxfp4
+
+        reader = self.readers[shard]
+        rows, half = reader.info(packed_name).shape[-2:]
+        total, step = 0.0, max(1, DECODE_WEIGHTS // (2 * half))
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            packed = reader.matrix_rows(packed_name, expert, begin, end)
+            scale = reader.matrix_rows(scale_name, expert, begin, end)
+            total += mxfp4.dequantize(packed, scale, torch.float32, backend="reference").double().square().sum().item()
+        return total
+
+    def config(self) -> Iterator[str]:
+        """config.json is the source's but for quantization_config, and vLLM's matching claims every module rightly."""
+        found = read_json(self.release / "config.json", "assemble_release")
+        section = self.plan["quantization_config"]
+        if json.dumps(found) != json.dumps(release_config(read_config(self.settings), section)):
+            yield "config.json: differs from the source's in more than quantization_config"
+        modules, faults = coverage(self.plan["tensors"], found.get("quantization_config") or section,
+                                   self.plan["text_layers"])
+        yield from faults
+        self.checked["config"] = modules
+
+    def sizes(self) -> Iterator[str]:
+        """Bytes of tensors, shard files, index and config are exactly what the plan predicted."""
+        actual = {
+            "release_tensor_bytes": sum(i.nbytes for r in self.readers.values() for i in r.header.tensors.values()),
+            "release_shard_file_bytes": sum((self.release / s).stat().st_size for s in self.plan["shards"]),
+            "release_index_bytes": (self.release / INDEX).stat().st_size,
+            "release_config_bytes": (self.release / "config.json").stat().st_size,
+        }
+        for key, value in actual.items():
+            if value != self.plan[key]:
+                yield f"{key}: {value} on disk, {self.plan[key]} predicted"
+        self.checked["sizes"] = len(actual)
+
+    CHECKS: tuple[tuple[str, str, Callable], ...] = (
+        ("files", "Files have the manifest's hashes, none is missing, none extra", files),
+        ("tensors", "Every planned tensor is there once, none extra, dtypes and shapes as planned", inventory),
+        ("index", "The index names every tensor and its true total size", index),
+        ("passthrough", "Everything not quantized is bit-identical to the source", passthrough),
+        ("auxiliary", "Tokenizer and auxiliary files are the source's, byte for byte", auxiliary),
+        ("quantized", "Every quantized matrix decodes to what was measured", quantized),
+        ("config", "vLLM's matching gives every module its stored format", config),
+        ("sizes", "Bytes on disk are exactly the predicted ones", sizes),
+    )
+
+    def run(self) -> dict:
+        """The content of verify.json."""
+        rows = []
+        for key, title, check in self.CHECKS:
+            faults = []
+            try:
+                for fault in check(self):
+                    faults.append(fault)
+            except (UserError, OSError) as error:
+                faults.append(str(error))
+            except KeyError as error:
+                faults.append(f"could not be checked: {error} cannot be read")
+            rows.append({"check": key, "title": title, "passed": not faults, "count": self.checked.get(key),
+                         "faults": faults[:20], "fault_count": len(faults)})
+        for reader in self.readers.values():
+            reader.close()
+        return {"passed": all(row["passed"] for row in rows), "checks": rows}
+
+
+def run(settings: Settings) -> dict:
+    """Verifies the release; writes verify.json; UserError when a check fails."""
+    result = Verification(settings).run()
+    for row in result["checks"]:
+        count = "" if row["count"] is None else f" ({row['count']})"
+        print(f"{'pass' if row['passed'] else 'FAIL'}  {row['title']}{count}")
+    write_json(settings.run_directory / ("verify.json" if result["passed"] else "verify.failed.json"), result)
+    if not result["passed"]:
+        faults = [fault for row in result["checks"] for fault in row["faults"]]
+        raise UserError(f"{settings.run_directory / 'release'}: {faults[0]}"
+                        + (f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else "")
+                        + "; do not publish it, remove the damaged shard and its receipt and run again")
+    (settings.run_directory / "verify.failed.json").unlink(missing_ok=True)
+    return result
+
+
+@exit_with_one_line
+def main() -> None:
+    """Command line of the stage."""
+    run(load(stage_parser(__doc__).parse_args().overrides))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""What users get wrong and disks get wrong: one line that says what, where and what to do; nothing half-written."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.assemble_release import run as assemble
+from stages.errors import UserError
+from stages.settings import load
+from stages.verify_release import run as verify
+from tests.conftest import PROJECT, TINY, convert
+
+METADATA = {"format": "pt"}
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=METADATA)
+
+
+def missing_shard(checkpoint):
+    (checkpoint / "model-00003.safetensors").unlink()
+
+
+def truncated_shard(checkpoint):
+    path = checkpoint / "model-00003.safetensors"
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+def trailing_bytes(checkpoint):
+    with open(checkpoint / "model-00003.safetensors", "ab") as file:
+        file.write(b"\0" * 100)
+
+
+def lfs_pointer(checkpoint):
+    (checkpoint / "model-00003.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4485680\n")
+
+
+def empty_shard(checkpoint):
+    (checkpoint / "model-00003.safetensors").write_bytes(b"")
+
+
+def index_names_an_absent_file(checkpoint):
+    path = checkpoint / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.99.mlp.up_proj.weight"] = "model-00099.safetensors"
+    path.write_text(json.dumps(index))
+
+
+def scale_missing(checkpoint):
+    rewrite(checkpoint / "model-00003.safetensors",
+            lambda tensors: tensors.pop("model.layers.3.moe.up_proj.weight_scale_inv"))
+
+
+def nan_in_scales(checkpoint):
+    def change(tensors):
+        tensors["model.layers.3.moe.up_proj.weight_scale_inv"][5, 0, 1] = float("nan")
+    rewrite(checkpoint / "model-00003.safetensors", change)
+
+
+def nan_code(checkpoint):
+    def change(tensors):
+        tensors["model.layers.4.moe.down_proj.weight"].view(torch.uint8)[2, 17, 33] = 0x7F
+    rewrite(checkpoint / "model-00003.safetensors", change)
+
+
+def negative_scale(checkpoint):
+    def change(tensors):
+        tensors["model.layers.3.moe.gate_proj.weight_scale_inv"][0, 0, 0] *= -1
+    rewrite(checkpoint / "model-00003.safetensors", change)
+
+
+def scale_of_another_shape(checkpoint):
+    def change(tensors):
+        tensors["model.layers.3.moe.up_proj.weight_scale_inv"] = torch.ones(16, 1, 3)
+    rewrite(checkpoint / "model-00003.safetensors", change)
+
+
+def config_forgot_the_quantization(checkpoint):
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("quantization_config")
+    path.write_text(json.dumps(config))
+
+
+def config_missing(checkpoint):
+    (checkpoint / "config.json").unlink()
+
+
+def config_is_not_json(checkpoint):
+    (checkpoint / "config.json").write_text("{")
+
+
+def tensor_in_two_shards(checkpoint):
+    shutil.copy(checkpoint / "model-00001.safetensors", checkpoint / "model-00009.safetensors")
+
+
+def overlapping_offsets(checkpoint):
+    path = checkpoint / "model-00001.safetensors"
+    raw = path.read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:8 + size])
+    names = [name for name in header if name != "__metadata__"]
+    header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size:])
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (missing_shard, ["model-00003.safetensors"]),
+    (truncated_shard, ["model-00003.safetensors"]),
+    (trailing_bytes, ["model-00003.safetensors"]),
+    (lfs_pointer, ["model-00003.safetensors", "LFS"]),
+    (empty_shard, ["model-00003.safetensors"]),
+    (index_names_an_absent_file, ["model-00099.safetensors"]),
+    (scale_missing, ["model.layers.3.moe.up_proj.weight", "scale"]),
+    (nan_in_scales, ["model-00003", "model.layers.3.moe.up_proj.weight_scale_inv", "[5, 0, 1]"]),
+    (nan_code, ["model-00003", "model.layers.4.moe.down_proj.weight", "[2, 17, 33]"]),
+    (negative_scale, ["model.layers.3.moe.gate_proj.weight_scale_inv", "[0, 0, 0]"]),
+    (scale_of_another_shape, ["[16, 1, 3]", "[16, 1, 2]"]),
+    (config_forgot_the_quantization, ["config.json", "block-FP8"]),
+    (config_missing, ["config.json"]),
+    (config_is_not_json, ["config.json"]),
+    (tensor_in_two_shards, ["two shards", "model-00009.safetensors"]),
+    (overlapping_offsets, ["model-00001.safetensors"]),
+])
+def test_a_damaged_source_is_refused_in_one_line_and_makes_no_release(checkpoint, local, damage, words):
+    damage(checkpoint)
+    with pytest.raises(UserError) as caught:
+        convert(*local)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    run_directory = load(local).run_directory
+    assert not (run_directory / "release").exists()
+    assert not list(run_directory.rglob("*.part*"))
+
+
+@pytest.mark.parametrize("where", ["same", "inside", "around"])
+def test_output_equal_to_inside_or_around_the_source_is_refused(checkpoint, where):
+    results = {"same": checkpoint, "inside": checkpoint / "out", "around": checkpoint.parent}[where]
+    name = {"around": checkpoint.name}.get(where, "x")
+    before = sorted(path.name for path in checkpoint.iterdir())
+    with pytest.raises(UserError) as caught:
+        convert("source=local", f"source.path={checkpoint}", f"results={results}", f"source.name={name}")
+    assert str(checkpoint) in str(caught.value)
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
+
+
+def test_a_full_disk_is_told_before_the_first_byte(local, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"(?i)disk|space"):
+        convert(*local)
+    assert not list(load(local).run_directory.glob("shards/*.safetensors"))
+
+
+def stage(name, *arguments):
+    return subprocess.run([sys.executable, "-m", f"stages.{name}", *arguments], cwd=PROJECT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("name", "arguments", "words"), [
+    ("plan", ["results=/nonexistent"], ["inspect.json", "run inspect_format first"]),
+    ("quantize_experts", ["recipe=mxfp5", "--shard", "x"], ["no recipe 'mxfp5'"]),
+    ("verify_release", ["results=/nonexistent"], ["plan.json", "run plan first"]),
+    ("inspect_format", ["results=/nonexistent"], ["headers.json"]),
+    ("evaluate", ["evaluation.txt=x"], ["evaluation.txt", "evaluation.text"]),
+])
+def test_a_stage_run_alone_answers_a_mistake_with_one_line_and_no_traceback(name, arguments, words):
+    ran = stage(name, *arguments)
+    assert ran.returncode == 1 and "Traceback" not in ran.stderr
+    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1
+    assert all(word in ran.stderr for word in words), ran.stderr
+
+
+@pytest.mark.parametrize("name", ["download", "inspect_format", "plan", "quantize_experts", "validate_gemm",
+                                  "assemble_release", "verify_release", "evaluate", "serve_bench", "report"])
+def test_every_stage_explains_itself(name):
+    ran = stage(name, "--help")
+    assert ran.returncode == 0 and "KEY=VALUE" in ran.stdout and len(ran.stdout.splitlines()) > 8
+
+
+# --- damage to a finished release -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(converted, tmp_path):
+    """A private copy of the converted tiny model, shards as files of their own."""
+    settings = load([f"results={tmp_path / 'copy'}", f"source.path={TINY}"])
+    shutil.copytree(converted.source_directory, settings.source_directory, symlinks=True)
+    shutil.copytree(converted.run_directory, settings.run_directory)
+    return settings
+
+
+def flip_passthrough_bit(release):
+    path = release / "model-00005.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def drop_expert(release):
+    rewrite(release / "model-00002.safetensors", lambda t: t.pop("model.layers.1.moe.experts.3.up_proj.weight_scale"))
+
+
+def add_tensor(release):
+    rewrite(release / "model-00002.safetensors", lambda t: t.update(extra=torch.zeros(3)))
+
+
+def rename_suffix(release):
+    def change(tensors):
+        tensors["model.layers.1.moe.experts.3.up_proj.scale"] = tensors.pop(
+            "model.layers.1.moe.experts.3.up_proj.weight_scale")
+    rewrite(release / "model-00002.safetensors", change)
+
+
+def swap_gate_and_up(release):
+    def change(tensors):
+        a, b = (f"model.layers.1.moe.experts.3.{p}_proj.weight_packed" for p in ("gate", "up"))
+        tensors[a], tensors[b] = tensors[b].clone(), tensors[a].clone()
+    rewrite(release / "model-00002.safetensors", change)
+
+
+def scales_off_by_one(release):
+    def change(tensors):
+        tensors["model.layers.2.moe.experts.0.down_proj.weight_scale"] += 1
+    rewrite(release / "model-00002.safetensors", change)
+
+
+def wrong_total_size(release):
+    path = release / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace('"total_size": ', '"total_size": 1'))
+
+
+def config_target_hits_nothing(release):
+    path = release / "config.json"
+    path.write_text(path.read_text().replace("re:.*", "re:"))
+
+
+def missing_tokenizer(release):
+    (release / "tokenizer.json").unlink()
+
+
+def stray_file(release):
+    (release / "notes.txt").write_text("x")
+
+
+@pytest.mark.parametrize(("damage", "check"), [
+    (flip_passthrough_bit, "passthrough"), (drop_expert, "tensors"), (add_tensor, "tensors"), (rename_suffix, "tensors"),
+    (swap_gate_and_up, "quantized"), (scales_off_by_one, "quantized"), (wrong_total_size, "index"),
+    (config_target_hits_nothing, "config"), (missing_tokenizer, "auxiliary"), (stray_file, "files"),
+])
+def test_a_damaged_release_fails_the_check_that_is_meant_for_it(finished, damage, check):
+    for path in (finished.run_directory / "release").iterdir():  # damage the release, not the shards linked into it
+        if path.is_file():
+            path.write_bytes((lambda data: path.unlink() or data)(path.read_bytes()))
+    damage(finished.run_directory / "release")
+    with pytest.raises(UserError):
+        verify(finished)
+    rows = json.loads((finished.run_directory / "verify.failed.json").read_text())["checks"]
+    assert check in {row["check"] for row in rows if not row["passed"]}, rows
+
+
+def test_assembling_with_a_shard_of_another_plan_is_refused(finished):
+    path = finished.run_directory / "shards" / "model-00002.json"
+    receipt = json.loads(path.read_text())
+    receipt["plan_sha256"] = "0" * 64
+    path.write_text(json.dumps(receipt))
+    with pytest.raises(UserError, match="another plan"):
+        assemble(finished)

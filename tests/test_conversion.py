@@ -1,0 +1,272 @@
+"""The tiny release end to end: proven against the libraries that users will read it with."""
+
+import hashlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from kernels import mxfp4
+from stages import evaluate, quantize_experts, report, serve_bench, validate_gemm, verify_release
+from stages.checkpoint.files import read_json
+from stages.checkpoint.header import render_header, sorted_specs
+from stages.errors import UserError
+from stages.models import step37
+from stages.settings import load
+from tests.conftest import PROJECT, TINY, convert
+
+
+def release_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a directory, read by the safetensors library."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                assert name not in found
+                found[name] = file.get_tensor(name)
+    return found
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else bytes(tensor.untyped_storage())
+
+
+def test_everything_unquantized_is_bit_identical_to_the_source(converted):
+    source, release = release_tensors(TINY), release_tensors(converted.run_directory / "release")
+    kept = [name for name in source if ".moe." not in name or "gate.weight" in name or "router_bias" in name]
+    assert len(kept) == 173
+    for name in kept:
+        assert release[name].dtype == source[name].dtype and raw_bytes(release[name]) == raw_bytes(source[name]), name
+    assert {n for n in release if not n.endswith(("weight_packed", "weight_scale"))} == set(kept)
+
+
+def test_the_index_names_every_tensor_and_counts_their_true_bytes(converted):
+    release = converted.run_directory / "release"
+    index = json.loads((release / "model.safetensors.index.json").read_text())
+    tensors = release_tensors(release)
+    assert set(index["weight_map"]) == set(tensors)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    for shard in set(index["weight_map"].values()):
+        with safe_open(release / shard, framework="pt") as file:
+            assert set(file.keys()) == {name for name, where in index["weight_map"].items() if where == shard}
+
+
+def test_compressed_tensors_decompresses_our_experts_to_the_same_bits(converted):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.mxfp4 import MXFP4PackedCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    config = json.loads((converted.run_directory / "release" / "config.json").read_text())["quantization_config"]
+    group = config["config_groups"]["group_0"]
+    scheme = QuantizationScheme(targets=group["targets"], weights=group["weights"], format=group["format"])
+    tensors = release_tensors(converted.run_directory / "release")
+    packed_names = [name for name in tensors if name.endswith("weight_packed")]
+    assert len(packed_names) == 240
+    for name in packed_names:
+        packed, scale = tensors[name], tensors[name.replace("weight_packed", "weight_scale")]
+        theirs = MXFP4PackedCompressor.decompress(
+            {"weight_packed": packed.clone(), "weight_scale": scale.clone()}, scheme=scheme)["weight"]
+        ours = mxfp4.dequantize(packed, scale, theirs.dtype)
+        assert torch.equal(ours.view(torch.int16 if ours.element_size() == 2 else torch.int32),
+                           theirs.view(torch.int16 if ours.element_size() == 2 else torch.int32)), name
+
+
+def test_the_bytes_are_those_of_the_reference_quantizer(converted):
+    source, release = release_tensors(TINY), release_tensors(converted.run_directory / "release")
+    for layer, projection in ((1, "gate"), (3, "down"), (5, "up")):
+        name = f"model.layers.{layer}.moe.{projection}_proj.weight"
+        made = mxfp4.quantize(source[name], source[name + "_scale_inv"], rule="mse", backend="reference")
+        for expert in range(16):
+            stem = f"model.layers.{layer}.moe.experts.{expert}.{projection}_proj.weight"
+            assert torch.equal(release[stem + "_packed"], made.packed[expert])
+            assert torch.equal(release[stem + "_scale"], made.scale[expert])
+
+
+def test_stacked_layout_holds_the_same_bytes_in_three_dimensions(converted, tmp_path):
+    settings = convert(f"results={tmp_path}", f"source.path={TINY}", "recipe=mxfp4_experts_stacked")
+    single, stacked = (release_tensors(s.run_directory / "release") for s in (converted, settings))
+    name = "model.layers.2.moe.up_proj.weight_packed"
+    assert stacked[name].shape == (16, 128, 128)
+    for expert in range(16):
+        assert torch.equal(stacked[name][expert], single[f"model.layers.2.moe.experts.{expert}.up_proj.weight_packed"])
+    assert verify_release.run(settings)["passed"]
+
+
+@pytest.mark.parametrize("overrides", [
+    ["recipe.groups=[{roles: [routed_experts, attention, dense_mlp, shared_experts]}]"],
+    ["recipe.exponent_rule=ocp_floor"], ["recipe.exponent_rule=even"], ["recipe.exponent_rule=rceil"],
+])
+def test_other_recipes_make_proven_releases_that_load(tmp_path, overrides):
+    settings = convert(f"results={tmp_path}", f"source.path={TINY}", *overrides)
+    _, _, loading = step37.load(settings.run_directory / "release", torch.float32)
+    assert loading == {"missing": 0, "unexpected": 0}
+
+
+def test_release_scores_bit_for_bit_like_the_same_values_expanded_to_bf16(converted, tmp_path):
+    """The engine-side claim: nothing about the packed layout changes a single log-probability."""
+    release = converted.run_directory / "release"
+    expanded = tmp_path / "expanded"
+    expanded.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in step37.expanded_tensors(release, torch.bfloat16)},
+              expanded / "model.safetensors")
+    config = json.loads((release / "config.json").read_text())
+    config.pop("quantization_config")
+    (expanded / "config.json").write_text(json.dumps(config))
+    tokens = evaluate.tokens_of((PROJECT / "tests/tiny/held_out.txt").read_text(), release, 300)
+    for dtype in ("bfloat16", "float32"):
+        (packed, packed_drafts), (plain, plain_drafts) = (evaluate.Scorer(path, dtype)(tokens) for path in (release, expanded))
+        assert torch.equal(packed, plain)
+        assert all(torch.equal(a, b) for a, b in zip(packed_drafts, plain_drafts))
+
+
+def test_transformers_itself_loads_the_expanded_checkpoint_without_a_missing_key(converted, tmp_path):
+    """Our loader and transformers' own from_pretrained on files must agree, or our perplexities mean nothing."""
+    from transformers import Step3p7ForConditionalGeneration
+
+    release = converted.run_directory / "release"
+    save_file({name: tensor.contiguous() for name, tensor in step37.expanded_tensors(release, torch.float32)},
+              tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((release / "config.json").read_text())
+    config.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, info = Step3p7ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokens = evaluate.tokens_of("The river rises in the hills.", release, None)
+    ours, _ = evaluate.Scorer(release, "float32")(tokens)
+    with torch.no_grad():
+        theirs = model.eval()(input_ids=tokens[None], use_cache=False).logits[0].log_softmax(-1)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_release_with_an_expert_missing_is_not_scored(converted, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(converted.run_directory / "release", broken)
+    tensors = load_file(broken / "model-00003.safetensors")
+    for part in ("packed", "scale"):
+        for expert in range(16):
+            tensors.pop(f"model.layers.3.moe.experts.{expert}.up_proj.weight_{part}")
+    save_file(tensors, broken / "model-00003.safetensors")
+    with pytest.raises(UserError, match="does not fill the model"):
+        step37.load(broken, torch.float32)
+
+
+def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
+    quality = evaluate.run(converted)
+    noise = read_json(converted.run_directory / "sqnr.json", "evaluate")
+    assert 18.5 < noise["overall_db"] < 19.6 and noise["matrices"] == 240
+    assert quality["source"]["perplexity"] < 51.2  # a tenth of the vocabulary
+    assert quality["release"]["perplexity"] == pytest.approx(quality["source"]["perplexity"], rel=0.05)
+    assert quality["release"]["tokens"] == quality["text"]["tokens"] - 1
+    assert all(rate > 0.5 for rate in quality["release"]["draft_agreement"])
+    assert 0 < quality["divergence"]["mean_kl_nats"] < 0.05
+    gemm = validate_gemm.run(converted)
+    assert gemm["passed"] and {row["path"] for row in gemm["rows"]} == {"linear", "grouped_experts"}
+    assert all(row["arithmetic_db"] >= 45 and 17 < row["format_db"] < 22 for row in gemm["rows"])
+    serve_bench.run(converted)
+    report.run(converted)
+    page = (converted.run_directory / "report.html").read_text()
+    assert f"{noise['overall_db']:.2f} dB" in page and f"{quality['release']['perplexity']:.4f}" in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", "") and "<script src" not in page and "FAILED" not in page
+    card = (converted.run_directory / "card.md").read_text()
+    assert f"{quality['release']['perplexity']:.4f}" in card and "step37_tiny" in card
+    assert "A Step-3.7 model small enough for a repository" in card  # the source's own card, below
+
+
+def test_sqnr_in_the_receipts_is_that_of_the_decoded_weights(converted):
+    source, release = release_tensors(TINY), release_tensors(converted.run_directory / "release")
+    name, expert = "model.layers.4.moe.down_proj.weight", 7
+    truth = mxfp4.decode_block_fp8(source[name], source[name + "_scale_inv"])[expert].double()
+    stem = f"model.layers.4.moe.experts.{expert}.down_proj.weight"
+    made = mxfp4.dequantize(release[stem + "_packed"], release[stem + "_scale"]).double()
+    expected = 10 * math.log10(truth.square().sum() / (truth - made).square().sum())
+    receipt = read_json(converted.run_directory / "shards" / "model-00003.json", "quantize_experts")
+    _, signal, error, _ = receipt["quantized"][name][expert]
+    assert 10 * math.log10(signal / error) == pytest.approx(expected, abs=1e-6)
+
+
+def test_every_token_is_scored_exactly_once():
+    for count, context, stride in ((2, 8, 4), (8, 8, 4), (9, 8, 4), (100, 8, 3), (1000, 256, 128), (257, 256, 255)):
+        scored = []
+        for begin, end, first in evaluate.windows(count, context, stride):
+            assert 0 < end - begin <= context and begin < first
+            scored += range(first, end)
+        assert scored == list(range(1, count))
+
+
+def manifest_hash(settings) -> str:
+    return hashlib.sha256((settings.run_directory / "release" / "manifest.json").read_bytes()).hexdigest()
+
+
+def test_bytes_do_not_depend_on_the_backend(converted, tmp_path):
+    settings = convert(f"results={tmp_path}", f"source.path={TINY}", "device.backend=reference")
+    assert manifest_hash(settings) == manifest_hash(converted)
+
+
+def test_a_killed_conversion_leaves_no_partial_file_and_a_rerun_gives_the_same_bytes(converted, tmp_path):
+    """SIGKILL in the middle of a shard: no file under the final name, and the next run makes the same release."""
+    settings = load([f"results={tmp_path}", f"source.path={TINY}"])
+    for name in ("inspect.json", "plan.json"):
+        settings.run_directory.mkdir(parents=True, exist_ok=True)
+        shutil.copy(converted.run_directory / name, settings.run_directory / name)
+    shutil.copytree(converted.source_directory, settings.source_directory, symlinks=True)
+    killer = ("import os, signal, sys\n"
+              "from stages.checkpoint import writer\n"
+              "write, count = writer.ShardWriter.write, [0]\n"
+              "def die(self, name, data):\n"
+              "    write(self, name, data); count[0] += 1\n"
+              "    if count[0] == 60: os.kill(os.getpid(), signal.SIGKILL)\n"
+              "writer.ShardWriter.write = die\n"
+              "from stages.quantize_experts import main\n"
+              "main()\n")
+    command = [sys.executable, "-c", killer, f"results={tmp_path}", f"source.path={TINY}", "--shard", "model-00002.safetensors"]
+    killed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    shard = settings.run_directory / "shards" / "model-00002.safetensors"
+    assert not shard.exists() and not shard.with_suffix(".json").exists()
+    again = convert(f"results={tmp_path}", f"source.path={TINY}")
+    assert manifest_hash(again) == manifest_hash(converted)
+    assert not list((settings.run_directory / "shards").glob("*.part*")), "the rerun must clear what the kill left"
+
+
+def test_memory_stays_bounded_on_a_shard_much_larger_than_the_bound(tmp_path):
+    """A 1.5-GB shard of routed experts under 1 GB of resident memory, the workflow's promise to its scheduler."""
+    directory = tmp_path / "large"
+    directory.mkdir()
+    experts, rows, columns = 96, 1280, 4096
+    specs = sorted_specs([(f"model.layers.{layer}.moe.{projection}_proj.{part}", dtype, shape)
+                          for layer in (0,) for projection, r, c in (("gate", rows, columns), ("up", rows, columns),
+                                                                     ("down", columns, rows))
+                          for part, dtype, shape in (("weight", "F8_E4M3", (experts, r, c)),
+                                                     ("weight_scale_inv", "F32", (experts, r // 128, c // 128)))])
+    generator = numpy.random.default_rng(0)
+    codes = generator.integers(0, 127, size=rows * columns, dtype=numpy.uint8)
+    with open(directory / "model-00001.safetensors", "wb") as file:
+        file.write(render_header(specs, {"format": "pt"}))
+        for _, dtype, shape in specs:
+            for _ in range(shape[0]):
+                file.write(codes.tobytes() if dtype == "F8_E4M3" else
+                           numpy.full(shape[1] * shape[2], 0.01, numpy.float32).tobytes())
+    config = json.loads((TINY / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config))
+    script = ("import sys\n"
+              "from stages import download, inspect_format, plan, quantize_experts\n"
+              "from stages.settings import load\n"
+              "s = load(sys.argv[1:]); download.fetch_metadata(s); inspect_format.run(s); p = plan.run(s)\n"
+              "download.fetch_shard(s, 'model-00001.safetensors')\n"
+              "quantize_experts.convert_shard(s, p, 'model-00001.safetensors')\n"
+              "print('PEAK', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n")
+    ran = subprocess.run([sys.executable, "-c", script, "source=local", f"source.path={directory}",
+                          f"results={tmp_path / 'results'}"], cwd=PROJECT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    peak = int(ran.stdout.split("PEAK")[1]) / 1024
+    assert (directory / "model-00001.safetensors").stat().st_size > 1.5e9
+    assert peak < 1000, f"{peak:.0f} MiB resident"

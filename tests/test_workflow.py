@@ -1,0 +1,202 @@
+"""The workflow as a user runs it: Snakemake and DVC as processes, on the bundled model."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.settings import choices
+from tests.conftest import PROJECT
+
+pytestmark = pytest.mark.workflow
+SNAKEMAKE = [sys.executable, "-m", "snakemake"]
+
+
+def snakemake(directory, *arguments, **keywords):
+    return subprocess.run([*SNAKEMAKE, "--directory", str(directory), "-s", str(PROJECT / "Snakefile"), *arguments],
+                          cwd=PROJECT, capture_output=True, text=True, **keywords)
+
+
+def workdir(path: Path) -> Path:
+    """A working directory with the project's inputs but results of its own."""
+    path.mkdir(parents=True)
+    for name in ("tests", "stages", "kernels", "conf"):
+        (path / name).symlink_to(PROJECT / name)
+    return path
+
+
+def manifest(directory, recipe="mxfp4_experts"):
+    return (directory / "results" / "step37_tiny" / recipe / "release" / "manifest.json").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run of the workflow with default settings."""
+    directory = workdir(tmp_path_factory.mktemp("workflow") / "run")
+    ran = snakemake(directory, "--cores", "2")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return directory
+
+
+def test_the_whole_workflow_makes_a_proven_release_and_a_report(finished):
+    run_directory = finished / "results/step37_tiny/mxfp4_experts"
+    assert json.loads((run_directory / "verify.json").read_text())["passed"]
+    for name in ("report.html", "card.md", "gemm.json", "sqnr.json", "perplexity.json", "serving.json", "metrics.json"):
+        assert (run_directory / name).stat().st_size > 0
+    assert "release" in json.dumps(json.loads((run_directory / "perplexity.json").read_text()))
+    assert {row["backend"] for row in json.loads((run_directory / "gemm.json").read_text())["rows"]} >= {"cpu"}
+
+
+def test_source_shards_are_temporary(finished):
+    assert not list((finished / "results/step37_tiny/source/shards").glob("*"))
+
+
+def test_a_second_run_has_nothing_to_do(finished):
+    ran = snakemake(finished, "--cores", "2")
+    assert ran.returncode == 0 and "Nothing to be done" in ran.stdout + ran.stderr
+
+
+def test_changing_the_evaluation_does_not_convert_again(finished):
+    ran = snakemake(finished, "-n", "--cores", "2", "--config", "overrides=[evaluation.maximum_tokens=300]")
+    jobs = set(re.findall(r"^(?:local)?rule (\w+):", ran.stdout + ran.stderr, re.M))
+    assert ran.returncode == 0 and jobs == {"evaluate", "report", "all"}, ran.stdout + ran.stderr
+
+
+def test_a_deleted_shard_is_made_again_alone(finished):
+    before = manifest(finished)
+    run_directory = finished / "results/step37_tiny/mxfp4_experts"
+    (run_directory / "shards/model-00003.safetensors").unlink()
+    ran = snakemake(finished, "--cores", "2")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert len(re.findall(r"^rule quantize_experts:", ran.stdout + ran.stderr, re.M)) == 1
+    assert manifest(finished) == before
+
+
+def test_bytes_do_not_depend_on_the_number_of_cores(finished, tmp_path):
+    directory = workdir(tmp_path / "single")
+    ran = snakemake(directory, "--cores", "1", "--until", "assemble_release")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert manifest(directory) == manifest(finished)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(finished, tmp_path):
+    directory = workdir(tmp_path / "killed")
+    process = subprocess.Popen(
+        [*SNAKEMAKE, "--directory", str(directory), "-s", str(PROJECT / "Snakefile"), "--cores", "1"], cwd=PROJECT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    shards = directory / "results/step37_tiny/mxfp4_experts/shards"
+    deadline = time.monotonic() + 120
+    while len(list(shards.glob("*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (directory / "results/step37_tiny/mxfp4_experts/release").exists(), "killed too late to show anything"
+    unlock = snakemake(directory, "--unlock")
+    assert unlock.returncode == 0, unlock.stderr
+    ran = snakemake(directory, "--cores", "2", "--rerun-incomplete", "--until", "verify_release")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert manifest(directory) == manifest(finished)
+
+
+@pytest.mark.parametrize("source", [name for name in choices("source") if name != "local"])
+def test_every_recipe_and_source_dry_runs(tmp_path, source):
+    directory = workdir(tmp_path / "dry")
+    for recipe in choices("recipe"):
+        ran = snakemake(directory, "-n", "--quiet", "all", "--config", f"source={source}", f"recipe={recipe}")
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize(("config", "words"), [
+    (["recip=mxfp4_experts"], "recip=mxfp4_experts: unknown"),
+    (["recipe=mxfp5"], "no recipe 'mxfp5'"),
+    (["overrides=[recipe.layot=stacked]"], "did you mean 'recipe.layout'"),
+    (["source=local", "overrides=[source.path=/nonexistent]"], "/nonexistent"),
+])
+def test_a_mistake_on_the_command_line_is_one_clear_line(tmp_path, config, words):
+    ran = snakemake(workdir(tmp_path / "mistake"), "--cores", "1", "--config", *config)
+    assert ran.returncode != 0 and "Traceback" not in ran.stderr
+    (line,) = [line for line in ran.stderr.splitlines() if words in line]
+    assert line.startswith("error: ")
+
+
+def test_the_lane_bounds_how_many_source_shards_are_on_disk(tmp_path):
+    """`lane=1`: at no moment do two source shards lie in the staging area."""
+    directory = workdir(tmp_path / "lane")
+    process = subprocess.Popen(
+        [*SNAKEMAKE, "--directory", str(directory), "-s", str(PROJECT / "Snakefile"), "--cores", "2", "--until",
+         "assemble_release", "--config", "overrides=[device.lane=1]"], cwd=PROJECT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True)
+    staging, most = directory / "results/step37_tiny/source/shards", 0
+    while process.poll() is None:
+        most = max(most, len(list(staging.glob("*.safetensors"))))
+        time.sleep(0.005)
+    assert process.returncode == 0, process.stdout.read()
+    assert most == 1
+
+
+# --- DVC --------------------------------------------------------------------------------------------------------------
+
+
+def run(command, directory):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    ran = subprocess.run(command, cwd=directory, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, f"{command}: {ran.stdout}{ran.stderr}"
+    return ran.stdout + ran.stderr
+
+
+def release_hashes(lock: Path) -> dict:
+    yaml = pytest.importorskip("yaml")
+    return {name: out["md5"] for name, stage in yaml.safe_load(lock.read_text())["stages"].items() for out in stage["outs"]}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A fresh clone of the working tree's tracked files, with a repository of its own."""
+    directory = tmp_path_factory.mktemp("clone") / "mxforge"
+    directory.mkdir()
+    names = run(["git", "ls-files", "-z"], PROJECT).split("\0")
+    for name in filter(None, names):
+        target = directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (PROJECT / name).exists():
+            shutil.copyfile(PROJECT / name, target)
+    for command in (["git", "init", "-q"], ["git", "add", "-A"],
+                    ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "clone"]):
+        run(command, directory)
+    return directory
+
+
+def test_dvc_rebuilds_the_pinned_releases_to_the_committed_hashes_and_then_does_nothing(clone):
+    committed = release_hashes(clone / "dvc.lock")
+    assert committed and "step37_tiny" in " ".join(committed)
+    run(["dvc", "repro"], clone)
+    assert release_hashes(clone / "dvc.lock") == committed
+    assert release_hashes(clone / "dvc.lock") == release_hashes(PROJECT / "dvc.lock")
+    again = run(["dvc", "repro"], clone)
+    assert "Running stage" not in again and "up to date" in again
+    assert "Nothing to be done" in run(["snakemake", "--cores", "2"], clone)
+    shown = run(["dvc", "metrics", "show"], clone)
+    assert "release_perplexity" in shown and "sqnr_db" in shown
+    release = clone / "results/step37_tiny/mxfp4_experts/release/model-00002.safetensors"
+    shard = clone / "results/step37_tiny/mxfp4_experts/shards/model-00002.safetensors"
+    assert release.stat().st_ino == shard.stat().st_ino and release.stat().st_nlink == 3, "three names, one copy on disk"
+
+
+def test_dvc_rebuilds_only_the_release_whose_recipe_changed(clone):
+    if not (clone / "results/step37_tiny/mxfp4_experts/release").exists():
+        run(["dvc", "repro"], clone)
+    recipe = clone / "conf/recipe/mxfp4_experts_stacked.yaml"
+    recipe.write_text(recipe.read_text() + "exponent_rule: ocp_floor\n")
+    before = release_hashes(clone / "dvc.lock")
+    output = run(["dvc", "repro"], clone)
+    after = release_hashes(clone / "dvc.lock")
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"release@step37_tiny-mxfp4_experts_stacked"}
+    assert output.count("Running stage") == 1
