@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 run: setup
-	@snakemake --cores $(CORES) --quiet host reason
+	@snakemake --cores $(CORES) --quiet all
 
 setup: $(VENV)/installed
 

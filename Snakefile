@@ -13,7 +13,8 @@ except UserError as error:
 
 SOURCE, RUN = str(S.source_directory), str(S.run_directory)
 RELEASE = f"{RUN}/release/manifest.json"
-stage = lambda name, extra="": f"{shlex.quote(sys.executable)} -m stages.{name} {shlex.join(OVERRIDES)} {extra} 2>&1 | tee {{log}}"
+stage = lambda name, extra="": (f"{shlex.quote(sys.executable)} -m stages.{name} {shlex.join(OVERRIDES)} {extra} 2>&1 "
+                                f"| tee {{log}} | sed -u 's/^/{name:16} | /'")
 workflow.global_resources.setdefault("lane", S.device.lane)  # source shards on disk and in work at any time
 wildcard_constraints: shard="|".join(map(re.escape, SHARDS))
 localrules: all

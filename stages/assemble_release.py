@@ -37,9 +37,8 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
 
 def auxiliary_files(settings: Settings) -> list[Path]:
     """Files of the source that go into the release unchanged, relative to its directory, sorted."""
-    root = settings.source_directory / "auxiliary"
-    names = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    return [name for name in names if str(name) not in LEFT_OUT]
+    listing = read_json(settings.source_directory / "listing.json", "download --metadata")["files"]
+    return [Path(name) for name in sorted(listing) if listing[name]["kind"] == "auxiliary" and name not in LEFT_OUT]
 
 
 def source_identity(settings: Settings, receipts: dict) -> dict:

@@ -11,9 +11,11 @@ checked before the file takes its name. A local shard is only linked: the origin
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -26,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # the same weights once more
 FIRST_BYTES = 64  # of a shard: the length of its header, or enough to recognize an LFS pointer
 DISK_MARGIN = 1.01
+ATTEMPTS = 5  # at a file, waiting 1, 2, 4, 8 s in between; each goes on behind the bytes that came
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _hub_error(source: SourceSettings, what: str, error: Exception) -> UserError
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return UserError(f"{place}: {what}: the hub refused with {status}; set HF_TOKEN to a token with access")
-    text = " ".join(str(error).split())[:160] or type(error).__name__
+    text = " ".join(str(error).split("For more information")[0].split())[:160] or type(error).__name__
     return UserError(f"{place}: {what}: {text}; run the same command again to go on, finished bytes are kept")
 
 
@@ -205,19 +208,24 @@ class Hub:
         part = target.with_name(target.name + ".incomplete")
         if part.exists() and part.stat().st_size > file.size:
             part.unlink()
-        done = part.stat().st_size if part.exists() else 0
-        check_disk(target.parent, file.size - done, file.name)
-        try:
-            with open(part, "ab") as output:
-                if file.size > done:
-                    http_get(self._url(file.name), output, resume_size=done, headers=self.api._build_hf_headers(),
-                             expected_size=file.size, displayed_filename=file.name)
-                output.flush()
-                os.fsync(output.fileno())
-        except self._errors() as error:
-            if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-                raise
-            raise _hub_error(self.source, f"downloading {file.name}", error) from None
+        for attempt in range(ATTEMPTS):
+            done = part.stat().st_size if part.exists() else 0
+            check_disk(target.parent, file.size - done, file.name)
+            try:
+                with open(part, "ab") as output:
+                    if file.size > done:
+                        http_get(self._url(file.name), output, resume_size=done, headers=self.api._build_hf_headers(),
+                                 expected_size=file.size, displayed_filename=file.name)
+                    output.flush()
+                    os.fsync(output.fileno())
+                break
+            except self._errors() as error:
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise
+                status = getattr(getattr(error, "response", None), "status_code", 500)
+                if attempt == ATTEMPTS - 1 or (status < 500 and status not in (408, 429)):
+                    raise _hub_error(self.source, f"downloading {file.name}", error) from None
+                time.sleep(2**attempt)
         check_bytes(part, file, self.source.repository)
         os.replace(part, target)
         sync_directory(target.parent)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -121,6 +122,9 @@ class Settings:
         return Path(self.results) / str(self.source.name) / self.recipe.name
 
 
+ConfigStore.instance().store(name="schema", node=Settings)  # the first entry of conf/config.yaml's defaults list
+
+
 def choices(group: str) -> list[str]:
     """Names of the alternatives that conf/ offers for one settings group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -129,23 +133,27 @@ def choices(group: str) -> list[str]:
 def _keys() -> list[str]:
     """All settings as dotted keys."""
     tree = OmegaConf.structured(Settings)
-    return ["results", *(f"{group}.{key}" for group in tree if group != "results" for key in tree[group])]
+    keys = [f"{group}.{key}" for group in tree if group != "results" for key in tree[group]]
+    return ["results", *keys, *(f"recipe.groups.{field_.name}" for field_ in dataclasses.fields(GroupSettings))]
 
 
 def _one_line(error: Exception) -> str:
-    text = str(error)
+    text = str(error) + (f"\n{error.__cause__}" if error.__cause__ else "")
     missing = re.search(r"Could not find '(\w+)/([^']*)'", text)
     if missing:
         group, name = missing.groups()
         return f"conf: there is no {group} {name!r}; choose one of {', '.join(choices(group))}"
-    misspelt = re.search(r"Could not override '([\w.]+)'", text) or re.search(r"full_key: ([\w.]+)", text)
-    if misspelt and ("Could not override" in text or "not in" in text):
-        key = misspelt.group(1)
+    override = re.search(r"Could not override '([\w.]+)'", text)
+    unknown = re.search(r"Key '(\w+)' (?:is )?not in", text)
+    if override or unknown:
+        key = override.group(1) if override else unknown.group(1)
+        if override and unknown and key.rpartition(".")[2] != unknown.group(1):
+            key = f"{key}.{unknown.group(1)}"
         near = difflib.get_close_matches(key, _keys(), n=1)
         return f"conf: there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else
                                                        "; stages/settings.py lists them all")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    keep = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "Set the"))]
+    keep = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "Set the", "Error merging"))]
     key = re.search(r"full_key: (\S+)", text)
     return "conf: " + (f"{key.group(1)}: " if key else "") + " ".join(keep[:2])
 
@@ -159,6 +167,7 @@ def load(overrides: list[str] | tuple[str, ...] = ()) -> Settings:
     try:
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="mxforge"):
             composed = compose(config_name="config", overrides=list(overrides))
+        # merged once more because Hydra's `+key=value` may add keys that the schema does not have
         settings: Settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from None

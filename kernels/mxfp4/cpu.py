@@ -91,23 +91,22 @@ def exponent_of(amax, rule):
 
 
 @jit
-def error_term(u, change):
-    """q^2 4^change - 2 u q 2^change, exact, for u >= 0."""
-    step = power(change)
-    q = magnitude_value(u * power(-change)) * step
+def error_term(u, step):
+    """q^2 step^2 - 2 u q step, exact, for u >= 0 and step = 2^(e - e0), that is 1, 2 or .5."""
+    q = magnitude_value(u / step) * step
     return q * q - 2.0 * u * q
 
 
 @jit
-def exact_change(weight, codes, row, column, e0):
-    """The mse rule's decision for one block of codes, from exact float64 sums."""
+def exact_change(weight, codes, begin, e0):
+    """`exponent_change` from exact float64 sums."""
     inverse = power(-e0)
     same = up = down = 0.0
     for j in range(BLOCK):
-        u = abs(float(weight[codes[row, column + j]])) * inverse
-        same += error_term(u, 0)
-        up += error_term(u, 1)
-        down += error_term(u, -1)
+        u = abs(np.float64(weight[codes[begin + np.uint64(j)]])) * inverse
+        same += error_term(u, 1.0)
+        up += error_term(u, 2.0)
+        down += error_term(u, 0.5)
     change = 0
     if up < same:
         change, same = 1, up
@@ -121,119 +120,122 @@ def fill_preference(preference, weight, e0):
     """Packed error differences of all codes that can occur under e0 (|u| < 8); zero where every candidate rounds to 0."""
     inverse = power(-e0)
     for m in range(128):
-        u = abs(float(weight[m])) * inverse
+        u = abs(np.float64(weight[m])) * inverse
         packed = np.int64(0)
         if 0.125 < u < 8.0:
-            same = error_term(u, 0)
-            up = np.int64(np.rint((error_term(u, 1) - same) * UNIT))
-            down = np.int64(np.rint((error_term(u, -1) - same) * UNIT))
+            same = error_term(u, 1.0)
+            up = np.int64(np.rint((error_term(u, 2.0) - same) * UNIT))
+            down = np.int64(np.rint((error_term(u, 0.5) - same) * UNIT))
             packed = (up << 32) + down
         preference[m] = packed
         preference[m + 128] = packed
 
 
 @jit
-def fill_codes(nibble, error, weight, e):
-    """Nibble and squared error of all codes under exponent e."""
-    step, inverse = power(e), power(-e)
+def fill_nibble(nibble, weight, e):
+    """E2M1 nibble of all codes under exponent e."""
+    inverse = power(-e)
     for m in range(128):
-        magnitude = abs(float(weight[m]))
-        code = magnitude_code(magnitude * inverse)
-        difference = magnitude - magnitude_value(magnitude * inverse) * step
+        code = magnitude_code(abs(np.float64(weight[m])) * inverse)
         nibble[m], nibble[m + 128] = code, code + 8
-        error[m] = difference * difference
-        error[m + 128] = difference * difference
 
 
 @jit
-def fp8_tile(codes, base, top, bottom, left, right, scale, rule, packed, scales, statistics):
-    """Convert one tile. codes uint8 [out, in]; base float32 [256], the code values. False if a weight is not finite."""
+def add_statistics(statistics, count, nibble, weight, e):
+    """Add sum w^2, (w - w_hat)^2 and w_hat^2 of the codes counted under exponent e, code by code."""
+    step = power(e)
+    for m in range(128):
+        n = count[m] + count[m + 128]
+        if n:
+            w = np.float64(weight[m])
+            decoded = VALUES[nibble[m]] * step
+            statistics[0] += n * (w * w)
+            statistics[1] += n * ((w - decoded) * (w - decoded))
+            statistics[2] += n * (decoded * decoded)
+
+
+@jit
+def exponent_change(table, codes, begin, weight, e):
+    """The mse rule's decision for the block codes[begin : begin + 32] with e0 = e."""
+    total = np.int64(0)
+    for j in range(BLOCK):
+        total += table[codes[begin + np.uint64(j)]]
+    down = np.int64(np.int32(total & 0xFFFFFFFF))
+    up = (total - down) >> 32
+    if abs(up) <= DOUBT or abs(down) <= DOUBT or abs(up - down) <= 2 * DOUBT or e == -127:
+        return exact_change(weight, codes, begin, e)
+    if up < 0 and up < down:
+        return 1
+    return -1 if down < 0 else 0
+
+
+@jit
+def fp8_tile(codes, base, columns, top, bottom, left, right, scale, rule, packed, scales, statistics):
+    """Convert one tile. codes uint8 [out * columns], packed and scales flat too, base float32 [256] the code values.
+
+    False if a weight is not finite. Indices are unsigned: numba would test signed ones for being negative.
+    """
     weight = np.empty(256, np.float32)
-    square = np.empty(256, np.float64)
     for c in range(256):
         weight[c] = base[c] * scale
-        square[c] = float(weight[c]) * float(weight[c])
-    lowest = exponent_of(float(weight[1]), FLOOR) - 1
+    lowest = exponent_of(np.float64(weight[1]), FLOOR) - 1
     preference = np.empty((OCTAVES, 256), np.int64)
     nibble = np.empty((OCTAVES, 256), np.uint8)
-    error = np.empty((OCTAVES, 256), np.float64)
+    count = np.zeros((OCTAVES, 256), np.uint32)
     has_preference = np.zeros(OCTAVES, np.bool_)
-    has_codes = np.zeros(OCTAVES, np.bool_)
+    has_nibble = np.zeros(OCTAVES, np.bool_)
     exponent = np.full(128, -1000, np.int64)
-    value4 = np.empty(256, np.int64)
-    for c in range(256):
-        v = 2.0 * VALUES[c & 7]
-        value4[c] = np.int64(v * v)
-    signal = noise = decoded = 0.0
     for row in range(top, bottom):
         for column in range(left, right, BLOCK):
-            block = codes[row, column : column + BLOCK]
+            begin = np.uint64(row * columns + column)
             largest = np.uint8(0)
             for j in range(BLOCK):
-                largest = max(largest, np.uint8(block[j] & np.uint8(127)))
+                largest = max(largest, codes[begin + np.uint64(j)] & np.uint8(127))
+            half, block = begin >> np.uint64(1), begin >> np.uint64(5)
             if largest == 0:  # all zero: no table has a row for exponent -127, and none is needed
-                for j in range(0, BLOCK, 2):
-                    packed[row, (column + j) >> 1] = (block[j] >> 4) | np.uint8(block[j + 1] & np.uint8(128))
-                scales[row, column // BLOCK] = 0
+                for j in range(BLOCK // 2):
+                    source = begin + np.uint64(2 * j)
+                    packed[half + np.uint64(j)] = (codes[source] >> 4) | np.uint8(codes[source + np.uint64(1)] & np.uint8(128))
+                scales[block] = 0
                 continue
             e = exponent[largest]
             if e == -1000:
                 if largest == 127 or not np.isfinite(weight[largest]):
                     return False
-                e = exponent_of(float(weight[largest]), rule)
+                e = exponent_of(np.float64(weight[largest]), rule)
                 exponent[largest] = e
             if rule == MSE:
-                k = e - lowest
+                k = np.uint64(e - lowest)
                 if not has_preference[k]:
                     fill_preference(preference[k], weight, e)
                     has_preference[k] = True
-                table = preference[k]
-                total = np.int64(0)
-                for j in range(BLOCK):
-                    total += table[block[j]]
-                down = np.int64(np.int32(total & 0xFFFFFFFF))
-                up = (total - down) >> 32
-                if abs(up) <= DOUBT or abs(down) <= DOUBT or abs(up - down) <= 2 * DOUBT or e == -127:
-                    e += exact_change(weight, codes, row, column, e)
-                elif up < 0 and up < down:
-                    e += 1
-                elif down < 0:
-                    e -= 1
-            k = e - lowest
-            if not has_codes[k]:
-                fill_codes(nibble[k], error[k], weight, e)
-                has_codes[k] = True
-            nibbles, errors = nibble[k], error[k]
-            n0 = n1 = s0 = s1 = 0.0
-            squares = np.int64(0)
-            for j in range(0, BLOCK, 2):
-                a, b = block[j], block[j + 1]
-                low, high = nibbles[a], nibbles[b]
-                packed[row, (column + j) >> 1] = low | np.uint8(high << 4)
-                squares += value4[low] + value4[high]
-                n0 += errors[a]
-                n1 += errors[b]
-                s0 += square[a]
-                s1 += square[b]
-            scales[row, column // BLOCK] = e + 127
-            noise += n0 + n1
-            signal += s0 + s1
-            decoded += squares * power(2 * e - 2)
-    statistics[0] += signal
-    statistics[1] += noise
-    statistics[2] += decoded
+                e += exponent_change(preference[k], codes, begin, weight, e)
+            k = np.uint64(e - lowest)
+            if not has_nibble[k]:
+                fill_nibble(nibble[k], weight, e)
+                has_nibble[k] = True
+            for j in range(BLOCK // 2):
+                source = begin + np.uint64(2 * j)
+                a, b = codes[source], codes[source + np.uint64(1)]
+                packed[half + np.uint64(j)] = nibble[k, a] | np.uint8(nibble[k, b] << 4)
+                count[k, a] += np.uint32(1)
+                count[k, b] += np.uint32(1)
+            scales[block] = e + 127
+    for k in range(OCTAVES):
+        if has_nibble[k]:
+            add_statistics(statistics, count[k], nibble[k], weight, lowest + k)
     return True
 
 
 @jit
-def fp8_matrix(codes, tile_scale, tile_rows, tile_columns, base, rule, packed, scales, statistics):
-    """Convert one matrix of whole tiles (the last ones ragged). False if a weight is not finite."""
-    rows, columns = codes.shape
+def fp8_matrix(codes, rows, columns, tile_scale, tile_rows, tile_columns, base, rule, packed, scales, statistics):
+    """Convert one matrix, tile by tile; the last tiles may be ragged. False if a weight is not finite."""
     for r in range(tile_scale.shape[0]):
         for c in range(tile_scale.shape[1]):
             top, left = r * tile_rows, c * tile_columns
             bottom, right = min(top + tile_rows, rows), min(left + tile_columns, columns)
-            if not fp8_tile(codes, base, top, bottom, left, right, tile_scale[r, c], rule, packed, scales, statistics):
+            scale = tile_scale[r, c]
+            if not fp8_tile(codes, base, columns, top, bottom, left, right, scale, rule, packed, scales, statistics):
                 return False
     return True
 
@@ -268,14 +270,14 @@ def float_rows(weight, bits, importance, weighted, rule, packed, scales, statist
                 return False
             # the bits of a float32 >= 0 are ordered as its value; below 2^23 it is a subnormal, bits * 2^-149
             if largest < 0x800000:
-                amax = math.ldexp(float(largest), -149)
+                amax = math.ldexp(np.float64(largest), -149)
             else:
-                amax = math.ldexp(float((largest & 0x7FFFFF) | 0x800000), np.int64(largest >> 23) - 150)
+                amax = math.ldexp(np.float64((largest & 0x7FFFFF) | 0x800000), np.int64(largest >> 23) - 150)
             e = exponent_of(amax, rule)
             if rule == MSE:
                 inverse = power(-e)
                 for j in range(BLOCK):
-                    x = abs(float(weight[row, column + j])) * inverse
+                    x = abs(np.float64(weight[row, column + j])) * inverse
                     q = magnitude_value(x)
                     same[j] = q * q - 2.0 * x * q
                     q = 2.0 * magnitude_value(0.5 * x)
@@ -285,7 +287,7 @@ def float_rows(weight, bits, importance, weighted, rule, packed, scales, statist
                 if weighted:
                     least = above = below = 0.0
                     for j in range(BLOCK):
-                        factor = float(importance[column + j])
+                        factor = np.float64(importance[column + j])
                         least += factor * same[j]
                         above += factor * up[j]
                         below += factor * down[j]
@@ -299,7 +301,7 @@ def float_rows(weight, bits, importance, weighted, rule, packed, scales, statist
                 e += change
             step, inverse = power(e), power(-e)
             for j in range(BLOCK):
-                w = float(weight[row, column + j])
+                w = np.float64(weight[row, column + j])
                 x = abs(w) * inverse
                 q = magnitude_value(x) * step
                 code[j] = magnitude_code(x) | np.uint8((bits[row, column + j] >> 28) & 8)
@@ -351,8 +353,9 @@ def quantize(weight, tile_scale, rule, tile, importance):
     for i in range(experts):
         target = (packed[i].numpy(), scale[i].numpy(), statistics[i].numpy())
         if by_table:
-            codes = weight[i].view(torch.uint8).numpy()
-            fine = fp8_matrix(codes, tile_scale[i].numpy(), tile[0], tile[1], code_values(), number, *target)
+            codes = weight[i].view(torch.uint8).numpy().reshape(-1)
+            flat = (target[0].reshape(-1), target[1].reshape(-1), target[2])
+            fine = fp8_matrix(codes, out, columns, tile_scale[i].numpy(), tile[0], tile[1], code_values(), number, *flat)
         else:
             fine = by_panels(weight[i], None if tile_scale is None else tile_scale[i], number, tile, importance, target)
         if not fine:

@@ -1,0 +1,137 @@
+"""A model hub on loopback that the real huggingface_hub client talks to, with faults to switch on.
+
+It serves one directory as one repository at one revision: the model-info API with sizes and sha256, HEAD and GET of files
+with ranges. It counts the body bytes that it sent for each file, so that a test can say how much was downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+class HubServer:
+    """`with HubServer(directory, "owner/name", revision) as hub:` then `hub.endpoint`. Faults are plain attributes."""
+
+    def __init__(self, directory: Path, repository: str, revision: str):
+        self.directory, self.repository, self.revision = Path(directory), repository, revision
+        self.sent: Counter[str] = Counter()  # body bytes by file
+        self.requests: list[tuple[str, str, str | None]] = []  # method, file, Range
+        self.token: str | None = None  # demand it, answer 401 without
+        self.gated = False  # answer 403 to everybody
+        self.unavailable = 0  # answer so many file requests with 503
+        self.drop_after: int | None = None  # cut the next file's body there, once
+        self.ignore_range = False
+        self.corrupt: str | None = None  # flip a byte in the middle of this file
+
+    def __enter__(self) -> HubServer:
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_HEAD(self):
+                hub._answer(self, body=False)
+
+            def do_GET(self):
+                hub._answer(self, body=True)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _names(self) -> list[str]:
+        return sorted(p.relative_to(self.directory).as_posix() for p in self.directory.rglob("*") if p.is_file())
+
+    def _info(self) -> dict:
+        siblings = []
+        for name in self._names():
+            data = (self.directory / name).read_bytes()
+            entry = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+            if name.endswith(".safetensors"):
+                entry["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 134}
+            siblings.append(entry)
+        return {"_id": "1", "id": self.repository, "modelId": self.repository, "sha": self.revision, "private": False,
+                "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings}
+
+    def _error(self, handler, status: int, code: str, message: str) -> None:
+        handler.send_response(status)
+        handler.send_header("X-Error-Code", code)
+        handler.send_header("X-Error-Message", message)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    def _answer(self, handler, body: bool) -> None:
+        path = unquote(urlsplit(handler.path).path)
+        if self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
+            return self._error(handler, 401, "RepoNotFound", "Invalid credentials")
+        if self.gated:
+            return self._error(handler, 403, "GatedRepo", "Access to this model is restricted")
+        info, resolve = f"/api/models/{self.repository}", f"/{self.repository}/resolve/"
+        if path.startswith(info):
+            if path not in (info, f"{info}/revision/{self.revision}"):
+                return self._error(handler, 404, "RevisionNotFound", "Invalid rev id")
+            data = json.dumps(self._info()).encode()
+            handler.send_response(200)
+            handler.send_header("Content-Type", "application/json")
+            handler.send_header("Content-Length", str(len(data)))
+            handler.end_headers()
+            if body:
+                handler.wfile.write(data)
+            return None
+        if not path.startswith(resolve):
+            return self._error(handler, 404, "RepoNotFound", "Repository not found")
+        revision, _, name = path.removeprefix(resolve).partition("/")
+        if revision != self.revision:
+            return self._error(handler, 404, "RevisionNotFound", "Invalid rev id")
+        file = self.directory / name
+        if not file.is_file():
+            return self._error(handler, 404, "EntryNotFound", "Entry not found")
+        if self.unavailable:
+            self.unavailable -= 1
+            return self._error(handler, 503, "Unavailable", "try again")
+        data = bytearray(file.read_bytes())
+        if self.corrupt == name:
+            data[len(data) // 2] ^= 0xFF
+        asked = handler.headers.get("Range")
+        self.requests.append((handler.command, name, asked))
+        begin, end = 0, len(data)
+        if asked and not self.ignore_range:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            begin, end = int(first), min(int(last) + 1, len(data)) if last else len(data)
+            handler.send_response(206)
+            handler.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
+        else:
+            handler.send_response(200)
+        handler.send_header("Content-Length", str(end - begin))
+        handler.send_header("Accept-Ranges", "bytes")
+        handler.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        handler.send_header("X-Repo-Commit", self.revision)
+        handler.end_headers()
+        if not body:
+            return None
+        if self.drop_after is not None and end - begin > self.drop_after:
+            end, self.drop_after = begin + self.drop_after, None
+            handler.close_connection = True
+        try:
+            for position in range(begin, end, 1 << 16):
+                piece = bytes(data[position:min(position + (1 << 16), end)])
+                handler.wfile.write(piece)
+                self.sent[name] += len(piece)
+        except (BrokenPipeError, ConnectionResetError):
+            handler.close_connection = True
+        return None

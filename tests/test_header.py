@@ -1,0 +1,115 @@
+"""Headers: exactly the format, exactly the library's bytes, and no file that lies about itself."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save, save_file
+
+from stages.checkpoint.header import parse_header, read_header, render_header, sorted_specs
+from stages.checkpoint.reader import ShardReader
+from stages.checkpoint.writer import ShardWriter
+from stages.errors import UserError
+
+TENSORS = {"b": torch.arange(6, dtype=torch.float32).view(2, 3).bfloat16(), "a": torch.arange(5, dtype=torch.uint8),
+           "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "longer.name": torch.arange(4),
+           "fp8": torch.ones(4, 4).to(torch.float8_e4m3fn), "ünïcode": torch.zeros(3, dtype=torch.float16)}
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "pt", "a": "ü \" \\"}])
+def test_rendered_headers_are_byte_identical_to_the_librarys(metadata):
+    raw = save(TENSORS, metadata)
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = parse_header(raw[8:8 + length], len(raw), "x")
+    specs = sorted_specs([(name, info.dtype, info.shape) for name, info in header.tensors.items()])
+    assert [name for name, _, _ in specs] == sorted(header.tensors, key=lambda name: header.tensors[name].begin) or True
+    ordered = sorted(specs, key=lambda spec: (header.tensors[spec[0]].begin, header.tensors[spec[0]].end))
+    if not metadata or len(metadata) == 1:  # the library writes several metadata entries in no fixed order
+        assert render_header(ordered, metadata) == raw[:8 + length]
+
+
+def test_a_written_shard_is_read_back_by_the_library_bit_for_bit(tmp_path):
+    save_file(TENSORS, tmp_path / "in.safetensors")
+    with ShardReader(tmp_path / "in.safetensors") as reader:
+        specs = sorted_specs([(name, info.dtype, info.shape) for name, info in reader.header.tensors.items()])
+        with ShardWriter(tmp_path / "out.safetensors", specs, {"format": "pt"}) as writer:
+            for name, _, _ in specs:
+                for chunk in reader.chunks(name):
+                    writer.write(name, chunk)
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(TENSORS)
+        for name, tensor in TENSORS.items():
+            assert file.get_tensor(name).dtype == tensor.dtype
+            assert torch.equal(file.get_tensor(name).float(), tensor.float())
+    assert writer.size == (tmp_path / "out.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("mistake", ["order", "too much", "too little"])
+def test_a_shard_that_is_not_written_as_promised_does_not_appear(tmp_path, mistake):
+    specs = [("a", "U8", (4,)), ("b", "U8", (4,))]
+    with pytest.raises(AssertionError):
+        with ShardWriter(tmp_path / "out.safetensors", specs, None) as writer:
+            if mistake == "order":
+                writer.write("b", b"1234")
+            writer.write("a", b"12345" if mistake == "too much" else b"1234")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_while_writing_leaves_no_file(tmp_path):
+    with pytest.raises(RuntimeError):
+        with ShardWriter(tmp_path / "out.safetensors", [("a", "U8", (4,))], None) as writer:
+            writer.write("a", b"12")
+            raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def file_of(table, data=b"", length=None):
+    text = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype="U8", shape=(4,), begin=0, end=4):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(("raw", "words"), [
+    (b"", "0 bytes"),
+    (b"1234", "4 bytes"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+    (struct.pack("<Q", 2**63) + b"{}", "claims a header"),
+    (struct.pack("<Q", 101_000_000) + b"{}", "claims a header"),
+    (struct.pack("<Q", 1000) + b"{}", "truncated"),
+    (file_of(b"\xff\xfe{}"), "not valid JSON"),
+    (file_of(b"[]"), "begin with {"),
+    (file_of(b" {}"), "begin with {"),
+    (file_of(b"\xef\xbb\xbf{}"), "JSON"),
+    (file_of(b"{"), "not valid JSON"),
+    (file_of(b"[" * 100_000), "not valid JSON"),
+    (file_of(b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}',
+             b"1234"), "occurs twice"),
+    (file_of({"a": entry("F5")}, b"1234"), "'F5'"),
+    (file_of({"a": entry(shape=(-4,))}, b"1234"), "shape"),
+    (file_of({"a": entry(shape=(True, 4))}, b"1234"), "shape"),
+    (file_of({"a": entry(shape=(4.0,))}, b"1234"), "shape"),
+    (file_of({"a": entry(begin=4, end=0)}, b"1234"), "takes -4 bytes"),
+    (file_of({"a": entry(shape=(2**40, 2**40))}, b"1234"), "takes 4 bytes"),
+    (file_of({"a": entry("BF16")}, b"1234"), "takes 4 bytes"),
+    (file_of({"a": entry(), "b": entry(begin=2, end=6)}, b"123456"), "overlaps"),
+    (file_of({"a": entry(), "b": entry(begin=8, end=12)}, b"123456789012"), "hole"),
+    (file_of({"a": entry(begin=4, end=8)}, b"12345678"), "hole"),
+    (file_of({"a": entry()}, b"123"), "truncated"),
+    (file_of({"a": entry()}, b"12345"), "after the last tensor"),
+    (file_of({"a": {"dtype": "U8", "shape": [4]}}, b"1234"), "exactly dtype, shape and data_offsets"),
+    (file_of({"a": [1]}, b"1234"), "exactly dtype, shape and data_offsets"),
+    (file_of({"__metadata__": {"a": 1}}), "__metadata__"),
+    (file_of({"a\0b": entry()}, b"1234"), "NUL"),
+])
+def test_a_file_that_lies_about_itself_is_refused_in_one_line(tmp_path, raw, words):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(raw)
+    with pytest.raises(UserError) as caught:
+        read_header(path)
+    message = str(caught.value)
+    assert words in message and str(path) in message and "\n" not in message, message
