@@ -13,8 +13,9 @@ except UserError as error:
 
 SOURCE, RUN = str(S.source_directory), str(S.run_directory)
 RELEASE = f"{RUN}/release/manifest.json"
-stage = lambda name, extra="": (f"{shlex.quote(sys.executable)} -m stages.{name} {shlex.join(OVERRIDES)} {extra} 2>&1 "
-                                f"| tee {{log}} | sed -u 's/^/{name:16} | /'")
+PYTHON, SETTINGS = shlex.quote(sys.executable), shlex.join(OVERRIDES)  # filled in late: they are no part of a rule's code
+stage = lambda name, extra="": (f"{{PYTHON}} -m stages.{name} {{SETTINGS}} {extra} 2>&1 | tee {{log}} "
+                                f"| sed -u 's/^/{name:16} | /'")
 workflow.global_resources.setdefault("lane", S.device.lane)  # source shards on disk and in work at any time
 wildcard_constraints: shard="|".join(map(re.escape, SHARDS))
 localrules: all

@@ -168,7 +168,8 @@ def load(overrides: list[str] | tuple[str, ...] = ()) -> Settings:
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="mxforge"):
             composed = compose(config_name="config", overrides=list(overrides))
         # merged once more because Hydra's `+key=value` may add keys that the schema does not have
-        settings: Settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), composed))
+        settings: Settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings),
+                                                                 OmegaConf.to_container(composed)))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from None
     _check(settings)
