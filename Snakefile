@@ -44,14 +44,14 @@ rule plan:
 
 rule download_shard:
     input: f"{RUN}/plan.json"
-    output: temp(f"{SOURCE}/shards/{{shard}}.safetensors")
-    log: f"{SOURCE}/logs/{{shard}}.log"
+    output: temp(f"{RUN}/source/{{shard}}.safetensors")
+    log: f"{RUN}/logs/download_shard/{{shard}}.log"
     resources: lane=1
     group: "shard"
     shell: stage("download", "--shard {wildcards.shard}.safetensors")
 
 rule quantize_experts:
-    input: plan=f"{RUN}/plan.json", source=f"{SOURCE}/shards/{{shard}}.safetensors"
+    input: plan=f"{RUN}/plan.json", source=f"{RUN}/source/{{shard}}.safetensors"
     output: shard=f"{RUN}/shards/{{shard}}.safetensors", receipt=f"{RUN}/shards/{{shard}}.json"
     log: f"{RUN}/logs/quantize_experts/{{shard}}.log"
     benchmark: f"{RUN}/benchmarks/quantize_experts/{{shard}}.tsv"
@@ -85,7 +85,7 @@ rule evaluate:
     output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
     params: evaluation=as_json(S.evaluation)
     log: f"{RUN}/logs/evaluate.log"
-    threads: workflow.cores
+    threads: 64  # as many as there are
     shell: stage("evaluate")
 
 rule serve_bench:
@@ -93,7 +93,7 @@ rule serve_bench:
     output: f"{RUN}/serving.json"
     params: serving=as_json(S.serving)
     log: f"{RUN}/logs/serve_bench.log"
-    threads: workflow.cores
+    threads: 64  # as many as there are
     shell: stage("serve_bench")
 
 rule report:

@@ -1,4 +1,4 @@
-"""Brings a checkpoint's files into the staging area: its metadata at once, its shards one by one when they are needed.
+"""Brings a checkpoint's files to where they are worked on: its metadata at once, its shards one by one when they are needed.
 
 A source is a local directory or a hub repository at a pinned revision. Metadata is everything but the weights: a listing
 with sizes and hashes, the auxiliary files byte for byte, and the headers of *all* shards, which for a hub come by range
@@ -297,7 +297,7 @@ def _index_anomalies(directory: Path, headers: dict[str, Header], place: str) ->
 
 
 def fetch_metadata(settings: Settings) -> None:
-    """Writes listing.json, headers.json and auxiliary/ into the staging area."""
+    """Writes listing.json, headers.json and auxiliary/ into results/<source>/source."""
     check_places(settings)
     source, directory = settings.source, settings.source_directory
     files = list_files(source)
@@ -346,14 +346,14 @@ def fetch_metadata(settings: Settings) -> None:
 
 
 def fetch_shard(settings: Settings, shard: str) -> Path:
-    """Makes one shard available in the staging area and returns its path there: linked from a local source, else downloaded."""
+    """Makes one shard available to this run and returns its path: linked from a local source, else downloaded."""
     check_places(settings)
     listing = read_json(settings.source_directory / "listing.json", "download --metadata")["files"]
     if listing.get(shard, {}).get("kind") != "shard":
         raise UserError(f"--shard {shard}: not a shard of {settings.source.name}; it has "
                         f"{', '.join(name for name, entry in listing.items() if entry['kind'] == 'shard')}")
     file = SourceFile(shard, listing[shard]["bytes"], listing[shard]["sha256"], "shard")
-    target = settings.source_directory / "shards" / shard
+    target = settings.shard_directory / shard
     if settings.source.repository:
         if not target.exists():
             Hub(settings.source).fetch(file, target)

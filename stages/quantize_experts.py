@@ -129,7 +129,7 @@ class Quantizer:
 
 def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
     """Converts one shard and returns its receipt (also written beside the output)."""
-    source_path = settings.source_directory / "shards" / shard
+    source_path = settings.shard_directory / shard
     if not source_path.exists():
         raise UserError(f"{source_path} is missing: run download --shard {shard} first")
     target = settings.run_directory / "shards" / shard

@@ -113,8 +113,13 @@ class Settings:
 
     @property
     def source_directory(self) -> Path:
-        """Staging area of the source: listing, headers, auxiliary files, and shards while they are needed."""
+        """Metadata of the source: listing, headers and auxiliary files."""
         return Path(self.results) / str(self.source.name) / "source"
+
+    @property
+    def shard_directory(self) -> Path:
+        """Source shards while they are needed; of one run, so that two recipes never wait for or delete each other's."""
+        return self.run_directory / "source"
 
     @property
     def run_directory(self) -> Path:

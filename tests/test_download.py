@@ -59,8 +59,8 @@ def test_planning_a_hub_checkpoint_downloads_headers_and_no_weights(hub, setting
 def test_an_interrupted_download_goes_on_where_it_stopped(hub, settings):
     """The next process must not start at zero: what is there is kept under a stable name and continued."""
     download.fetch_metadata(settings)
-    target = settings.source_directory / "shards" / SHARD
-    target.parent.mkdir()
+    target = settings.shard_directory / SHARD
+    target.parent.mkdir(parents=True)
     data = (TINY / SHARD).read_bytes()
     target.with_name(SHARD + ".incomplete").write_bytes(data[:3_000_000])
     hub.sent.clear()
@@ -92,7 +92,7 @@ def test_bytes_that_are_not_those_the_hub_listed_are_deleted_and_refused(hub, se
     hub.corrupt = SHARD
     with pytest.raises(UserError, match=rf"{SHARD} has sha256 .* the hub listed"):
         download.fetch_shard(settings, SHARD)
-    assert not list((settings.source_directory / "shards").glob("*"))
+    assert not list((settings.shard_directory).glob("*"))
     hub.corrupt = None
     assert download.fetch_shard(settings, SHARD).exists()
 
@@ -196,4 +196,4 @@ def test_the_command_line_downloads_from_the_hub(hub, tmp_path):
         ran = subprocess.run([sys.executable, "-m", "stages.download", *hub_overrides(tmp_path), *what], cwd=PROJECT,
                              env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / "results/hub_tiny/source/shards" / SHARD).read_bytes() == (TINY / SHARD).read_bytes()
+    assert (tmp_path / "results/hub_tiny/mxfp4_experts/source" / SHARD).read_bytes() == (TINY / SHARD).read_bytes()

@@ -40,6 +40,7 @@ PANEL_BYTES = 1 << 18  # float32 row panel: stays in the second-level cache
 STRIP_BYTES = 1 << 14  # a 128x128 tile: stays in the first-level cache beside its tables
 OCTAVES = 24  # e4m3 spans 18 octaves of e0, and e runs one past either end
 UNIT = 2.0**22
+ZERO_BLOCK = OCTAVES - 1  # row of the tables for blocks of zeros, which belong to no octave
 DOUBT = 32  # 32 terms, each truncated by less than a unit
 VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
@@ -57,8 +58,9 @@ def jit(function):
 def magnitude_value(x):
     """The E2M1 value nearest to x >= 0, ties to the even code, saturating."""
     # steps between neighbouring values, each taken once its midpoint is passed (or reached, where the lower code is odd)
-    q = 0.5 * (x > 0.25) + 0.5 * (x >= 0.75) + 0.5 * (x > 1.25) + 0.5 * (x >= 1.75)
-    return q + 1.0 * (x > 2.5) + 1.0 * (x >= 3.5) + 2.0 * (x > 5.0)
+    halves = np.int32(x > 0.25) + np.int32(x >= 0.75) + np.int32(x > 1.25) + np.int32(x >= 1.75)
+    halves += 2 * (np.int32(x > 2.5) + np.int32(x >= 3.5)) + 4 * np.int32(x > 5.0)
+    return 0.5 * halves
 
 
 @jit
@@ -117,20 +119,31 @@ def exact_change(weight, codes, begin, e0):
 
 
 @jit
-def fill_preference(preference, weight, e0):
-    """Packed error differences of all codes; those with |u| >= 8 cannot occur under e0 and hold nonsense.
+def fill_nibble(nibble, weight, e):
+    """E2M1 nibble of all codes under exponent e."""
+    inverse = power(-e)
+    for m in range(128):
+        code = magnitude_code(abs(np.float64(weight[m])) * inverse)
+        nibble[m], nibble[m + 128] = code, code + 8
 
-    No branches, so that it vectorizes: the table costs as much as some hundred weights.
+
+@jit
+def fill_preference(preference, nibble, weight, k, e0):
+    """Packed error differences of the codes that can occur under e0, which have |u| < 8; |u| <= 2^-3 rounds to 0 always.
+
+    nibble: the tables of e0 - 1, e0 and e0 + 1, at rows k - 1, k and k + 1.
     """
     inverse = power(-e0)
     for m in range(128):
         u = abs(np.float64(weight[m])) * inverse
-        same = error_term(u, 1.0)
-        up = np.int64((error_term(u, 2.0) - same) * UNIT)
-        down = np.int64((error_term(u, 0.5) - same) * UNIT)
-        preference[m] = (up << 32) + down
-    for m in range(128):
-        preference[m + 128] = preference[m]
+        packed = np.int64(0)
+        if 0.125 < u < 8.0:
+            below, same, above = 0.5 * VALUES[nibble[k - 1, m]], VALUES[nibble[k, m]], 2.0 * VALUES[nibble[k + 1, m]]
+            error = same * (same - 2.0 * u)
+            up = np.int64((above * (above - 2.0 * u) - error) * UNIT)
+            down = np.int64((below * (below - 2.0 * u) - error) * UNIT)
+            packed = (up << 32) + down
+        preference[k, m] = preference[k, m + 128] = packed
 
 
 @jit
@@ -153,15 +166,6 @@ def largest_magnitude(a, b, c, d):
 
 
 @jit
-def fill_nibble(nibble, weight, e):
-    """E2M1 nibble of all codes under exponent e."""
-    inverse = power(-e)
-    for m in range(128):
-        code = magnitude_code(abs(np.float64(weight[m])) * inverse)
-        nibble[m], nibble[m + 128] = code, code + 8
-
-
-@jit
 def add_statistics(statistics, count, nibble, weight, e):
     """Add sum w^2, (w - w_hat)^2 and w_hat^2 of the codes counted under exponent e, code by code."""
     step = power(e)
@@ -176,15 +180,84 @@ def add_statistics(statistics, count, nibble, weight, e):
 
 
 @jit
-def fp8_tile(source, strip, words, base, columns, top, bottom, left, right, scale, rule, packed, scales, statistics):
+def find_exponents(words, weight, lowest, rule, chosen):
+    """Step 1: chosen[block] = exponent under `rule` (e0 for mse) less `lowest`. False if a weight is not finite."""
+    exponent = np.full(128, -1, np.int64)
+    exponent[0] = ZERO_BLOCK
+    for block in range(chosen.size):
+        i = np.uint64(4 * block)
+        largest = largest_magnitude(words[i], words[i + np.uint64(1)], words[i + np.uint64(2)], words[i + np.uint64(3)])
+        if exponent[largest] < 0:
+            if largest == 127 or not np.isfinite(weight[largest]):
+                return False
+            exponent[largest] = exponent_of(np.float64(weight[largest]), rule) - lowest
+        chosen[block] = exponent[largest]
+    return True
+
+
+@jit
+def move_exponents(strip, weight, lowest, preference, has_preference, nibble, has_nibble, chosen):
+    """Step 2, mse only: chosen[block] moves to the best of e0, e0 + 1, e0 - 1."""
+    for block in range(chosen.size):
+        k = np.uint64(chosen[block])
+        if k == ZERO_BLOCK:
+            continue
+        if not has_preference[k]:
+            for row in range(chosen[block] - 1, chosen[block] + 2):
+                if not has_nibble[row]:
+                    fill_nibble(nibble[row], weight, lowest + row)
+                    has_nibble[row] = True
+            fill_preference(preference, nibble, weight, chosen[block], lowest + chosen[block])
+            has_preference[k] = True
+        begin = np.uint64(BLOCK * block)
+        total = np.int64(0)
+        for j in range(BLOCK):
+            total += preference[k, strip[begin + np.uint64(j)]]
+        down = np.int64(np.int32(total & 0xFFFFFFFF))
+        up = (total - down) >> 32
+        if min(abs(up), abs(down)) <= DOUBT or abs(up - down) <= 2 * DOUBT or lowest + chosen[block] == -127:
+            chosen[block] += exact_change(weight, strip, begin, lowest + chosen[block])
+        else:
+            chosen[block] += np.int8((up < 0) & (up < down)) - np.int8((down < 0) & (down < up))
+
+
+@jit
+def write_blocks(strip, weight, lowest, nibble, has_nibble, count, has_count, chosen, first, in_row, stride, packed, scales):
+    """Step 3: nibbles and scale bytes of a strip whose first block is block `first` of the matrix; counts the codes.
+
+    in_row blocks of the strip, then `stride` blocks on for the next row.
+    """
+    for row in range(chosen.size // in_row):
+        for column in range(in_row):
+            block = row * in_row + column
+            k = np.uint64(chosen[block])
+            if not has_count[k]:
+                if not has_nibble[k]:
+                    fill_nibble(nibble[k], weight, lowest + chosen[block])
+                    has_nibble[k] = True
+                count[k, :] = 0
+                has_count[k] = True
+            begin, target = np.uint64(BLOCK * block), np.uint64(first + row * stride + column)
+            half = target << np.uint64(4)
+            for j in range(BLOCK // 2):
+                pair = begin + np.uint64(2 * j)
+                a, b = strip[pair], strip[pair + np.uint64(1)]
+                packed[half + np.uint64(j)] = nibble[k, a] | np.uint8(nibble[k, b] << 4)
+                count[k, a] += np.uint32(1)
+                count[k, b] += np.uint32(1)
+            scales[target] = 0 if k == ZERO_BLOCK else lowest + chosen[block] + 127
+
+
+@jit
+def fp8_tile(source, strip, words, chosen, base, columns, top, bottom, left, right, scale, rule, packed, scales, statistics):
     """Convert one tile of a matrix; False if a weight is not finite.
 
-    source: the matrix as uint64, flat; packed and scales: uint8, flat. strip: uint8 scratch, and words: the same memory as
-    uint64. Strips of rows are copied there first: rows of a tile lie a matrix row apart, where the processor does not
-    prefetch, and a plain copy keeps more cache misses in flight than the conversion would.
+    source: the matrix as uint64, flat; packed and scales: uint8, flat. Scratch: strip uint8, words the same memory as
+    uint64, chosen int8, one per block. Strips of rows are copied to scratch and go through three steps, each a short loop
+    over blocks that do not wait for each other; deciding and writing block by block is half as fast.
 
-    Indices are unsigned, because numba tests signed ones for being negative, and per block no array is sliced or passed to
-    a function, because that costs two atomic reference counts.
+    In the steps indices are unsigned, because numba tests signed ones for being negative, and per block no array is sliced
+    or passed to a function, because that costs two atomic reference counts.
     """
     weight = np.empty(256, np.float32)
     for c in range(256):
@@ -195,76 +268,42 @@ def fp8_tile(source, strip, words, base, columns, top, bottom, left, right, scal
     count = np.empty((OCTAVES, 256), np.uint32)
     has_preference = np.zeros(OCTAVES, np.bool_)
     has_nibble = np.zeros(OCTAVES, np.bool_)
-    exponent = np.full(128, -1000, np.int64)
+    has_count = np.zeros(OCTAVES, np.bool_)
     width = right - left
+    in_row = width // BLOCK
     height = strip.size // width
     for first in range(top, bottom, height):
-        last = min(first + height, bottom)
-        for row in range(first, last):
-            start, target = np.uint64(row * columns + left) >> np.uint64(3), np.uint64((row - first) * width) >> np.uint64(3)
+        rows = min(height, bottom - first)
+        for row in range(rows):
+            begin, target = np.uint64((first + row) * columns + left) >> np.uint64(3), np.uint64(row * width) >> np.uint64(3)
             for j in range(width // 8):
-                words[target + np.uint64(j)] = source[start + np.uint64(j)]
-        for row in range(first, last):
-            for column in range(0, width, BLOCK):
-                begin = np.uint64((row - first) * width + column)
-                i = begin >> np.uint64(3)
-                largest = largest_magnitude(words[i], words[i + np.uint64(1)], words[i + np.uint64(2)], words[i + np.uint64(3)])
-                block = np.uint64(row * columns + left + column) >> np.uint64(5)
-                half = block << np.uint64(4)
-                if largest == 0:  # all zero: no table has a row for exponent -127, and none is needed
-                    for j in range(BLOCK // 2):
-                        pair = begin + np.uint64(2 * j)
-                        packed[half + np.uint64(j)] = (strip[pair] >> 4) | np.uint8(strip[pair + np.uint64(1)] & np.uint8(128))
-                    scales[block] = 0
-                    continue
-                e = exponent[largest]
-                if e == -1000:
-                    if largest == 127 or not np.isfinite(weight[largest]):
-                        return False
-                    e = exponent_of(np.float64(weight[largest]), rule)
-                    exponent[largest] = e
-                k = np.uint64(e - lowest)
-                if rule == MSE:
-                    if not has_preference[k]:
-                        fill_preference(preference[k], weight, e)
-                        has_preference[k] = True
-                    total = np.int64(0)
-                    for j in range(BLOCK):
-                        total += preference[k, strip[begin + np.uint64(j)]]
-                    down = np.int64(np.int32(total & 0xFFFFFFFF))
-                    up = (total - down) >> 32
-                    if min(abs(up), abs(down)) <= DOUBT or abs(up - down) <= 2 * DOUBT or e == -127:
-                        e += exact_change(weight, strip, begin, e)
-                    else:
-                        e += (up < 0) & (up < down)
-                        e -= (down < 0) & (down < up)
-                    k = np.uint64(e - lowest)
-                if not has_nibble[k]:
-                    fill_nibble(nibble[k], weight, e)
-                    count[k, :] = 0
-                    has_nibble[k] = True
-                for j in range(BLOCK // 2):
-                    pair = begin + np.uint64(2 * j)
-                    a, b = strip[pair], strip[pair + np.uint64(1)]
-                    packed[half + np.uint64(j)] = nibble[k, a] | np.uint8(nibble[k, b] << 4)
-                    count[k, a] += np.uint32(1)
-                    count[k, b] += np.uint32(1)
-                scales[block] = e + 127
+                words[target + np.uint64(j)] = source[begin + np.uint64(j)]
+        part = chosen[: rows * in_row]
+        if not find_exponents(words, weight, lowest, rule, part):
+            return False
+        if rule == MSE:
+            move_exponents(strip, weight, lowest, preference, has_preference, nibble, has_nibble, part)
+        block = (first * columns + left) // BLOCK
+        write_blocks(
+            strip, weight, lowest, nibble, has_nibble, count, has_count, part, block, in_row, columns // BLOCK, packed, scales
+        )
     for k in range(OCTAVES):
-        if has_nibble[k]:
+        if has_count[k] and k != ZERO_BLOCK:
             add_statistics(statistics, count[k], nibble[k], weight, lowest + k)
     return True
 
 
 @jit
-def fp8_matrix(source, strip, words, rows, columns, tile_scale, tile_rows, tile_columns, base, rule, packed, scales, statistics):
+def fp8_matrix(source, strip, words, chosen, rows, columns, tile_scale, tile_rows, tile_columns, base, rule, packed, scales, statistics):
     """Convert one matrix, tile by tile; the last tiles may be ragged. False if a weight is not finite."""
     for r in range(tile_scale.shape[0]):
         for c in range(tile_scale.shape[1]):
             top, left = r * tile_rows, c * tile_columns
             bottom, right = min(top + tile_rows, rows), min(left + tile_columns, columns)
             scale = tile_scale[r, c]
-            if not fp8_tile(source, strip, words, base, columns, top, bottom, left, right, scale, rule, packed, scales, statistics):
+            if not fp8_tile(
+                source, strip, words, chosen, base, columns, top, bottom, left, right, scale, rule, packed, scales, statistics
+            ):
                 return False
     return True
 
@@ -380,13 +419,13 @@ def quantize(weight, tile_scale, rule, tile, importance):
     number = RULE_NUMBER[rule]
     by_table = tile_scale is not None and importance is None and tile[1] % BLOCK == 0 and tile[0] * tile[1] >= 4096
     words = np.empty(max(STRIP_BYTES, min(tile[1], columns)) // 8, np.uint64)
-    strip = words.view(np.uint8)
+    scratch = (words.view(np.uint8), words, np.empty(len(words) // 4, np.int8))
     for i in range(experts):
         target = (packed[i].numpy(), scale[i].numpy(), statistics[i].numpy())
         if by_table:
             source = weight[i].view(torch.uint8).numpy().reshape(-1).view(np.uint64)
             flat = (target[0].reshape(-1), target[1].reshape(-1), target[2])
-            fine = fp8_matrix(source, strip, words, out, columns, tile_scale[i].numpy(), *tile, code_values(), number, *flat)
+            fine = fp8_matrix(source, *scratch, out, columns, tile_scale[i].numpy(), *tile, code_values(), number, *flat)
         else:
             fine = by_panels(weight[i], None if tile_scale is None else tile_scale[i], number, tile, importance, target)
         if not fine:

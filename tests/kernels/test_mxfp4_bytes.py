@@ -1,0 +1,103 @@
+"""The CPU backend writes the reference's bytes, whatever the weights."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import block_fp8, compare, every_code, float_blocks, generator
+
+from kernels.mxfp4 import RULES, dequantize, quantize
+
+SCALES = [1.0, 0.7, 3e-4, 2.0**-126, 3.1e-38, 1e-40, 3e-43, 2.0**-149, 1e30, 7.5e35]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", float_blocks())
+def test_float_weights_convert_alike_on_every_backend(name, rule):
+    weight = float_blocks()[name]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        converted = weight.to(dtype)
+        if torch.isfinite(converted).all():
+            compare("cpu", "cpu", converted, name=name, rule=rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_fp8_code_under_every_kind_of_scale_converts_alike(scale, rule):
+    compare("cpu", "cpu", *every_code(scale), name=f"scale {scale}", rule=rule)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (128, 128), (129, 160), (5, 123 * 32), (3, 200, 288), (2, 1, 32), (2, 256, 64)])
+@pytest.mark.parametrize("rule", RULES)
+def test_ragged_shapes_convert_alike(shape, rule):
+    compare("cpu", "cpu", *block_fp8(shape), name=str(shape), rule=rule)
+
+
+@pytest.mark.parametrize("tile", [(128, 128), (1, 64), (64, 32), (1, 32), (7, 48), (1000, 1000), (300, 320)])
+def test_other_tile_sizes_convert_alike(tile):
+    codes, _ = block_fp8((130, 320))
+    tiles = (-(-130 // tile[0]), -(-320 // tile[1]))
+    compare("cpu", "cpu", codes, torch.rand(tiles, generator=generator(4)) + 0.01, name=str(tile), tile=tile)
+
+
+def test_narrow_scale_dtypes_are_converted_exactly():
+    codes, scale = block_fp8((130, 160), magnitude=0.1)
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = compare("cpu", "cpu", codes, scale.to(dtype))
+        wide = quantize(codes, scale.to(dtype).float())
+        assert torch.equal(narrow.packed, wide.packed)
+
+
+def test_importance_picks_the_same_bytes_on_every_backend_and_lowers_the_weighted_error():
+    weight = float_blocks()["heavy_tailed"]
+    g = generator(6)
+    for power in (1, 4):
+        importance = torch.rand(96, generator=g) ** power * (torch.rand(96, generator=g) > 0.2)
+        made = compare("cpu", "cpu", weight, importance=importance, name="importance")
+        plain = quantize(weight)
+
+        def weighted(q):
+            return ((weight - dequantize(q.packed, q.scale)) ** 2 * importance).double().sum()
+
+        assert weighted(made) < weighted(plain)
+        codes, scale = block_fp8((40, 96))
+        compare("cpu", "cpu", codes, scale, importance=importance, name="importance on FP8")
+
+
+def test_importance_of_ones_changes_nothing():
+    weight = float_blocks()["normal"]
+    assert torch.equal(quantize(weight).scale, quantize(weight, importance=torch.ones(96)).scale)
+
+
+def test_source_memory_that_is_not_aligned_or_contiguous_converts_alike():
+    codes, scale = block_fp8((130, 160))
+    memory = torch.zeros(codes.numel() + 3, dtype=torch.uint8)
+    memory[3:] = codes.view(torch.uint8).flatten()
+    unaligned = memory[3:].view(codes.dtype).reshape(codes.shape)
+    assert unaligned.data_ptr() % 8
+    compare("cpu", "cpu", unaligned, scale, name="unaligned")
+    wide = torch.cat([codes.view(torch.uint8)] * 2, dim=1).view(codes.dtype)
+    compare("cpu", "cpu", wide[:, 160:], scale, name="not contiguous")
+
+
+def test_zero_rows_and_zero_experts_are_accepted():
+    for shape in ((0, 64), (0, 8, 32), (2, 0, 32)):
+        made = quantize(torch.zeros(shape))
+        assert made.packed.shape == (*shape[:-1], shape[-1] // 2) and float(made.signal.sum()) == 0
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_fresh_fp8_blocks_convert_alike(data):
+    rows = data.draw(st.integers(1, 6))
+    codes = data.draw(st.binary(min_size=rows * 64, max_size=rows * 64))
+    codes = torch.frombuffer(bytearray(c if c & 127 != 127 else c - 1 for c in codes), dtype=torch.uint8).reshape(rows, 64)
+    scale = data.draw(st.floats(2.0**-149, 2.0**119, width=32))
+    rule = data.draw(st.sampled_from(RULES))
+    compare("cpu", "cpu", codes.view(torch.float8_e4m3fn), torch.full((1, 1), scale), name=f"scale {scale}", rule=rule)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32), st.sampled_from(RULES))
+@settings(max_examples=80, deadline=None)
+def test_fresh_float_blocks_convert_alike(values, rule):
+    compare("cpu", "cpu", torch.tensor([values]), name="fresh", rule=rule)
