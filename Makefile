@@ -12,6 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 run: setup
 	@snakemake --cores $(CORES) --quiet all
+	@echo "up to date: results/step37_tiny/mxfp4_experts/release and report.html beside it"
 
 setup: $(VENV)/installed
 

@@ -3,7 +3,7 @@
 import shlex, sys
 sys.path.insert(0, workflow.basedir)
 from stages.errors import UserError
-from stages.settings import as_json, load, overrides_from, shards_of
+from stages.settings import as_json, load, local_files, overrides_from, shards_of
 try:
     OVERRIDES = overrides_from(config)
     S = load(OVERRIDES)
@@ -24,6 +24,7 @@ rule all:
     input: f"{RUN}/report.html", f"{RUN}/verify.json", RELEASE, expand(f"{RUN}/shards/{{shard}}.safetensors", shard=SHARDS)
 
 rule download_metadata:
+    input: local_files(S.source)
     output: listing=f"{SOURCE}/listing.json", headers=f"{SOURCE}/headers.json", auxiliary=directory(f"{SOURCE}/auxiliary")
     params: source=as_json(S.source)
     log: f"{SOURCE}/logs/metadata.log"
@@ -43,7 +44,7 @@ rule plan:
     shell: stage("plan")
 
 rule download_shard:
-    input: f"{RUN}/plan.json"
+    input: f"{RUN}/plan.json", [f"{S.source.path}/{{shard}}.safetensors"] if S.source.path else []
     output: temp(f"{RUN}/source/{{shard}}.safetensors")
     log: f"{RUN}/logs/download_shard/{{shard}}.log"
     resources: lane=1

@@ -118,8 +118,8 @@ class Quantizer:
                     index[0] += begin
                 if expert is not None:
                     index.insert(0, expert)
-                raise UserError(f"{self._shard}: tensor {name}{index}: {error}; the source is damaged, get that shard "
-                                "again") from None
+                raise UserError(f"{self._shard}: {name}{index} is {error.value}, no number that a weight can be made of; the "
+                                "source is damaged, get that shard again") from None
             for position, value in enumerate((made.signal, made.error, made.decoded)):
                 total[position] += float(value)
             self._progress.advance(weight.nbytes)

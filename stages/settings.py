@@ -195,9 +195,9 @@ def _check(settings: Settings) -> None:
     if source.name is None:
         source.name = Path(source.path).resolve().name if source.path else source.repository.rsplit("/", 1)[-1]
     for key, value in (("source.name", source.name), ("recipe.name", recipe.name)):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or value == "source":
-            raise UserError(f"conf: {key} {value!r} names a directory: use letters, digits, '.', '_' and '-', and "
-                            "not the word 'source'")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or (key, value) == ("recipe.name", "source"):
+            raise UserError(f"conf: {key} {value!r} names a directory beside 'source': use letters, digits, '.', '_' and "
+                            "'-', and another word than 'source'")
     for key, value, allowed in (
         ("recipe.exponent_rule", recipe.exponent_rule, EXPONENT_RULES),
         ("recipe.layout", recipe.layout, ("per_expert", "stacked")),
@@ -273,3 +273,8 @@ def shards_of(source: SourceSettings) -> list[str]:
     if not names:
         raise UserError(f"source.path={source.path}: no *.safetensors file there; name a checkpoint directory")
     return names
+
+
+def local_files(source: SourceSettings) -> list[str]:
+    """Files of a local source, so that a changed one is noticed; none for a hub, whose revision cannot change."""
+    return sorted(str(path) for path in Path(source.path).iterdir() if path.is_file()) if source.path else []

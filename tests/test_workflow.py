@@ -79,6 +79,18 @@ def test_a_deleted_shard_is_made_again_alone(finished):
     assert manifest(finished) == before
 
 
+def test_a_changed_file_of_a_local_source_is_noticed(finished, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(PROJECT / "tests/tiny/step37_tiny", source)
+    directory = workdir(tmp_path / "changed")
+    settings = ["--config", "source=local", f"overrides=[source.path={source}]"]
+    assert snakemake(directory, "--cores", "2", "--until", "plan", *settings).returncode == 0
+    time.sleep(1)
+    (source / "config.json").write_text((source / "config.json").read_text() + "\n")
+    ran = snakemake(directory, "-n", "--cores", "2", "--until", "plan", *settings)
+    assert "download_metadata" in ran.stdout + ran.stderr
+
+
 def test_bytes_do_not_depend_on_the_number_of_cores(finished, tmp_path):
     directory = workdir(tmp_path / "single")
     ran = snakemake(directory, "--cores", "1", "--until", "assemble_release")

@@ -1,26 +1,29 @@
 """MXFP4 on one CPU core with numba: block-FP8 through tables, everything else through float64 arithmetic.
 
 Block-FP8. All codes of a tile share one scale, so a tile holds at most 256 distinct weights w[c] = float32(c) * scale, and
-whatever a block needs is a sum of table entries, the tables being built per tile from the float32-ROUNDED w[c]:
+whatever a block needs is a lookup, in tables built per tile from the float32-ROUNDED w[c]:
 
-    magnitude order of codes is that of |w|, so amax = |w[max code]|, e0 = exponent[max code]
+    the order of code magnitudes is that of |w|, so amax = |w[largest code]| and e0 follows from it
     preference[e0][c]   both error differences D(e0+1) - D(e0) and D(e0-1) - D(e0), packed in one int64 (below)
     nibble[e][c]        the E2M1 code under exponent e, sign included
-    error[e][c]         (w - w_hat)^2, and square[c] = w^2, in float64
+    count[e][c]         how many codes c were written under e, from which all statistics follow
 
-Tables of an exponent are built when a block of the tile first needs it, mostly three or four times per tile. One int64 load
-settles both comparisons: each difference is rounded to a multiple of 2^-22 and held in 32 bits. Rounding moves a sum of 32
-by at most 16 units, so a sum beyond that decides as the exact one would; the others (in practice exact ties) go to
-`exact_change`, which sums the exact float64 terms. A term is below 4.1 in magnitude, hence a sum below 2^8 * 2^22 = 2^30.
+Tables of an exponent are built when a block of the tile first needs it, mostly for three or four exponents. One int64 load
+per weight settles both comparisons: each difference is truncated to a multiple of 2^-20 and held in 32 bits. That moves a
+sum of 32 by less than 32 units, so a sum beyond them decides as the exact one would; the others (in practice exact ties) go
+to `exact_change`, which sums the exact float64 terms. Terms are differences of two squared errors, at most 25 - 4 in magnitude
+(|u| just below 8, saturating at 3 under e0 - 1), so a sum stays below 32 * 21 * 2^20 < 2^30.
 
-Roads not taken: integer sums of (code value * q) decide for the unrounded product, not for w; float64 error tables for every
-candidate, 0.3 GB/s; threads, because one process per shard keeps cores busier than threads inside one.
+Roads not taken: integer sums of (code value * q) decide for the unrounded product, not for w; float64 error tables summed
+per block instead of counts, which lose to them; threads, because one process per shard keeps cores busier than threads
+inside one.
 
 BF16, F16 and F32 weights, `importance`, and tiles too small to pay for tables go through `float_rows`, row panels at a time;
 the panel is the only temporary copy of the weights.
 
-Statistics are summed in float64 in a fixed order: block-FP8 tile by tile (row-major), in it row by row, in it block by block;
-floats row by row. They are not bound to agree with other backends to the last bit; packed and scale are.
+Statistics are summed in float64 in a fixed order: block-FP8 by panels of PANEL_ROWS rows, in it tile by tile, in it exponent
+by exponent and code by code (count * value); floats row by row, in it block by block. They are not bound to agree with other
+backends to the last bit; packed and scale are.
 """
 
 import functools
@@ -31,15 +34,15 @@ import numba
 import numpy as np
 import torch
 
-from kernels.fp8 import NonFiniteError, check_finite, first_index
+from kernels.fp8 import NonFiniteError, check_finite, decode_block_fp8
 
 BLOCK = 32
 RULE_NUMBER = {"mse": 0, "ocp_floor": 1, "even": 2, "rceil": 3}
 MSE, FLOOR, EVEN, RCEIL = range(4)
 PANEL_BYTES = 1 << 18  # float32 row panel: stays in the second-level cache
-STRIP_BYTES = 1 << 14  # a 128x128 tile: stays in the first-level cache beside its tables
+PANEL_ROWS = 128  # of block-FP8: half a megabyte at 4096 columns, fits the second-level cache
 OCTAVES = 24  # e4m3 spans 18 octaves of e0, and e runs one past either end
-UNIT = 2.0**22
+UNIT = 2.0**20
 ZERO_BLOCK = OCTAVES - 1  # row of the tables for blocks of zeros, which belong to no octave
 DOUBT = 32  # 32 terms, each truncated by less than a unit
 VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -182,11 +185,13 @@ def add_statistics(statistics, count, nibble, weight, e):
 @jit
 def find_exponents(words, weight, lowest, rule, chosen):
     """Step 1: chosen[block] = exponent under `rule` (e0 for mse) less `lowest`. False if a weight is not finite."""
-    exponent = np.full(128, -1, np.int64)
+    for block in range(chosen.size):  # no lookup in this loop, so that it vectorizes over blocks
+        i = np.uint64(4 * block)
+        chosen[block] = largest_magnitude(words[i], words[i + np.uint64(1)], words[i + np.uint64(2)], words[i + np.uint64(3)])
+    exponent = np.full(128, -1, np.int8)
     exponent[0] = ZERO_BLOCK
     for block in range(chosen.size):
-        i = np.uint64(4 * block)
-        largest = largest_magnitude(words[i], words[i + np.uint64(1)], words[i + np.uint64(2)], words[i + np.uint64(3)])
+        largest = np.uint64(chosen[block])
         if exponent[largest] < 0:
             if largest == 127 or not np.isfinite(weight[largest]):
                 return False
@@ -249,19 +254,16 @@ def write_blocks(strip, weight, lowest, nibble, has_nibble, count, has_count, ch
 
 
 @jit
-def fp8_tile(source, strip, words, chosen, base, columns, top, bottom, left, right, scale, rule, packed, scales, statistics):
-    """Convert one tile of a matrix; False if a weight is not finite.
+def fp8_tile(strip, words, chosen, weight, rule, first, in_row, stride, packed, scales, statistics):
+    """Convert one tile, or rows of it, that lies contiguous in strip (uint8; words: the same memory as uint64).
 
-    source: the matrix as uint64, flat; packed and scales: uint8, flat. Scratch: strip uint8, words the same memory as
-    uint64, chosen int8, one per block. Strips of rows are copied to scratch and go through three steps, each a short loop
-    over blocks that do not wait for each other; deciding and writing block by block is half as fast.
+    weight float32 [256] by code. First block `first` of the matrix, in_row blocks per row of the tile, stride per row of
+    the matrix. chosen: int8 scratch, one per block. False if a weight is not finite.
 
-    In the steps indices are unsigned, because numba tests signed ones for being negative, and per block no array is sliced
-    or passed to a function, because that costs two atomic reference counts.
+    The blocks go through three steps, each a short loop over blocks that do not wait for each other; deciding and writing
+    block by block is half as fast. In the steps indices are unsigned, because numba tests signed ones for being negative,
+    and per block no array is sliced or passed to a function, because that costs two atomic reference counts.
     """
-    weight = np.empty(256, np.float32)
-    for c in range(256):
-        weight[c] = base[c] * scale
     lowest = exponent_of(np.float64(weight[1]), FLOOR) - 1
     preference = np.empty((OCTAVES, 256), np.int64)
     nibble = np.empty((OCTAVES, 256), np.uint8)
@@ -269,24 +271,11 @@ def fp8_tile(source, strip, words, chosen, base, columns, top, bottom, left, rig
     has_preference = np.zeros(OCTAVES, np.bool_)
     has_nibble = np.zeros(OCTAVES, np.bool_)
     has_count = np.zeros(OCTAVES, np.bool_)
-    width = right - left
-    in_row = width // BLOCK
-    height = strip.size // width
-    for first in range(top, bottom, height):
-        rows = min(height, bottom - first)
-        for row in range(rows):
-            begin, target = np.uint64((first + row) * columns + left) >> np.uint64(3), np.uint64(row * width) >> np.uint64(3)
-            for j in range(width // 8):
-                words[target + np.uint64(j)] = source[begin + np.uint64(j)]
-        part = chosen[: rows * in_row]
-        if not find_exponents(words, weight, lowest, rule, part):
-            return False
-        if rule == MSE:
-            move_exponents(strip, weight, lowest, preference, has_preference, nibble, has_nibble, part)
-        block = (first * columns + left) // BLOCK
-        write_blocks(
-            strip, weight, lowest, nibble, has_nibble, count, has_count, part, block, in_row, columns // BLOCK, packed, scales
-        )
+    if not find_exponents(words, weight, lowest, rule, chosen):
+        return False
+    if rule == MSE:
+        move_exponents(strip, weight, lowest, preference, has_preference, nibble, has_nibble, chosen)
+    write_blocks(strip, weight, lowest, nibble, has_nibble, count, has_count, chosen, first, in_row, stride, packed, scales)
     for k in range(OCTAVES):
         if has_count[k] and k != ZERO_BLOCK:
             add_statistics(statistics, count[k], nibble[k], weight, lowest + k)
@@ -294,17 +283,46 @@ def fp8_tile(source, strip, words, chosen, base, columns, top, bottom, left, rig
 
 
 @jit
-def fp8_matrix(source, strip, words, chosen, rows, columns, tile_scale, tile_rows, tile_columns, base, rule, packed, scales, statistics):
-    """Convert one matrix, tile by tile; the last tiles may be ragged. False if a weight is not finite."""
-    for r in range(tile_scale.shape[0]):
-        for c in range(tile_scale.shape[1]):
-            top, left = r * tile_rows, c * tile_columns
-            bottom, right = min(top + tile_rows, rows), min(left + tile_columns, columns)
-            scale = tile_scale[r, c]
-            if not fp8_tile(
-                source, strip, words, chosen, base, columns, top, bottom, left, right, scale, rule, packed, scales, statistics
-            ):
-                return False
+def gather_tiles(source, panel, first, rows, columns, tile_columns):
+    """Copy rows of the matrix so that each tile's part becomes contiguous; both as uint64.
+
+    Reads memory in its order, which the processor prefetches; rows of one tile lie a matrix row apart, where it does not.
+    """
+    for row in range(rows):
+        begin = np.uint64(((first + row) * columns) >> 3)
+        for left in range(0, columns, tile_columns):
+            width = min(tile_columns, columns - left)
+            target = np.uint64((left * rows + row * width) >> 3)
+            for j in range(width >> 3):
+                panel[target + np.uint64(j)] = source[begin + np.uint64(j)]
+            begin += np.uint64(width >> 3)
+
+
+@jit
+def fp8_matrix(
+    source, panel, panel_words, chosen, rows, columns, tile_scale, tile_rows, tile_columns, base, rule, packed, scales, statistics
+):
+    """Convert one matrix by panels of rows, tile by tile; the last tiles may be ragged. False if a weight is not finite.
+
+    source: the matrix as uint64, flat; packed and scales: uint8, flat. base: float32 [256], the values of the codes.
+    """
+    weight = np.empty(256, np.float32)
+    height = panel.size // columns
+    for top in range(0, rows, tile_rows):
+        for first in range(top, min(top + tile_rows, rows), height):
+            part = min(height, top + tile_rows - first, rows - first)
+            gather_tiles(source, panel_words, first, part, columns, tile_columns)
+            for left in range(0, columns, tile_columns):
+                width = min(tile_columns, columns - left)
+                begin, size = left * part, width * part
+                scale = tile_scale[top // tile_rows, left // tile_columns]
+                for c in range(256):
+                    weight[c] = base[c] * scale
+                if not fp8_tile(
+                    panel[begin : begin + size], panel_words[begin >> 3 : (begin + size) >> 3], chosen[: size // BLOCK], weight, rule,
+                    (first * columns + left) // BLOCK, width // BLOCK, columns // BLOCK, packed, scales, statistics,
+                ):  # fmt: skip
+                    return False
     return True
 
 
@@ -323,7 +341,6 @@ def halving_sum(terms):
 def float_rows(weight, bits, importance, weighted, rule, packed, scales, statistics):
     """Convert float32 rows [rows, in]; `bits` is the same memory as uint32. False if a weight is not finite."""
     rows, columns = weight.shape
-    u = np.empty(BLOCK, np.float64)
     same = np.empty(BLOCK, np.float64)
     up = np.empty(BLOCK, np.float64)
     down = np.empty(BLOCK, np.float64)
@@ -396,8 +413,6 @@ def code_values() -> np.ndarray:
 
 def refuse(weight, tile_scale, tile, expert):
     """Find and report the first weight of `expert` that is not finite; kernels only say that there is one."""
-    from kernels.fp8 import decode_block_fp8
-
     try:
         if tile_scale is None:
             check_finite(weight[expert])
@@ -412,13 +427,14 @@ def quantize(weight, tile_scale, rule, tile, importance):
     """[E, out, in] -> packed, scale, signal, error, decoded; arguments checked by kernels.mxfp4.quantize."""
     experts, out, columns = weight.shape
     assert columns % BLOCK == 0, f"in = {columns}"
+    assert weight.device.type == "cpu", f"weight is on {weight.device}"
     weight = weight.contiguous()
     packed = torch.empty(experts, out, columns // 2, dtype=torch.uint8)
     scale = torch.empty(experts, out, columns // BLOCK, dtype=torch.uint8)
     statistics = torch.zeros(experts, 3, dtype=torch.float64)
     number = RULE_NUMBER[rule]
-    by_table = tile_scale is not None and importance is None and tile[1] % BLOCK == 0 and tile[0] * tile[1] >= 4096
-    words = np.empty(max(STRIP_BYTES, min(tile[1], columns)) // 8, np.uint64)
+    by_table = tile_scale is not None and importance is None and weight.numel() > 0 and tile[1] % BLOCK == 0 and tile[0] * tile[1] >= 4096
+    words = np.empty(min(tile[0], PANEL_ROWS, out) * columns // 8 if by_table else 0, np.uint64)
     scratch = (words.view(np.uint8), words, np.empty(len(words) // 4, np.int8))
     for i in range(experts):
         target = (packed[i].numpy(), scale[i].numpy(), statistics[i].numpy())

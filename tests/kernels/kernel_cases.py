@@ -24,15 +24,17 @@ def block_fp8(shape: tuple[int, ...], magnitude: float = 1e-3, seed: int = 0) ->
 
 
 def every_code(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random blocks over all codes, and blocks over each window of magnitudes, so that every code leads some block."""
+    """Random blocks over all codes, and blocks over each window of magnitudes, so that every code leads some block,
+    and blocks of one code."""
     g = generator(1)
     codes = NUMBERS[torch.randint(0, len(NUMBERS), (64, 64), generator=g)]
     top = torch.arange(126, -1, -1).unsqueeze(1)
     low = (torch.rand(127, 64, generator=g) * (top + 1)).to(torch.uint8)
     low[:, ::32] = top.to(torch.uint8)
     low |= torch.randint(0, 2, low.shape, generator=g, dtype=torch.uint8) << 7
-    codes = torch.cat([codes, low]).contiguous().view(FP8)
-    return codes, torch.full((2, 1), scale, dtype=torch.float32)
+    flat = torch.arange(127, dtype=torch.uint8).unsqueeze(1).expand(127, 64)  # sums of 32 equal terms, the largest there are
+    codes = torch.cat([codes, low, flat]).contiguous().view(FP8)
+    return codes, torch.full((3, 1), scale, dtype=torch.float32)
 
 
 def float_blocks() -> dict[str, torch.Tensor]:

@@ -87,7 +87,7 @@ def test_zero_rows_and_zero_experts_are_accepted():
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_fresh_fp8_blocks_convert_alike(data):
     rows = data.draw(st.integers(1, 6))
     codes = data.draw(st.binary(min_size=rows * 64, max_size=rows * 64))
@@ -98,6 +98,6 @@ def test_fresh_fp8_blocks_convert_alike(data):
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32), st.sampled_from(RULES))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_fresh_float_blocks_convert_alike(values, rule):
     compare("cpu", "cpu", torch.tensor([values]), name="fresh", rule=rule)

@@ -19,7 +19,7 @@ def test_float_weights_convert_alike(name):
                 compare("cuda", DEVICE, weight, name=name, rule=rule)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3e-4, 3.1e-38, 1e-40, 2.0**-149, 7.5e35])
+@pytest.mark.parametrize("scale", [3e-4, 3.1e-38, 2.0**-149, 7.5e35])
 def test_every_fp8_code_converts_alike(scale):
     compare("cuda", DEVICE, *every_code(scale), name=f"scale {scale}")
 
