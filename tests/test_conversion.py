@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kernels import mxfp4
-from stages import evaluate, quantize_experts, report, serve_bench, validate_gemm, verify_release
+from stages import download, evaluate, report, serve_bench, validate_gemm, verify_release
 from stages.checkpoint.files import read_json
 from stages.checkpoint.header import render_header, sorted_specs
 from stages.errors import UserError
@@ -181,6 +181,18 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
     assert "A Step-3.7 model small enough for a repository" in card  # the source's own card, below
 
 
+def test_a_model_too_large_for_this_machine_is_reported_as_not_measured(converted, tmp_path):
+    settings = load([f"results={tmp_path}", f"source.path={TINY}", "evaluation.memory_gb=0.01"])
+    shutil.copytree(converted.source_directory, settings.source_directory)
+    shutil.copytree(converted.run_directory, settings.run_directory)
+    assert "exceed evaluation.memory_gb=0.01" in evaluate.run(settings)["not_measured"]
+    validate_gemm.run(settings)
+    serve_bench.run(settings)
+    report.run(settings)
+    for name in ("report.html", "card.md"):
+        assert "exceed evaluation.memory_gb" in (settings.run_directory / name).read_text()
+
+
 def test_sqnr_in_the_receipts_is_that_of_the_decoded_weights(converted):
     source, release = release_tensors(TINY), release_tensors(converted.run_directory / "release")
     name, expert = "model.layers.4.moe.down_proj.weight", 7
@@ -217,7 +229,8 @@ def test_a_killed_conversion_leaves_no_partial_file_and_a_rerun_gives_the_same_b
     for name in ("inspect.json", "plan.json"):
         settings.run_directory.mkdir(parents=True, exist_ok=True)
         shutil.copy(converted.run_directory / name, settings.run_directory / name)
-    shutil.copytree(converted.source_directory, settings.source_directory, symlinks=True)
+    shutil.copytree(converted.source_directory, settings.source_directory)
+    download.fetch_shard(settings, "model-00002.safetensors")
     killer = ("import os, signal, sys\n"
               "from stages.checkpoint import writer\n"
               "write, count = writer.ShardWriter.write, [0]\n"

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from stages import download
+from stages import download, evaluate
 from stages.errors import UserError
 from stages.settings import load
 from tests.conftest import PROJECT, TINY, convert
@@ -45,6 +45,9 @@ def test_a_hub_checkpoint_becomes_the_same_release_as_the_local_one(hub, tmp_pat
     ours, theirs = (json.loads((s.run_directory / "release/manifest.json").read_text()) for s in (made, converted))
     assert ours["tensors"] == theirs["tensors"] and ours["files"] == theirs["files"]
     assert ours["source"]["revision"] == REVISION
+    quality = evaluate.run(made)  # the source's shards are gone by then
+    assert "temporary" in quality["source_not_measured"] and "source" not in quality
+    assert quality["release"]["perplexity"] < 51.2
 
 
 def test_planning_a_hub_checkpoint_downloads_headers_and_no_weights(hub, settings):

@@ -68,7 +68,7 @@ def test_targets_hit_the_experts_that_vllm_asks_for_and_nothing_else(tmp_path):
     (["FusedMoE"], [], "no target claims it"),
     (["Linear"], ["lm_head"], "but target Linear claims it"),
     ([r"re:.*\.moe\.experts\.\d+\.(gate_proj|up_proj)$"], [], "only some of"),
-    ([r"re:.*\.moe\.experts\.\d+\..*", r"re:.*\.self_attn\.q_proj$"], [], "only some of"),
+    ([r"re:.*\.moe\.experts\.\d+\..*", r"re:.*\.self_attn\.o_proj$"], [], "o_proj$ claims it"),
     ([r"re:.*\.moe\.experts\.\d+\..*"], [r"re:.*\.k_proj$"], "only some of"),
     ([r"re:.*\.moe\.experts\.\d+\..*", r"re:.*\.mixer\..*"], [], "matches no module"),
 ])

@@ -4,9 +4,14 @@ A target that hits nothing does not fail in vLLM: the experts are then left unin
 So the names that vLLM will ask for are derived from the tensors of the release, its rules are applied to them, and every
 quantized module must be claimed by its scheme while every other linear module is claimed by none.
 
-The rules (vLLM 0.32): a name is tried against the targets in order, a plain target must be equal, `re:` means re.match
-(start anchored, end open); a fused module (qkv_proj, gate_up_proj) counts when its own name or all of its shards match;
-then the class name is tried the same way. The routed experts of a layer are one module, probed through expert 0.
+The rules (vLLM 0.32), for a module's runtime name:
+1. `ignore` first. An entry must be equal or, as `re:`, match from the start (the end is open). The module's own name is tried,
+   then those of its shards where it is fused (qkv_proj, gate_up_proj): all or none of them, otherwise vLLM raises.
+2. Then the targets, in order: the name; where it is fused, its shards, all of which must match; the class name, which a
+   plain target need only occur in, in any case.
+3. The routed experts of a layer are one module, probed as the gate, up and down projection of expert 0, which must all find
+   the same scheme. A target `Linear` stands for `RoutedExperts`, too.
+4. The vision tower and the draft layers are built without the mapping of fused modules: only their own names count.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+ROUTED_EXPERTS = "RoutedExperts"
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 # checkpoint prefix -> runtime prefix, first match wins; then the shared expert moves under `moe`
@@ -28,18 +34,36 @@ SUBSTITUTIONS = (
     (r"\.share_expert\.", ".moe.share_expert."), (r"\.attn\.in_proj$", ".attn.qkv_proj"),
     (r"\.mlp\.c_fc$", ".mlp.fc1"), (r"\.mlp\.c_proj$", ".mlp.fc2"),
 )
-# linear modules that vLLM builds without any quantization config
-NEVER_QUANTIZED = (r".*\.moe\.gate$", r".*\.eh_proj$", r".*embed_tokens$", r".*\.conv1$", r".*vit_downsampler\d$")
+# tail of a runtime name -> the class that vLLM builds, which class-name targets are compared with; None: no quantization
+# config reaches the module, so that it is never quantized
+CLASSES = (
+    (r".*\.moe\.gate$", None), (r".*\.eh_proj$", None), (r".*embed_tokens$", None), (r".*\.conv1$", None),
+    (r".*vit_downsampler\d$", None),
+    (r".*(lm_head|shared_head\.head)$", "ParallelLMHead"), (r".*qkv_proj$", "QKVParallelLinear"),
+    (r".*gate_up_proj$", "MergedColumnParallelLinear"), (r".*(o_proj|out_proj|down_proj|fc2)$", "RowParallelLinear"),
+    (r".*", "ColumnParallelLinear"),
+)
 
 
 @dataclass(frozen=True)
 class RuntimeModule:
-    """A linear module as vLLM names it, and the release's tensors or checkpoint modules that fill it."""
+    """A linear module as vLLM names it, and the checkpoint's modules that fill it."""
 
     name: str
-    kind: str  # Linear | RoutedExperts | ParallelLMHead
-    members: tuple[str, ...]  # checkpoint modules
-    probes: tuple[str, ...]  # names that vLLM matches against targets; all of one group must agree
+    class_name: str | None
+    members: tuple[str, ...]
+    fused: bool = False  # built with the mapping of fused modules
+
+    def shards(self) -> list[str]:
+        """Names of the parts of a fused module, as targets and ignores may name them; empty for others."""
+        prefix, _, leaf = self.name.rpartition(".")
+        return [f"{prefix}.{part}" for part in FUSED.get(leaf, ())] if self.fused else []
+
+    def names(self) -> list[str]:
+        """All names by which a target or an ignore entry can reach the module."""
+        if self.class_name == ROUTED_EXPERTS:
+            return [f"{self.name}.0.{projection}_proj" for projection in ("gate", "up", "down")]
+        return [self.name, *self.shards()]
 
 
 def runtime_name(module: str, text_layers: int) -> str:
@@ -65,66 +89,69 @@ def runtime_modules(linears: Iterable[str], routed_experts: Iterable[str], text_
 
     `linears`: 2D modules; `routed_experts`: the experts' projections, as `...moe.gate_proj` or `...experts.7.gate_proj`.
     """
-    members: dict[str, list[tuple[str, str]]] = {}
+    members: dict[str, list[str]] = {}
     for module in linears:
         name = runtime_name(module, text_layers)
         prefix, _, leaf = name.rpartition(".")
-        fused = next((whole for whole, parts in FUSED.items()
-                      if leaf in parts and not prefix.endswith(".attn")), None)
-        members.setdefault(f"{prefix}.{fused}" if fused else name, []).append((module, name))
+        whole = next((whole for whole, parts in FUSED.items() if leaf in parts), leaf)
+        members.setdefault(f"{prefix}.{whole}" if prefix else whole, []).append(module)
     result = []
     for name, parts in members.items():
-        if any(re.match(pattern, name) for pattern in NEVER_QUANTIZED):
-            kind = "unquantizable"
-        else:
-            kind = "ParallelLMHead" if name.endswith(("lm_head", "shared_head.head")) else "Linear"
-        result.append(RuntimeModule(name, kind, tuple(module for module, _ in parts),
-                                    tuple(sorted(part for _, part in parts))))
+        class_name = next(found for pattern, found in CLASSES if re.match(pattern, name))
+        text = name.startswith("language_model.")  # the draft's names begin with model.layers, the tower's with vision_model
+        result.append(RuntimeModule(name, class_name, tuple(parts), fused=text))
     layers: dict[str, list[str]] = {}
     for module in routed_experts:
         name = runtime_name(module, text_layers)
         layers.setdefault(re.sub(r"(\.moe)\..*$", r"\1.experts", name), []).append(module)
-    for name, parts in layers.items():
-        probes = tuple(f"{name}.0.{projection}_proj" for projection in ("gate", "up", "down"))
-        result.append(RuntimeModule(name, "RoutedExperts", tuple(parts), probes))
+    result += [RuntimeModule(name, ROUTED_EXPERTS, tuple(parts), fused=True) for name, parts in layers.items()]
     return result
 
 
-def _hits(name: str, targets: Iterable[str]) -> str | None:
-    for target in targets:
-        if target == name or (target.startswith("re:") and re.match(target[3:], name)):
-            return target
-    return None
+def _matches(value: str, entry: str) -> bool:
+    return re.match(entry[3:], value) is not None if entry.startswith("re:") else entry == value
 
 
-def matched_target(module: RuntimeModule, targets: Iterable[str]) -> str | None:
-    """The target that gives this module its scheme, or None; "mixed" when its parts disagree (vLLM then raises)."""
-    targets = list(targets)
-    if module.kind == "unquantizable":
-        return None
-    if module.kind == "RoutedExperts":
-        found = [_hits(probe, targets) for probe in module.probes]
-        by_class = _hits("RoutedExperts", targets) or next((t for t in targets if t == "Linear"), None)
-        found = [hit or by_class for hit in found]
-        return found[0] if len(set(map(bool, found))) == 1 else "mixed"
-    found = _hits(module.name, targets)
-    if found:
-        return found
-    parts = [_hits(probe, targets) for probe in module.probes]
-    if len(module.probes) > 1 and all(parts):
-        return parts[0]
-    if len(module.probes) > 1 and any(parts):
-        return "mixed"
-    return next((t for t in targets if not t.startswith("re:") and t.lower() in module.kind.lower()), None)
+def _first(value: str, entries: Iterable[str]) -> str | None:
+    return next((entry for entry in entries if _matches(value, entry)), None)
 
 
-def is_ignored(module: RuntimeModule, ignore: Iterable[str]) -> bool | str:
-    """Whether `ignore` takes the module out; "mixed" when only some of its parts are named (vLLM then raises)."""
-    ignore = list(ignore)
-    if _hits(module.name, ignore):
+def ignored(name: str, shards: list[str], ignore: list[str]) -> bool:
+    """Whether `ignore` takes a name out of quantization; ValueError where only some of its shards are named."""
+    if _first(name, ignore):
         return True
-    parts = [bool(_hits(probe, ignore)) for probe in module.probes]
-    return all(parts) if len(set(parts)) == 1 else "mixed"
+    found = [_first(shard, ignore) is not None for shard in shards]
+    if any(found) and not all(found):
+        raise ValueError(f"ignore names only some of {', '.join(shards)}, so that vLLM raises")
+    return bool(found) and all(found)
+
+
+def matched_target(name: str, shards: list[str], class_name: str, targets: list[str]) -> str | None:
+    """The target that gives a name its scheme, or None."""
+    if found := _first(name, targets):
+        return found
+    parts = [_first(shard, targets) for shard in shards]
+    if parts and all(parts):
+        return parts[0]
+    return next((target for target in targets if (re.match(target[3:], class_name) if target.startswith("re:")
+                                                  else target.lower() in class_name.lower())), None)
+
+
+def scheme_target(module: RuntimeModule, targets: list[str], ignore: list[str]) -> str | None:
+    """The target under which vLLM quantizes the module, None if it stays as it is; ValueError where vLLM raises."""
+    if module.class_name is None:
+        return None
+    if module.class_name != ROUTED_EXPERTS:
+        if ignored(module.name, module.shards(), ignore):
+            return None
+        return matched_target(module.name, module.shards(), module.class_name, targets)
+    if "Linear" in targets and ROUTED_EXPERTS not in targets:
+        targets = [*targets, ROUTED_EXPERTS]
+    found = [None if ignored(probe, [], ignore) else matched_target(probe, [], ROUTED_EXPERTS, targets)
+             for probe in module.names()]
+    if len(set(map(bool, found))) > 1:
+        raise ValueError(f"only some of {', '.join(module.names())} find a scheme, so that vLLM raises")
+    return found[0]
 
 
 def coverage_faults(modules: Iterable[RuntimeModule], quantization_config: Mapping, quantized: set[str]) -> list[str]:
@@ -132,24 +159,26 @@ def coverage_faults(modules: Iterable[RuntimeModule], quantization_config: Mappi
 
     `quantized` holds the checkpoint modules (as in `RuntimeModule.members`) that the release stores in MXFP4.
     """
-    groups = quantization_config["config_groups"].values()
-    targets = [target for group in groups for target in group["targets"]]
+    targets = [target for group in quantization_config["config_groups"].values() for target in group["targets"]]
     ignore = list(quantization_config.get("ignore") or [])
     faults, used = [], set()
     for module in modules:
+        names = [*module.names(), *([module.class_name] if module.class_name else [])]
+        used.update(entry for entry in (*targets, *ignore) if any(_matches(name, entry) for name in names)
+                    or (module.class_name and entry.lower() in module.class_name.lower()))
         stored = [member in quantized for member in module.members]
         if any(stored) and not all(stored):
             missing = next(m for m, s in zip(module.members, stored) if not s)
             faults.append(f"{module.name}: one format is needed for all its parts, but {missing} is not quantized")
             continue
-        ignored = is_ignored(module, ignore)
-        hit = matched_target(module, targets) if ignored is False else None
-        used.update(t for t in (*targets, *ignore) if any(_hits(n, [t]) for n in (module.name, *module.probes)))
-        if "mixed" in (ignored, hit):
-            faults.append(f"{module.name}: only some of {', '.join(module.probes)} match; vLLM raises")
-        elif all(stored) and not hit:
+        try:
+            target = scheme_target(module, targets, ignore)
+        except ValueError as error:
+            faults.append(f"{module.name}: {error}")
+            continue
+        if all(stored) and target is None:
             faults.append(f"{module.name}: stored as MXFP4, but no target claims it; vLLM would leave it uninitialized")
-        elif not any(stored) and hit:
-            faults.append(f"{module.name}: stored unquantized, but target {hit} claims it; vLLM would expect MXFP4")
+        elif not any(stored) and target is not None:
+            faults.append(f"{module.name}: stored unquantized, but target {target} claims it; vLLM would expect MXFP4")
     faults += [f"{entry}: matches no module of the model" for entry in (*targets, *ignore) if entry not in used]
     return faults
