@@ -91,6 +91,9 @@ class Quantizer:
         self._device = "cuda" if backend == "cuda" and torch.cuda.is_available() else "cpu"
         self._mxfp4, self._reader, self._plan, self._shard = mxfp4, reader, plan, shard
         self._backend, self._progress = backend, progress
+        largest = max((math.prod(entry["shape"][-2:]) * entry["bytes"] // math.prod(entry["shape"])
+                       for entry in plan["tensors"].values() if entry["shard"] == shard and entry["scheme"]), default=0)
+        self._buffer = bytearray(min(largest, 4 * PANEL_WEIGHTS))
         self.sums: dict[str, list[list]] = {}  # source tensor -> [expert or None, signal, error, decoded]
 
     def panels(self, source: str, expert: int | None):
@@ -103,7 +106,7 @@ class Quantizer:
         total = [0.0, 0.0, 0.0]
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
-            weight = self._reader.matrix_rows(source, expert, begin, end)
+            weight = self._reader.matrix_rows(source, expert, begin, end, self._buffer)
             scale = _scale_rows(self._reader, entry, expert, begin, end) if entry["scale"] else None
             try:
                 made = self._mxfp4.quantize(

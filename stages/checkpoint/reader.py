@@ -44,22 +44,26 @@ class ShardReader:
         except KeyError:
             raise UserError(f"{self.path.name}: tensor {name} is not in the shard; run inspect_format again") from None
 
-    def _read(self, begin: int, end: int) -> bytearray:
-        buffer = bytearray(end - begin)
-        view, position = memoryview(buffer), begin
+    def _read(self, begin: int, end: int, buffer: bytearray | None = None) -> memoryview:
+        """Bytes begin..end of the data section; in the caller's buffer if that is large enough, fresh memory costs more
+        than the read itself."""
+        if buffer is None or len(buffer) < end - begin:
+            buffer = bytearray(end - begin)
+        view, position = memoryview(buffer)[:end - begin], begin
         while position < end:
             count = os.preadv(self._handle, [view[position - begin:]], self.header.data_start + position)
             if count == 0:
                 raise UserError(f"{self.path}: ends {end - position} bytes early while being read; it changed after "
                                 "its header was checked, download it again")
             position += count
-        return buffer
+        return view
 
-    def chunks(self, name: str) -> Iterator[bytearray]:
-        """Raw bytes of a tensor, at most CHUNK at a time."""
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Raw bytes of a tensor, at most CHUNK at a time; each is valid until the next is asked for."""
         info = self.info(name)
+        buffer = bytearray(min(CHUNK, info.nbytes))
         for begin in range(info.begin, info.end, CHUNK):
-            yield self._read(begin, min(begin + CHUNK, info.end))
+            yield self._read(begin, min(begin + CHUNK, info.end), buffer)
 
     def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Entries begin..end along the first dimension, as a tensor of its own memory."""
@@ -68,20 +72,24 @@ class ShardReader:
         raw = self._read(info.begin + begin * stride, info.begin + end * stride)
         return self._tensor(name, raw, (end - begin, *info.shape[1:]))
 
-    def matrix_rows(self, name: str, expert: int | None, begin: int, end: int) -> torch.Tensor:
-        """Rows begin..end of a 2D tensor, or of matrix `expert` of a 3D tensor; shape [end - begin, in]."""
+    def matrix_rows(self, name: str, expert: int | None, begin: int, end: int,
+                    buffer: bytearray | None = None) -> torch.Tensor:
+        """Rows begin..end of a 2D tensor, or of matrix `expert` of a 3D tensor; shape [end - begin, in].
+
+        With `buffer` the tensor lies in it, where it fits, and is valid until the buffer is used again.
+        """
         info = self.info(name)
         rows, columns = info.shape[-2:]
         stride = info.nbytes // (rows * columns * (info.shape[0] if expert is not None else 1)) * columns
         start = info.begin + ((expert or 0) * rows + begin) * stride
-        return self._tensor(name, self._read(start, start + (end - begin) * stride), (end - begin, columns))
+        return self._tensor(name, self._read(start, start + (end - begin) * stride, buffer), (end - begin, columns))
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor."""
         info = self.info(name)
         return self._tensor(name, self._read(info.begin, info.end), info.shape)
 
-    def _tensor(self, name: str, raw: bytearray, shape: tuple[int, ...]) -> torch.Tensor:
+    def _tensor(self, name: str, raw: memoryview, shape: tuple[int, ...]) -> torch.Tensor:
         dtype = TORCH_DTYPES.get(self.info(name).dtype)
         if dtype is None:
             raise UserError(f"{self.path.name}: tensor {name} has dtype {self.info(name).dtype}, which torch cannot "

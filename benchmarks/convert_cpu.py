@@ -1,0 +1,108 @@
+"""What converting a shard costs beside copying it: whole processes, cold start included, data synced to disk.
+
+A shard of routed experts at Step-3.7 shapes (1280 x 4096 and 4096 x 1280, block FP8) is made in a temporary directory on the
+disk of --directory. In turn, `--repetitions` times: one process runs the quantize_experts stage (start, read, convert, hash,
+write, fsync), one copies the same source bytes and syncs them. Printed: medians, their ratio, and the converter's peak
+resident memory. Both read from the page cache; the disk is in the figures through what is written and synced.
+
+    python benchmarks/convert_cpu.py --experts 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from stages.checkpoint.header import render_header, sorted_specs  # noqa: E402
+
+ROWS, COLUMNS = 1280, 4096
+COPY = ("import os, shutil, sys\n"
+        "with open(sys.argv[1], 'rb') as a, open(sys.argv[2], 'wb') as b:\n"
+        "    shutil.copyfileobj(a, b, 8 << 20); b.flush(); os.fsync(b.fileno())\n")
+
+
+def make_source(directory: Path, experts: int) -> Path:
+    """One shard with one layer of `experts` routed experts: gaussian weights, one scale per tile."""
+    directory.mkdir()
+    shapes = {"gate": (ROWS, COLUMNS), "up": (ROWS, COLUMNS), "down": (COLUMNS, ROWS)}
+    specs = sorted_specs([(f"model.layers.0.moe.{name}_proj.{part}", dtype, shape)
+                          for name, (rows, columns) in shapes.items()
+                          for part, dtype, shape in (("weight", "F8_E4M3", (experts, rows, columns)),
+                                                     ("weight_scale_inv", "F32", (experts, rows // 128, columns // 128)))])
+    generator = torch.Generator().manual_seed(0)
+    codes = (torch.randn(ROWS * COLUMNS, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scales = torch.rand(ROWS // 128 * (COLUMNS // 128), generator=generator) * 1e-4 + 1e-4
+    path = directory / "model-00001.safetensors"
+    with open(path, "wb") as file:
+        file.write(render_header(specs, {"format": "pt"}))
+        for _, dtype, shape in specs:
+            for _ in range(shape[0]):
+                file.write((codes.view(torch.uint8) if dtype == "F8_E4M3" else scales).numpy().tobytes())
+    (directory / "config.json").write_text(json.dumps({
+        "architectures": ["Step3p7ForConditionalGeneration"], "text_config": {"num_hidden_layers": 1},
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}))
+    return path
+
+
+def timed(command: list[str]) -> tuple[float, int]:
+    """(wall seconds, peak resident bytes) of a process; its output is shown only if it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(output)
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=64, help="of 15.7 MB each")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--directory", type=Path, default=PROJECT / "results", help="where the disk to measure is")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
+        source = make_source(Path(temporary) / "source", arguments.experts)
+        settings = ["source=local", f"source.path={source.parent}", f"results={temporary}/results"]
+
+        def stage(name, *extra):
+            return [sys.executable, "-m", f"stages.{name}", *settings, *extra]
+
+        for command in (stage("download", "--metadata"), stage("inspect_format"), stage("plan"),
+                        stage("download", "--shard", source.name)):
+            timed(command)
+        convert = stage("quantize_experts", "--shard", source.name)
+        copy = [sys.executable, "-c", COPY, str(source), f"{temporary}/copy"]
+        timed(convert)  # compiles the kernel where it is not cached yet
+        seconds: dict[str, list[float]] = {"convert": [], "copy": []}
+        memory = []
+        for _ in range(arguments.repetitions):
+            took, resident = timed(convert)
+            seconds["convert"].append(took)
+            memory.append(resident)
+            seconds["copy"].append(timed(copy)[0])
+        size = source.stat().st_size
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"source shard: {size / 1e9:.2f} GB of block FP8; medians of {arguments.repetitions}, taken in turn")
+    for name, median in medians.items():
+        print(f"{name:8} {median:7.2f} s  {size / median / 1e6:8.0f} MB/s of source   "
+              f"({min(seconds[name]):.2f} to {max(seconds[name]):.2f} s)")
+    print(f"convert / copy: {medians['convert'] / medians['copy']:.2f}")
+    print(f"peak resident memory of the converter: {max(memory) / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
