@@ -18,9 +18,12 @@ from pathlib import Path
 
 from stages.errors import UserError
 
-DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
-               "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+# bytes per element, listed as the format's own writer ranks dtypes: it lays tensors out from the last row to the first
+DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
+               "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8}
+DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
 MAXIMUM_HEADER = 100_000_000  # bytes; the format's own limit
+MAXIMUM_RANK = 64  # dimensions; torch's own limit, and a product of more would be arithmetic on request of a stranger
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -49,6 +52,15 @@ class Header:
     file_size: int
 
 
+def _storable(text: str) -> bool:
+    """Whether a name can be written as UTF-8; JSON can spell half a surrogate pair, which is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -74,7 +86,11 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, where: str) -> Header:
-    """Header from its JSON bytes; UserError, one line that begins with `where`, for anything irregular."""
+    """Header from its JSON bytes (without the 8 bytes of length) and the size of the whole file in bytes.
+
+    Raises UserError, one line that begins with `where`, for anything irregular: the JSON comes from a stranger, and what is
+    accepted here is later used as offsets, file names and report text without another look.
+    """
     def fail(what: str, remedy: str = "the file is damaged, download it again"):
         raise UserError(f"{where}: {what}; {remedy}")
 
@@ -86,29 +102,33 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
         fail("its header does not begin with {")
     metadata = table.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict)
-                                     and all(isinstance(value, str) for value in metadata.values())):
+                                     and all(isinstance(text, str) and _storable(text)
+                                             for item in metadata.items() for text in item)):
         fail("__metadata__ holds something else than strings")
     tensors: dict[str, TensorInfo] = {}
     for name, entry in table.items():
-        if "\0" in name:
-            fail(f"tensor name {name!r} holds a NUL")
+        if "\0" in name or not _storable(name):
+            fail(f"tensor name {name[:80]!r} holds a NUL or half a surrogate pair")
+        shown = name[:200] if name[:200].isprintable() else repr(name[:200])  # a message stays one readable line
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            fail(f"the entry of tensor {name} has not exactly dtype, shape and data_offsets")
+            fail(f"the entry of tensor {shown} has not exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype not in DTYPE_BYTES:
-            fail(f"tensor {name} has dtype {dtype!r}, which is not known", f"known are {', '.join(DTYPE_BYTES)}")
+        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+            fail(f"tensor {shown} has dtype {str(dtype)[:40]!r}, which is not known", f"known are {', '.join(DTYPE_BYTES)}")
         whole = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
-        if len(whole) == 1 or len(offsets) != 2 or not all(type(number) is int and number >= 0 for number in whole):
-            fail(f"tensor {name} has shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}")
+        if (len(whole) == 1 or len(offsets) != 2 or len(shape) > MAXIMUM_RANK
+                or not all(type(number) is int and 0 <= number < 2**63 for number in whole)):
+            fail(f"tensor {shown} has shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}")
         begin, end = offsets
         if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-            fail(f"tensor {name} takes {end - begin} bytes, but {dtype} {shape} needs {math.prod(shape) * DTYPE_BYTES[dtype]}")
+            fail(f"tensor {shown} takes {end - begin} bytes, but {dtype} {shape} needs "
+                 f"{math.prod(shape) * DTYPE_BYTES[dtype]}")
         tensors[name] = TensorInfo(dtype, tuple(shape), begin, end)
     position = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
             kind = "overlaps the tensor before it" if info.begin < position else "leaves a hole before it"
-            fail(f"tensor {name} begins at {info.begin} and {kind}, which ends at {position}")
+            fail(f"tensor {name[:200]!r} begins at {info.begin} and {kind}, which ends at {position}")
         position = info.end
     data_start = 8 + len(raw)
     if data_start + position != file_size:
@@ -118,7 +138,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
 
 
 def read_header(path: Path) -> Header:
-    """Header of a file on disk."""
+    """Header of a file on disk; reads the header only, raises what `parse_header` raises."""
     path = Path(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -129,13 +149,20 @@ def read_header(path: Path) -> Header:
 
 
 def sorted_specs(specs: list[tuple[str, str, tuple[int, ...]]]) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) in the order of the format's own writer: dtype size descending, then name."""
-    return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec[1]], spec[0]))
+    """(name, dtype, shape) in the order of the format's own writer: dtype size descending, then name.
+
+    Dtypes of one size do not mix in that order, either: BF16 comes before F16, F8 before U8, as DTYPE_BYTES ranks them.
+    """
+    return sorted(specs, key=lambda spec: (-DTYPE_RANK[spec[1]], spec[0].encode("utf-8")))
 
 
 def render_header(specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None) -> bytes:
-    """The 8-byte length and the JSON, padded with spaces to whole 8 bytes, for tensors laid out in exactly this order."""
-    table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    """The 8-byte length and the JSON for (name, dtype, shape) laid out without holes in exactly this order.
+
+    Byte-identical with what the safetensors library writes for the same order: compact, `__metadata__` first and in the
+    caller's key order, padded with spaces to whole 8 bytes. Its length is what `plan` predicts file sizes with.
+    """
+    table: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
     offset = 0
     for name, dtype, shape in specs:
         end = offset + math.prod(shape) * DTYPE_BYTES[dtype]
