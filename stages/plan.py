@@ -14,6 +14,7 @@ from collections import Counter
 from stages.checkpoint.files import human_bytes, read_json, render_json, write_json
 from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
 from stages.dialects.roles import ROLE_NAMES
+from stages.download import check_disk
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.schemes import SCHEMES, compressed_tensors, vllm_rules
@@ -192,7 +193,8 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
     if len(weight_map) != sum(shard["tensors"] for shard in shards.values()):
         raise UserError("two shards would hold a tensor of the same name; the source repeats a tensor")
     quantized = [entry for entry in tensors.values() if entry["decision"] == "quantize"]
-    largest = max(shard["source_bytes"] + shard["file_bytes"] for shard in shards.values())
+    largest = max(shard["source_bytes"] for shard in shards.values())
+    passing = settings.device.lane * largest if settings.source.repository else 0  # a local source is only linked
     plan |= {
         "quantization_config": section,
         "runtime_modules": modules,
@@ -205,7 +207,7 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "release_index_bytes": len(index_json(weight_map, tensor_bytes).encode()),
         "release_config_bytes": len(render_json(release_config(source_config, section)).encode()),
         "release_tensors": len(weight_map),
-        "disk_peak_bytes": sum(shard["file_bytes"] for shard in shards.values()) + settings.device.lane * largest,
+        "disk_peak_bytes": sum(shard["file_bytes"] for shard in shards.values()) + passing,
         "tensor_parallel": tensor_parallel_notes(tensors),
     }
     return plan
@@ -241,8 +243,10 @@ def run(settings: Settings) -> dict:
     """Writes plan.json and prints it."""
     census = read_json(settings.run_directory / "inspect.json", "inspect_format")
     plan = make_plan(settings, census, read_config(settings))
-    write_json(settings.run_directory / "plan.json", plan)
     print_plan(plan)
+    there = sum(path.stat().st_size for path in (settings.run_directory / "shards").glob("*.safetensors"))
+    check_disk(settings.run_directory, max(0, plan["disk_peak_bytes"] - there), "the whole run, by this plan,")
+    write_json(settings.run_directory / "plan.json", plan)
     return plan
 
 

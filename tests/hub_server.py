@@ -24,9 +24,18 @@ class HubServer:
         self.requests: list[tuple[str, str, str | None]] = []  # method, file, Range
         self.token: str | None = None  # demand it, answer 401 without
         self.gated = False  # answer 403 to everybody
-        self.unavailable = 0  # answer so many file requests with 503
+        self.unavailable = 0  # refuse so many requests whose path holds `unavailable_path` ...
+        self.unavailable_path = ""
+        self.unavailable_status, self.retry_after = 503, None  # ... like this
         self.drop_after: int | None = None  # cut the next file's body there, once
+        self.drop_always = False  # ... or every body
+        self.stall_after: int | None = None  # send so much of a file's body, then nothing until `go_on` is set
+        self.go_on = threading.Event()
         self.ignore_range = False
+        self.wrong_range = False  # answer a range request with the bytes of another range
+        self.storage: str | None = None  # send file requests on to this endpoint, as the hub does for large files
+        self.refuse_tokens = False  # be such a storage, which must never see the hub's token
+        self.answered_revision = revision  # what the model-info API says that it answered for
         self.corrupt: str | None = None  # flip a byte in the middle of this file
 
     def __enter__(self) -> HubServer:
@@ -51,6 +60,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_) -> None:
+        self.go_on.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -65,18 +75,25 @@ class HubServer:
             if name.endswith(".safetensors"):
                 entry["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 134}
             siblings.append(entry)
-        return {"_id": "1", "id": self.repository, "modelId": self.repository, "sha": self.revision, "private": False,
+        return {"_id": "1", "id": self.repository, "modelId": self.repository, "sha": self.answered_revision, "private": False,
                 "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings}
 
     def _error(self, handler, status: int, code: str, message: str) -> None:
         handler.send_response(status)
         handler.send_header("X-Error-Code", code)
         handler.send_header("X-Error-Message", message)
+        if status == self.unavailable_status and self.retry_after is not None:
+            handler.send_header("Retry-After", str(self.retry_after))
         handler.send_header("Content-Length", "0")
         handler.end_headers()
 
     def _answer(self, handler, body: bool) -> None:
         path = unquote(urlsplit(handler.path).path)
+        if self.unavailable and self.unavailable_path in path:
+            self.unavailable -= 1
+            return self._error(handler, self.unavailable_status, "Unavailable", "try again")
+        if self.refuse_tokens and handler.headers.get("Authorization"):
+            return self._error(handler, 400, "InvalidArgument", "a token was sent to the storage")
         if self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
             return self._error(handler, 401, "RepoNotFound", "Invalid credentials")
         if self.gated:
@@ -101,9 +118,12 @@ class HubServer:
         file = self.directory / name
         if not file.is_file():
             return self._error(handler, 404, "EntryNotFound", "Entry not found")
-        if self.unavailable:
-            self.unavailable -= 1
-            return self._error(handler, 503, "Unavailable", "try again")
+        if self.storage:
+            handler.send_response(302)
+            handler.send_header("Location", self.storage + handler.path)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return None
         data = bytearray(file.read_bytes())
         if self.corrupt == name:
             data[len(data) // 2] ^= 0xFF
@@ -113,6 +133,8 @@ class HubServer:
         if asked and not self.ignore_range:
             first, _, last = asked.removeprefix("bytes=").partition("-")
             begin, end = int(first), min(int(last) + 1, len(data)) if last else len(data)
+            if self.wrong_range:
+                begin, end = begin + 1, min(end + 1, len(data))
             handler.send_response(206)
             handler.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
         else:
@@ -125,10 +147,13 @@ class HubServer:
         if not body:
             return None
         if self.drop_after is not None and end - begin > self.drop_after:
-            end, self.drop_after = begin + self.drop_after, None
+            end, self.drop_after = begin + self.drop_after, self.drop_after if self.drop_always else None
             handler.close_connection = True
+        stall = None if self.stall_after is None else begin + self.stall_after
         try:
             for position in range(begin, end, 1 << 16):
+                if stall is not None and position >= stall:
+                    self.go_on.wait(30)
                 piece = bytes(data[position:min(position + (1 << 16), end)])
                 handler.wfile.write(piece)
                 self.sent[name] += len(piece)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 
 import pytest
@@ -10,6 +11,13 @@ from stages import inspect_format, plan
 from stages.errors import UserError
 from stages.settings import choices, load, shards_of
 from tests import step37_flash
+
+
+@pytest.fixture(autouse=True)
+def large_disk(monkeypatch):
+    """Plans check the disk; these are about checkpoints of 400 GB."""
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
 
 
 def planned(tmp_path, *overrides, fp8=True):
@@ -32,6 +40,14 @@ def test_the_real_fp8_release_is_predicted_to_the_byte(tmp_path):
     assert made["decisions"] == {"pass through": 1345, "quantize": 126, "drop": 126}
     assert {row["tensor_parallel"]: row["fits"] for row in made["tensor_parallel"]} == {1: True, 2: True, 4: True, 8: True}
     assert time.monotonic() - start < 30
+
+
+def test_a_disk_too_small_for_the_whole_release_is_told_by_the_plan(tmp_path, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=130 * 10**9))
+    with pytest.raises(UserError, match="not enough disk: the whole run, by this plan, needs 143.* has 130.00 GB"):
+        planned(tmp_path, "source=step37_fp8")
+    assert not list(tmp_path.rglob("plan.json"))
 
 
 def test_the_bf16_release_becomes_the_same_size(tmp_path):

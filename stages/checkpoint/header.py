@@ -153,7 +153,7 @@ def sorted_specs(specs: list[tuple[str, str, tuple[int, ...]]]) -> list[tuple[st
 
     Dtypes of one size do not mix in that order, either: BF16 comes before F16, F8 before U8, as DTYPE_BYTES ranks them.
     """
-    return sorted(specs, key=lambda spec: (-DTYPE_RANK[spec[1]], spec[0].encode("utf-8")))
+    return sorted(specs, key=lambda spec: (-DTYPE_RANK[spec[1]], spec[0]))
 
 
 def render_header(specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None) -> bytes:
