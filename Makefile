@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 run: setup
-	@snakemake --cores $(CORES) --quiet all
+	@snakemake --cores $(CORES) --quiet progress rules host reason
 	@echo "up to date: results/step37_tiny/mxfp4_experts/release and report.html beside it"
 
 setup: $(VENV)/installed

@@ -3,11 +3,12 @@
 import shlex, sys
 sys.path.insert(0, workflow.basedir)
 from stages.errors import UserError
-from stages.settings import as_json, load, local_files, overrides_from, shards_of
+from stages.settings import as_json, load, local_files, overrides_from, shards_of, text_path
 try:
     OVERRIDES = overrides_from(config)
     S = load(OVERRIDES)
     SHARDS = [name.removesuffix(".safetensors") for name in shards_of(S.source)]
+    TEXT = str(text_path(S))
 except UserError as error:
     sys.exit(f"error: {error}")
 
@@ -82,7 +83,7 @@ rule verify_release:
     shell: stage("verify_release")
 
 rule evaluate:
-    input: f"{RUN}/verify.json"
+    input: f"{RUN}/verify.json", TEXT
     output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
     params: evaluation=as_json(S.evaluation)
     log: f"{RUN}/logs/evaluate.log"

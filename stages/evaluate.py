@@ -22,7 +22,7 @@ from stages.checkpoint.files import human_bytes, read_json, sha256_file, write_j
 from stages.dialects.roles import layer_of, projection_of
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import read_plan
-from stages.settings import PROJECT, Settings, as_dict, load, stage_parser
+from stages.settings import Settings, as_dict, load, stage_parser, text_path
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -155,14 +155,6 @@ def measure(source: Path | None, release: Path, tokens: torch.Tensor, context: i
             "99th_percentile_kl_nats": kl.quantile(0.99).item(), "same_top_token": torch.cat(same).mean().item(),
             "perplexity_ratio": result["release"]["perplexity"] / result["source"]["perplexity"]}
     return result
-
-
-def text_path(settings: Settings) -> Path:
-    """evaluation.text, looked up from the working directory and then from the project."""
-    for path in (Path(settings.evaluation.text), PROJECT / settings.evaluation.text):
-        if path.is_file():
-            return path
-    raise UserError(f"evaluation.text={settings.evaluation.text}: no such file; name a UTF-8 text")
 
 
 def perplexity(settings: Settings, plan: dict) -> dict:

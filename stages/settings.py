@@ -159,6 +159,10 @@ def _one_line(error: Exception) -> str:
                                                        "; stages/settings.py lists them all")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     keep = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "Set the", "Error merging"))]
+    if "LexerNoViableAlt" in text or "mismatched input" in text or "Error parsing override" in text:
+        found = re.search(r"Error parsing override '(.*)'", text)
+        return (f"conf: cannot read the setting {found.group(1) if found else text.splitlines()[0]!r}; put values with spaces, "
+                "braces or quotes in quotes, as in \"source.path='/my data/checkpoint'\"")
     key = re.search(r"full_key: (\S+)", text)
     return "conf: " + (f"{key.group(1)}: " if key else "") + " ".join(keep[:2])
 
@@ -194,6 +198,9 @@ def _check(settings: Settings) -> None:
                         "know them before the first byte")
     if source.name is None:
         source.name = Path(source.path).resolve().name if source.path else source.repository.rsplit("/", 1)[-1]
+    for key, value in (("source.path", source.path), ("results", settings.results), ("evaluation.text", settings.evaluation.text)):
+        if re.search(r"[{}\n*?]", value or ""):
+            raise UserError(f"conf: {key}={value!r}: Snakemake reads braces, * and ? as wildcards; use a link without them")
     for key, value in (("source.name", source.name), ("recipe.name", recipe.name)):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or (key, value) == ("recipe.name", "source"):
             raise UserError(f"conf: {key} {value!r} names a directory beside 'source': use letters, digits, '.', '_' and "
@@ -272,7 +279,18 @@ def shards_of(source: SourceSettings) -> list[str]:
     names = sorted(path.name for path in directory.glob("*.safetensors")) if directory.is_dir() else []
     if not names:
         raise UserError(f"source.path={source.path}: no *.safetensors file there; name a checkpoint directory")
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise UserError(f"{directory / missing[0]}: is a link to a file that is missing, or no file; complete the checkpoint")
     return names
+
+
+def text_path(settings: Settings) -> Path:
+    """evaluation.text, looked up from the working directory and then from the project; UserError when there is none."""
+    for path in (Path(settings.evaluation.text), PROJECT / settings.evaluation.text):
+        if path.is_file():
+            return path
+    raise UserError(f"evaluation.text={settings.evaluation.text}: no such file; name a UTF-8 text")
 
 
 def local_files(source: SourceSettings) -> list[str]:

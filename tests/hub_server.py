@@ -20,6 +20,7 @@ class HubServer:
 
     def __init__(self, directory: Path, repository: str, revision: str):
         self.directory, self.repository, self.revision = Path(directory), repository, revision
+        self._files: dict[tuple[str, int, int], tuple[bytes, str]] = {}
         self.sent: Counter[str] = Counter()  # body bytes by file
         self.requests: list[tuple[str, str, str | None]] = []  # method, file, Range
         self.token: str | None = None  # demand it, answer 401 without
@@ -43,6 +44,7 @@ class HubServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else every answer on a kept connection waits 40 ms for an acknowledgement
 
             def log_message(self, *_):
                 pass
@@ -55,7 +57,7 @@ class HubServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         return self
 
@@ -67,13 +69,22 @@ class HubServer:
     def _names(self) -> list[str]:
         return sorted(p.relative_to(self.directory).as_posix() for p in self.directory.rglob("*") if p.is_file())
 
+    def _file(self, name: str) -> tuple[bytes, str]:
+        """Bytes and sha256 of a file; kept, because hashing 20 MB for every request is what a test would wait for."""
+        status = (self.directory / name).stat()
+        key = (name, status.st_mtime_ns, status.st_size)
+        if key not in self._files:
+            data = (self.directory / name).read_bytes()
+            self._files[key] = data, hashlib.sha256(data).hexdigest()
+        return self._files[key]
+
     def _info(self) -> dict:
         siblings = []
         for name in self._names():
-            data = (self.directory / name).read_bytes()
+            data, sha256 = self._file(name)
             entry = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
             if name.endswith(".safetensors"):
-                entry["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 134}
+                entry["lfs"] = {"size": len(data), "sha256": sha256, "pointerSize": 134}
             siblings.append(entry)
         return {"_id": "1", "id": self.repository, "modelId": self.repository, "sha": self.answered_revision, "private": False,
                 "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings}
@@ -124,9 +135,9 @@ class HubServer:
             handler.send_header("Content-Length", "0")
             handler.end_headers()
             return None
-        data = bytearray(file.read_bytes())
+        data, sha256 = self._file(name)
         if self.corrupt == name:
-            data[len(data) // 2] ^= 0xFF
+            data = data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 0xFF]) + data[len(data) // 2 + 1:]
         asked = handler.headers.get("Range")
         self.requests.append((handler.command, name, asked))
         begin, end = 0, len(data)
@@ -141,7 +152,7 @@ class HubServer:
             handler.send_response(200)
         handler.send_header("Content-Length", str(end - begin))
         handler.send_header("Accept-Ranges", "bytes")
-        handler.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        handler.send_header("ETag", f'"{sha256}"')
         handler.send_header("X-Repo-Commit", self.revision)
         handler.end_headers()
         if not body:
@@ -154,7 +165,7 @@ class HubServer:
             for position in range(begin, end, 1 << 16):
                 if stall is not None and position >= stall:
                     self.go_on.wait(30)
-                piece = bytes(data[position:min(position + (1 << 16), end)])
+                piece = data[position:min(position + (1 << 16), end)]
                 handler.wfile.write(piece)
                 self.sent[name] += len(piece)
         except (BrokenPipeError, ConnectionResetError):

@@ -45,6 +45,11 @@ def lfs_pointer(checkpoint):
         "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4485680\n")
 
 
+def dangling_link(checkpoint):
+    (checkpoint / "model-00003.safetensors").unlink()
+    (checkpoint / "model-00003.safetensors").symlink_to("/nonexistent")
+
+
 def empty_shard(checkpoint):
     (checkpoint / "model-00003.safetensors").write_bytes(b"")
 
@@ -120,6 +125,7 @@ def overlapping_offsets(checkpoint):
     (truncated_shard, ["model-00003.safetensors"]),
     (trailing_bytes, ["model-00003.safetensors"]),
     (lfs_pointer, ["model-00003.safetensors", "LFS"]),
+    (dangling_link, ["model-00003.safetensors", "missing"]),
     (empty_shard, ["model-00003.safetensors"]),
     (index_names_an_absent_file, ["model-00099.safetensors"]),
     (scale_missing, ["model.layers.3.moe.up_proj.weight", "scale"]),

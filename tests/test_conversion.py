@@ -283,3 +283,62 @@ def test_memory_stays_bounded_on_a_shard_much_larger_than_the_bound(tmp_path):
     peak = int(ran.stdout.split("PEAK")[1]) / 1024
     assert (directory / "model-00001.safetensors").stat().st_size > 1.5e9
     assert peak < 1000, f"{peak:.0f} MiB resident"
+
+
+def tiny_tensors() -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in sorted(TINY.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def one_shard(tensors):
+    return tensors
+
+
+def other_prefixes(tensors):
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.startswith("model."):
+            name = name.replace("model.", "model.language_model.", 1)
+        elif name.startswith("v"):
+            name = f"model.{name}"
+        renamed[name] = tensor
+    return renamed
+
+
+def experts_one_by_one(tensors):
+    split = {}
+    for name, tensor in tensors.items():
+        prefix, moe, rest = name.partition(".moe.")
+        if moe and tensor.dim() == 3:
+            split |= {f"{prefix}.moe.experts.{expert}.{rest}": tensor[expert].clone() for expert in range(len(tensor))}
+        else:
+            split[name] = tensor
+    return split
+
+
+def dequantized(tensors):
+    return {name: mxfp4.decode_block_fp8(tensor, tensors[name + "_scale_inv"]).bfloat16()
+            if tensor.dtype == torch.float8_e4m3fn else tensor
+            for name, tensor in tensors.items() if not name.endswith("_scale_inv")}
+
+
+@pytest.mark.parametrize("layout", [one_shard, other_prefixes, experts_one_by_one, dequantized])
+def test_other_ways_to_store_the_same_model_convert_to_the_same_model(converted, tmp_path, layout):
+    """One shard without an index, the prefixes of other exports, 2D experts, plain BF16: same weights, same scores."""
+    source = tmp_path / "model"
+    source.mkdir()
+    save_file(layout(tiny_tensors()), source / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(TINY / "tokenizer.json", source)
+    config = json.loads((TINY / "config.json").read_text())
+    if layout is dequantized:
+        config.pop("quantization_config")
+    (source / "config.json").write_text(json.dumps(config))
+    settings = convert("source=local", f"source.path={source}", f"results={tmp_path / 'results'}")
+    tokens = evaluate.tokens_of((PROJECT / "tests/tiny/held_out.txt").read_text(), TINY, 200)
+    ours, theirs = (evaluate.Scorer(s.run_directory / "release", "float32")(tokens)[0] for s in (settings, converted))
+    if layout is dequantized:  # BF16 rounded the products of code and scale
+        assert (ours - theirs).abs().median() < 0.05
+    else:
+        assert torch.equal(ours, theirs)

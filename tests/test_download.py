@@ -1,15 +1,21 @@
 """Download: a hub and local directories, what goes wrong with them, and how little is moved."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from stages import download, evaluate
+from stages.checkpoint.header import render_header
 from stages.errors import UserError
 from stages.settings import load
 from tests.conftest import PROJECT, TINY, convert
@@ -21,13 +27,19 @@ SHARD = "model-00003.safetensors"
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, pauses):
     with HubServer(TINY, "somebody/tiny", REVISION) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # retries wait
+        monkeypatch.setattr("time.sleep", pauses.append)
         yield server
+
+
+@pytest.fixture
+def pauses():
+    """Seconds that retries would have waited."""
+    return []
 
 
 @pytest.fixture
@@ -77,17 +89,159 @@ def test_a_connection_that_drops_in_the_middle_of_a_shard_is_resumed(hub, settin
     assert download.fetch_shard(settings, SHARD).read_bytes() == (TINY / SHARD).read_bytes()
 
 
-def test_a_hub_that_is_briefly_unavailable_is_asked_again(hub, settings):
-    hub.unavailable = 2
-    download.fetch_metadata(settings)
-    hub.unavailable = 2
-    download.fetch_shard(settings, SHARD)
+def serve(monkeypatch, directory):
+    """A server of a checkpoint of the test's own, and the overrides that name it."""
+    server = HubServer(directory, "somebody/own", REVISION)
+    server.__enter__()
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    shards = sorted(path.name for path in directory.glob("*.safetensors"))
+    return server, ["source=hub", "source.repository=somebody/own", f"source.revision={REVISION}",
+                    f"source.shards=[{','.join(shards)}]", f"results={directory.parent / 'results'}"]
 
 
-def test_a_server_that_ignores_ranges_still_gives_right_headers(hub, settings):
-    hub.ignore_range = True
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """One shard of 32 MB: more than the 10 MB that the hub's client hands over at a time."""
+    directory = tmp_path / "large"
+    directory.mkdir()
+    save_file({"a": torch.arange(8_000_000, dtype=torch.int32)}, directory / "model.safetensors")
+    (directory / "config.json").write_text("{}")
+    server, overrides = serve(monkeypatch, directory)
+    yield server, overrides, directory / "model.safetensors"
+    server.__exit__()
+
+
+def test_a_download_that_was_killed_goes_on_where_it_stopped(large):
+    server, overrides, original = large
+    settings = load(overrides)
     download.fetch_metadata(settings)
-    assert set(json.loads((settings.source_directory / "headers.json").read_text())) == set(SHARDS)
+    server.stall_after = 25_000_000
+    part = settings.shard_directory / "model.safetensors.incomplete"
+    command = [sys.executable, "-m", "stages.download", *overrides, "--shard", "model.safetensors"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "0"}
+    process = subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        if part.exists() and part.stat().st_size >= 20_000_000:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = part.stat().st_size
+    assert kept >= 20_000_000
+    server.stall_after = None
+    server.go_on.set()
+    server.sent.clear()
+    server.requests.clear()
+    subprocess.run(command, cwd=PROJECT, env=environment, check=True, stderr=subprocess.DEVNULL)
+    assert server.requests == [("GET", "model.safetensors", f"bytes={kept}-")]
+    assert (settings.shard_directory / "model.safetensors").read_bytes() == original.read_bytes()
+    assert not part.exists()
+
+
+def test_a_line_that_drops_again_and_again_still_brings_a_large_shard_home(large, monkeypatch):
+    """What counts is failures without a new byte; a limit on failures in all would never finish a 9-GB shard."""
+    server, overrides, original = large
+    settings = load(overrides)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
+    download.fetch_metadata(settings)
+    server.drop_after, server.drop_always = 11_000_000, True
+    assert download.fetch_shard(settings, "model.safetensors").read_bytes() == original.read_bytes()
+    assert len([method for method, *_ in server.requests if method == "GET"]) > 3
+
+
+def test_resets_behind_new_bytes_are_forgiven_and_resets_without_are_counted(settings, monkeypatch):
+    """The hub's client does not go on after a reset connection; then ours has to, but not for ever."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    received, calls = [0], [0]
+
+    def resets():
+        calls[0] += 1
+        received[0] += calls[0] <= 20
+        raise ConnectionResetError("reset by peer")
+
+    with pytest.raises(UserError, match="reset by peer.*finished bytes are kept"):
+        download.Hub(settings.source)._patiently("downloading x", resets, lambda: received[0])
+    assert calls[0] == 20 + download.ATTEMPTS - 1
+
+
+def test_headers_of_every_length_come_exactly(tmp_path, monkeypatch):
+    """Inclusive ranges invite off-by-one errors, which show only at certain lengths."""
+    directory = tmp_path / "lengths"
+    directory.mkdir()
+    lengths = [56, 64, 65_528, 65_536, 65_544, 99_992, 100_000, 100_008, 1_000_000]
+    for initial, length in zip("abcdefghi", lengths, strict=True):
+        prefix = render_header([(initial + "x" * (length - 56), "U8", (4,))], None)
+        assert len(prefix) == 8 + length
+        (directory / f"{length}.safetensors").write_bytes(prefix + b"1234")
+    (directory / "config.json").write_text("{}")
+    server, overrides = serve(monkeypatch, directory)
+    try:
+        settings = load(overrides)
+        download.fetch_metadata(settings)
+    finally:
+        server.__exit__()
+    headers = json.loads((settings.source_directory / "headers.json").read_text())
+    for length in lengths:
+        assert headers[f"{length}.safetensors"]["data_start"] == 8 + length
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+@pytest.mark.parametrize("path", ["/api/", SHARD, "config.json"])
+def test_a_hub_that_is_briefly_unavailable_is_asked_again(hub, settings, status, path):
+    hub.unavailable, hub.unavailable_status, hub.unavailable_path = 2, status, path
+    download.fetch_metadata(settings)
+    assert hub.unavailable == 0
+
+
+def test_a_hub_that_limits_the_rate_is_given_the_time_it_asks_for(hub, settings, pauses):
+    hub.unavailable, hub.unavailable_status, hub.retry_after = 1, 429, 17
+    download.fetch_metadata(settings)
+    assert pauses == [17]
+
+
+def test_a_hub_that_stays_unavailable_is_told_in_one_line_after_a_bounded_time(hub, settings, pauses):
+    hub.unavailable = 10**6
+    with pytest.raises(UserError, match="listing its files.*503.*run the same command again"):
+        download.fetch_metadata(settings)
+    assert pauses == [1, 2, 4, 8]
+
+
+def test_an_error_of_the_own_disk_is_not_taken_for_one_of_the_network(hub, settings, pauses, monkeypatch):
+    download.fetch_metadata(settings)
+
+    def broken(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        download.fetch_shard(settings, SHARD)
+    assert pauses == []
+
+
+def test_bytes_of_another_range_than_asked_for_are_refused(hub, settings):
+    hub.wrong_range = True
+    with pytest.raises(UserError, match="asked for bytes 0-63/.*the server answered 'bytes 1-64/"):
+        download.fetch_metadata(settings)
+
+
+def test_large_files_come_from_the_storage_and_the_token_does_not_go_there(hub, settings, monkeypatch):
+    """The hub redirects to signed addresses, which refuse a request that carries a token as well."""
+    hub.token = "secret"
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with HubServer(TINY, "somebody/tiny", REVISION) as storage:
+        storage.refuse_tokens = True
+        hub.storage = storage.endpoint
+        download.fetch_metadata(settings)
+        assert download.fetch_shard(settings, SHARD).read_bytes() == (TINY / SHARD).read_bytes()
+    assert not hub.sent[SHARD]
+
+
+def test_a_mirror_that_answers_with_another_revision_is_refused(hub, settings):
+    hub.answered_revision = "f" * 40
+    with pytest.raises(UserError, match="asked for revision 0123.*answered with ffff"):
+        download.fetch_metadata(settings)
 
 
 def test_bytes_that_are_not_those_the_hub_listed_are_deleted_and_refused(hub, settings):
@@ -123,7 +277,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(settings, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(UserError, match="run the same command again"):
+    with pytest.raises(UserError, match="check the network, HF_ENDPOINT.*run the same command again"):
         download.fetch_metadata(settings)
 
 
@@ -143,10 +297,50 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(hub, settings, m
     assert hub.sent[SHARD] == 0
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../up", "a/../../b", "a\\b", "", "a\0b", "./a"])
+@pytest.mark.parametrize("name", ["/etc/passwd", "../up", "a/../../b", "", "./a", "a//b"])
 def test_a_name_that_leaves_the_directory_is_refused(name):
     with pytest.raises(UserError, match="would leave"):
         download.safe_name(name, "index")
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\0b", "a\nb", "a\udcffb"])
+def test_a_name_that_no_result_could_carry_is_refused(name):
+    with pytest.raises(UserError, match="not accepted"):
+        download.safe_name(name, "index")
+
+
+def test_a_local_file_with_a_hostile_name_is_refused(checkpoint, local):
+    (checkpoint / "tokenizer\\up.json").write_text("{}")
+    with pytest.raises(UserError, match="not accepted"):
+        download.fetch_metadata(load(local))
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000, '"\xff"'])
+def test_an_index_that_is_none_is_one_line(checkpoint, local, text):
+    (checkpoint / download.INDEX).write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"model.safetensors.index.json (is not valid JSON|has no weight_map).*restore"):
+        download.fetch_metadata(load(local))
+
+
+def test_a_shard_that_the_index_does_not_name_is_read_and_noted(checkpoint, local):
+    save_file({"an.extra.tensor": torch.zeros(3)}, checkpoint / "extra.safetensors")
+    settings = load(local)
+    download.fetch_metadata(settings)
+    assert "extra.safetensors" in json.loads((settings.source_directory / "headers.json").read_text())
+    anomalies = json.loads((settings.source_directory / "listing.json").read_text())["anomalies"]
+    assert f"{download.INDEX} does not name extra.safetensors" in anomalies
+
+
+def test_a_shard_that_was_swapped_for_another_of_its_size_is_refused(checkpoint, local):
+    path = checkpoint / SHARD
+    settings = load(local)
+    download.fetch_metadata(settings)
+    assert download.fetch_shard(settings, SHARD).resolve() == path
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    path.write_bytes(raw[:8] + raw[8:8 + length].replace(b"model.layers.3.", b"model.layers.9.") + raw[8 + length:])
+    with pytest.raises(UserError, match="not the one that was inspected"):
+        download.fetch_shard(settings, SHARD)
 
 
 def test_an_index_with_a_path_in_it_is_refused(checkpoint, local):
@@ -163,6 +357,42 @@ def test_a_link_out_of_the_checkpoint_is_not_copied_into_the_release(checkpoint,
     (checkpoint / "notes.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match="leaves the checkpoint"):
         download.fetch_metadata(load(local))
+
+
+def test_a_link_to_any_directory_that_is_called_blobs_is_no_hub_cache(checkpoint, local, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/secret").write_text("x")
+    (checkpoint / "notes.txt").symlink_to(tmp_path / "blobs/secret")
+    with pytest.raises(UserError, match="leaves the checkpoint"):
+        download.fetch_metadata(load(local))
+
+
+def test_links_and_special_files_that_nobody_needs_do_not_stop_a_conversion(checkpoint, local, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/secret.txt").write_text("x")
+    (checkpoint / "linked_directory").symlink_to(tmp_path / "elsewhere")  # never followed
+    (checkpoint / "pytorch_model.bin").symlink_to(tmp_path / "elsewhere/secret.txt")
+    (checkpoint / ".lock").symlink_to(tmp_path / "missing")
+    (checkpoint / ".cache").mkdir()
+    (checkpoint / ".cache/model.safetensors").write_bytes(b"x")
+    settings = load(local)
+    download.fetch_metadata(settings)
+    copied = {path.name for path in (settings.source_directory / "auxiliary").rglob("*")}
+    assert copied == {path.name for path in TINY.iterdir() if path.suffix != ".safetensors"}
+
+
+def test_a_pipe_in_the_checkpoint_is_refused_and_not_waited_for(checkpoint, local):
+    os.mkfifo(checkpoint / "notes.txt")
+    with pytest.raises(UserError, match="no regular file"):
+        download.fetch_metadata(load(local))
+
+
+def test_a_shard_that_is_a_link_is_linked_to(checkpoint, local, tmp_path):
+    shutil.move(checkpoint / SHARD, tmp_path / "elsewhere")
+    (checkpoint / SHARD).symlink_to(tmp_path / "elsewhere")
+    settings = load(local)
+    download.fetch_metadata(settings)
+    assert download.fetch_shard(settings, SHARD).resolve() == tmp_path / "elsewhere"
 
 
 def test_a_hub_cache_made_of_links_to_blobs_is_a_checkpoint(tmp_path, converted):

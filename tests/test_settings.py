@@ -47,6 +47,8 @@ def test_exponent_rules_are_those_of_the_kernels():
     (["source=step37_fp8", "source.revision=main"], ["source.revision", "'main'", "commit hash"]),
     (["recipe.name=a/b"], ["recipe.name", "'a/b'"]),
     (["evaluation.stride=256"], ["evaluation.stride", "evaluation.context"]),
+    (["source=local", "source.path=/a b's {x}"], ["source.path='/my data/checkpoint'"]),
+    (["source=local", "source.path='/data/{x}'"], ["source.path", "wildcards"]),
     (["recipe.groups=[]"], ["nothing to quantize"]),
     (["recipe.groups=[{patterns: ['(']}]"], ["'('", "regular expression"]),
 ])

@@ -130,6 +130,7 @@ def test_every_recipe_and_source_dry_runs(tmp_path, source):
     (["recipe=mxfp5"], "no recipe 'mxfp5'"),
     (["overrides=[recipe.layot=stacked]"], "did you mean 'recipe.layout'"),
     (["source=local", "overrides=[source.path=/nonexistent]"], "/nonexistent"),
+    (["overrides=[evaluation.text=/nonexistent]"], "/nonexistent"),
 ])
 def test_a_mistake_on_the_command_line_is_one_clear_line(tmp_path, config, words):
     ran = snakemake(workdir(tmp_path / "mistake"), "--cores", "1", "--config", *config)

@@ -26,7 +26,7 @@ class Role:
 
 
 ROLES = (
-    Role("routed_experts", _LAYER + r"moe\." + _LINEAR),
+    Role("routed_experts", _LAYER + r"moe\.(?:experts\.\d+\.)?" + _LINEAR),
     Role("shared_experts", _LAYER + r"share_expert\." + _LINEAR),
     Role("router", _LAYER + r"moe\.(?:gate\.weight|router_bias)"),
     Role("dense_mlp", _LAYER + r"mlp\." + _LINEAR),

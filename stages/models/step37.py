@@ -22,11 +22,7 @@ from stages.dialects import recognize
 from stages.dialects.roles import hidden_layers, layer_of
 from stages.errors import UserError
 
-PER_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight_packed")
-
-
-def _decoded(reader: ShardReader, name: str, scale: str, dtype: torch.dtype) -> torch.Tensor:
-    return mxfp4.dequantize(reader.tensor(name), reader.tensor(scale), dtype)
+PER_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+\.weight)")
 
 
 def expanded_tensors(directory: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -48,24 +44,35 @@ def expanded_tensors(directory: Path, dtype: torch.dtype) -> Iterator[tuple[str,
         plain = {name: info for name, info in tensors.items() if name not in packed | scales}
         source_config = config if not packed else {**config, "quantization_config": None}
         claims = recognize(plain, {name: owner[name].path.name for name in plain}, source_config)
-        stacks: dict[str, dict[int, str]] = {}
-        for name in sorted(packed):
+
+        def value(name: str) -> torch.Tensor:
+            reader = owner.get(name)
+            if reader is None:
+                reader = owner[name + "_packed"]
+                return mxfp4.dequantize(reader.tensor(name + "_packed"),
+                                        owner[name + "_scale"].tensor(name + "_scale"), dtype)
+            if claims[name].scale:
+                scale = owner[claims[name].scale].tensor(claims[name].scale)
+                return mxfp4.decode_block_fp8(reader.tensor(name), scale, claims[name].tile).to(dtype)
+            tensor = reader.tensor(name)
+            return tensor if tensor.dtype == torch.float32 else tensor.to(dtype)
+
+        weights = [name for name in plain if not name.endswith("_scale_inv")]
+        weights += [name.removesuffix("_packed") for name in packed]
+        experts: dict[str, dict[int, str]] = {}
+        for name in sorted(weights):
             if match := PER_EXPERT.fullmatch(name):
-                stacks.setdefault(f"{match[1]}.{match[3]}.weight", {})[int(match[2])] = name
+                experts.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = name
             else:
-                yield (name.removesuffix("_packed"),
-                       _decoded(owner[name], name, name.replace("weight_packed", "weight_scale"), dtype))
-        for name, experts in stacks.items():
-            yield name, torch.stack([
-                _decoded(owner[experts[e]], experts[e], experts[e].replace("weight_packed", "weight_scale"), dtype)
-                for e in range(len(experts))])
-        for name, claim in claims.items():
-            if claim.scale:
-                weight = mxfp4.decode_block_fp8(owner[name].tensor(name), owner[claim.scale].tensor(claim.scale), claim.tile)
-                yield name, weight.to(dtype)
-            elif not name.endswith("_scale_inv"):
-                tensor = owner[name].tensor(name)
-                yield name, tensor if tensor.dtype == torch.float32 else tensor.to(dtype)
+                yield name, value(name)
+        for name, members in experts.items():
+            yield name, torch.stack([value(members[expert]) for expert in sorted(members)])
+
+
+def _published_name(name: str) -> str:
+    """The name under which the FP8 and BF16 releases publish a tensor; other exports put prefixes of their own before it."""
+    name = name.replace("model.language_model.", "model.", 1)
+    return name.removeprefix("model.") if name.startswith(("model.vision_model.", "model.vit_large_projector")) else name
 
 
 def load(directory: Path, dtype: torch.dtype):
@@ -94,7 +101,7 @@ def load(directory: Path, dtype: torch.dtype):
     for name, tensor in expanded_tensors(directory, dtype):
         layer = layer_of(name)
         target = draft_state if layer is not None and layer >= layers else state
-        target[name.replace("model.language_model.", "model.", 1)] = tensor
+        target[_published_name(name)] = tensor
     model, report = Step3p7ForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
