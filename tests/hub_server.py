@@ -86,8 +86,9 @@ class HubServer:
             if name.endswith(".safetensors"):
                 entry["lfs"] = {"size": len(data), "sha256": sha256, "pointerSize": 134}
             siblings.append(entry)
-        return {"_id": "1", "id": self.repository, "modelId": self.repository, "sha": self.answered_revision, "private": False,
-                "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings}
+        return {"_id": "1", "id": self.repository, "modelId": self.repository, "sha": self.answered_revision,
+                "private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [],
+                "siblings": siblings}
 
     def _error(self, handler, status: int, code: str, message: str) -> None:
         handler.send_response(status)

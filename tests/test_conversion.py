@@ -120,7 +120,7 @@ def test_release_scores_bit_for_bit_like_the_same_values_expanded_to_bf16(conver
     config = json.loads((release / "config.json").read_text())
     config.pop("quantization_config")
     (expanded / "config.json").write_text(json.dumps(config))
-    tokens = evaluate.tokens_of((PROJECT / "tests/tiny/held_out.txt").read_text(), release, 300)
+    tokens = evaluate.tokens_of((PROJECT / "tests/tiny/held_out.txt").read_text(), release, 120)
     for dtype in ("bfloat16", "float32"):
         (packed, packed_drafts), (plain, plain_drafts) = (evaluate.Scorer(path, dtype)(tokens) for path in (release, expanded))
         assert torch.equal(packed, plain)
