@@ -133,8 +133,9 @@ def facts(settings: Settings) -> dict:
         for path in ("linear", "grouped_experts"):
             rows = [row for row in gemm["rows"] if (row["backend"], row["path"]) == (backend, path)]
             formats = [row["format_db"] for row in rows if "format_db" in row]
+            worst = min(row["arithmetic_db"] for row in rows)
             gemm_rows.append({"backend": backend, "path": path.replace("_", " "), "tensors": len(rows),
-                              "arithmetic_db": min(row["arithmetic_db"] for row in rows),
+                              "arithmetic_db": worst, "passed": worst >= gemm["minimum_arithmetic_db"],
                               "format_db": min(formats, default=None)})
     return {
         "settings": settings, "plan": plan, "roles": role_rows(plan), "gemm": gemm_rows,
