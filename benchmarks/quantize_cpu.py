@@ -80,6 +80,7 @@ def rows(count: int):
 
 
 def main():
+    """Command line: prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experts", type=int, default=2, help="experts of 1280 x 4096 weights")
     parser.add_argument("--repetitions", type=int, default=5)

@@ -270,7 +270,7 @@ def test_the_token_of_the_environment_is_sent(hub, settings, monkeypatch):
     hub.token = "secret"
     monkeypatch.setenv("HF_TOKEN", "secret")
     download.fetch_metadata(settings)
-    download.fetch_shard(settings, SHARD)
+    assert download.fetch_shard(settings, SHARD).read_bytes() == (TINY / SHARD).read_bytes()
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(settings, monkeypatch):
