@@ -100,6 +100,6 @@ rule serve_bench:
 
 rule report:
     input: f"{RUN}/verify.json", f"{RUN}/gemm.json", f"{RUN}/sqnr.json", f"{RUN}/perplexity.json", f"{RUN}/serving.json"
-    output: f"{RUN}/report.html", f"{RUN}/card.md", f"{RUN}/metrics.json"
+    output: f"{RUN}/report.html", f"{RUN}/card.md", f"{RUN}/metrics.json", f"{RUN}/settings.yaml"
     log: f"{RUN}/logs/report.log"
     shell: stage("report")

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 import jinja2
+from omegaconf import OmegaConf
 
 from stages.assemble_release import read_receipts
 from stages.checkpoint.files import human_bytes, read_json, write_json, write_text
@@ -191,7 +192,7 @@ def metrics(found: dict) -> dict:
 
 
 def run(settings: Settings) -> None:
-    """Writes report.html, card.md and metrics.json."""
+    """Writes report.html, card.md, metrics.json and settings.yaml, the resolved settings of the run."""
     found = facts(settings)
     environment = _environment()
     page = environment.get_template("report.html.j2").render(
@@ -199,6 +200,7 @@ def run(settings: Settings) -> None:
     write_text(settings.run_directory / "report.html", page)
     write_text(settings.run_directory / "card.md", environment.get_template("card.md.j2").render(**found))
     write_json(settings.run_directory / "metrics.json", metrics(found))
+    write_text(settings.run_directory / "settings.yaml", OmegaConf.to_yaml(OmegaConf.structured(settings)))
     print(f"release: {settings.run_directory / 'release'}\nreport:  {settings.run_directory / 'report.html'}\n"
           f"card:    {settings.run_directory / 'card.md'}")
 

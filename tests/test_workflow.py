@@ -48,7 +48,8 @@ def finished(tmp_path_factory):
 def test_the_whole_workflow_makes_a_proven_release_and_a_report(finished):
     run_directory = finished / "results/step37_tiny/mxfp4_experts"
     assert json.loads((run_directory / "verify.json").read_text())["passed"]
-    for name in ("report.html", "card.md", "gemm.json", "sqnr.json", "perplexity.json", "serving.json", "metrics.json"):
+    for name in ("report.html", "card.md", "gemm.json", "sqnr.json", "perplexity.json", "serving.json", "metrics.json",
+                 "settings.yaml"):
         assert (run_directory / name).stat().st_size > 0
     assert "release" in json.dumps(json.loads((run_directory / "perplexity.json").read_text()))
     assert {row["backend"] for row in json.loads((run_directory / "gemm.json").read_text())["rows"]} >= {"cpu"}
