@@ -1,5 +1,6 @@
 # make        set up .venv and run the main job: convert, prove and measure the bundled tiny Step-3.7 model
 # make test   set up and pass the tests
+# make serve-env   set up .venv-serve with vLLM for the CPU (3.5 GB), which `make` then serves the release with
 # make bench  what the README claims, measured on this machine
 # The released torch wheel brings CUDA along; TORCH="torch==2.13.0 --index-url URL" takes another build.
 PYTHON ?= python3
@@ -31,7 +32,10 @@ test: setup
 bench: setup
 	@for script in benchmarks/*_cpu.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+serve-env: setup
+	@TORCH="$(TORCH)" $(BIN)/python -m stages.serving.environment
+
 clean:
 	rm -rf results/*/ .snakemake
 
-.PHONY: run setup test bench clean
+.PHONY: run setup test bench serve-env clean

@@ -3,6 +3,7 @@
 import shlex, sys
 sys.path.insert(0, workflow.basedir)
 from stages.errors import UserError
+from stages.serving.environment import PLUGIN, ingredients, marker_inputs, plugin_files
 from stages.settings import as_json, load, local_files, overrides_from, shards_of, text_path
 try:
     OVERRIDES = overrides_from(config)
@@ -12,6 +13,8 @@ try:
 except UserError as error:
     sys.exit(f"error: {error}")
 
+PLUGIN = [str(PLUGIN / path) for path in plugin_files()]
+SERVER = marker_inputs(S.serving)
 SOURCE, RUN = str(S.source_directory), str(S.run_directory)
 RELEASE = f"{RUN}/release/manifest.json"
 PYTHON, SETTINGS = shlex.quote(sys.executable), shlex.join(OVERRIDES)  # filled in late: they are no part of a rule's code
@@ -40,7 +43,7 @@ rule inspect_format:
 rule plan:
     input: f"{RUN}/inspect.json"
     output: f"{RUN}/plan.json"
-    params: recipe=as_json(S.recipe)
+    params: recipe=as_json(S.recipe), draft_scales=S.release.draft_scales
     log: f"{RUN}/logs/plan.log"
     shell: stage("plan")
 
@@ -70,7 +73,7 @@ rule validate_gemm:
     shell: stage("validate_gemm")
 
 rule assemble_release:
-    input: f"{RUN}/plan.json", expand(f"{RUN}/shards/{{shard}}.json", shard=SHARDS)
+    input: f"{RUN}/plan.json", PLUGIN, expand(f"{RUN}/shards/{{shard}}.json", shard=SHARDS)
     output: RELEASE
     log: f"{RUN}/logs/assemble_release.log"
     shell: stage("assemble_release")
@@ -83,15 +86,21 @@ rule verify_release:
     shell: stage("verify_release")
 
 rule evaluate:
-    input: f"{RUN}/verify.json", TEXT
+    input: f"{RUN}/verify.json", TEXT, SERVER if S.evaluation.via == "vllm" else []
     output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
     params: evaluation=as_json(S.evaluation)
     log: f"{RUN}/logs/evaluate.log"
     threads: 64  # as many as there are
     shell: stage("evaluate")
 
+rule serve_environment:
+    input: ingredients()
+    output: "{environment}/installed.json"
+    wildcard_constraints: environment=re.escape(S.serving.environment or "-")
+    shell: "{PYTHON} -m stages.serving.environment --directory {wildcards.environment}"
+
 rule serve_bench:
-    input: f"{RUN}/verify.json"
+    input: f"{RUN}/verify.json", SERVER
     output: f"{RUN}/serving.json"
     params: serving=as_json(S.serving)
     log: f"{RUN}/logs/serve_bench.log"

@@ -1,7 +1,7 @@
 """Puts the release together: shards as hard links, a config that vLLM reads rightly, a true index, and the manifest.
 
 Everything in the directory is a function of the source's bytes and the recipe: no date, no host, no measured figure, so
-that a pin can name it by hash. Auxiliary files (tokenizer, templates, code, licence) are the source's, byte for byte; its
+that a pin can name it by hash. The vLLM plugin that serves its draft layers goes along. Auxiliary files (tokenizer, templates, code, licence) are the source's, byte for byte; its
 README.md goes below the model card that `report` writes beside the release.
 """
 
@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 from pathlib import Path
 
 from stages.checkpoint.files import read_json, sha256_file, sync_directory, write_json, write_text
+from stages.checkpoint.writer import ShardWriter
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
-from stages.plan import coverage, index_json, outputs_of_shard, read_plan, release_config
+from stages.plan import SHARD_METADATA, coverage, index_json, outputs_of_shard, read_plan, release_config
 from stages.quantize_experts import plan_hash
+from stages.schemes import draft_scales
+from stages.serving.environment import PLUGIN, plugin_files
 from stages.settings import Settings, load, stage_parser
 
 INDEX = "model.safetensors.index.json"
 WRITTEN = ("config.json", INDEX, "manifest.json")
+PLUGIN_ARCHITECTURES = ("Step3p7ForConditionalGeneration", "Step3p5ForCausalLM")  # those that the plugin patches
 LEFT_OUT = ("README.md", ".gitattributes", *WRITTEN)
 
 
@@ -73,13 +78,26 @@ def run(settings: Settings) -> dict:
         for name in auxiliary_files(settings):
             (building / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(settings.source_directory / "auxiliary" / name, building / name)
+        config = read_config(settings)
+        bundled = plugin_files() if set(config.get("architectures") or []) & set(PLUGIN_ARCHITECTURES) else []
+        for path in bundled:
+            (building / PLUGIN.name / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(PLUGIN / path, building / PLUGIN.name / path)
+        if plan["draft_scales"]:
+            specs = draft_scales.specs_of_scales(plan["draft_scales"])
+            with ShardWriter(building / draft_scales.SHARD, specs, SHARD_METADATA) as writer:
+                for name, _, _ in specs:
+                    writer.write(name, struct.pack("<f", plan["draft_scales"][name]))
+            files[draft_scales.SHARD] = {"bytes": writer.size, "sha256": writer.sha256}
+            weight_map.update(dict.fromkeys(plan["draft_scales"], draft_scales.SHARD))
+            tensors.update(writer.tensor_sha256)
         section = plan["quantization_config"]
         modules, faults = coverage(plan["tensors"], section, plan["text_layers"])
         if faults:
             raise UserError(f"the config would not fit the weights: {faults[0]}")
-        write_json(building / "config.json", release_config(read_config(settings), section))
+        write_json(building / "config.json", release_config(config, section))
         write_text(building / INDEX, index_json(weight_map, plan["release_tensor_bytes"]))
-        for name in (*map(str, auxiliary_files(settings)), "config.json", INDEX):
+        for name in (*map(str, auxiliary_files(settings)), *(f"{PLUGIN.name}/{path}" for path in bundled), "config.json", INDEX):
             path = building / name
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         manifest = {"format_version": 1, "source": source_identity(settings, receipts),

@@ -7,7 +7,9 @@
     drafts      = how often MTP layer k would have drafted the token that the model itself picks (teacher forcing)
 
 Source and release see the same windows of the same text in the same process. A model that would not fit in
-`evaluation.memory_gb` is not measured in process, and the result says so in place of a figure.
+`evaluation.memory_gb` is not measured in process, and the result says so in place of a figure. With `evaluation.via=vllm`
+the same windows go to a server instead (stages/serving/score.py): perplexity on the engine that serves the release, for
+models of any size; divergence and drafts need all logits and are then left out.
 """
 
 from __future__ import annotations
@@ -157,6 +159,27 @@ def measure(source: Path | None, release: Path, tokens: torch.Tensor, context: i
     return result
 
 
+def measure_served(settings: Settings, tokens: torch.Tensor) -> dict:
+    """Perplexity of the release and, where it lies on this machine, of the source, each behind a server of its own."""
+    from stages.serving.launcher import server
+    from stages.serving.score import token_log_probabilities
+
+    evaluation, found, values = settings.evaluation, {}, {}
+    directories = {"release": settings.run_directory / "release"}
+    if settings.source.path and settings.serving.kind == "vllm":
+        directories["source"] = Path(settings.source.path)
+    for name, directory in directories.items():
+        with server(settings, directory) as running:
+            values[name] = token_log_probabilities(running, tokens, windows(len(tokens), evaluation.context, evaluation.stride))
+            found[name] = {**_perplexity([values[name]]), "engine": running.describe()}
+    if "source" in values:
+        change = values["source"] - values["release"]
+        found["paired"] = {"perplexity_ratio": math.exp(change.mean().item()),
+                           "standard_error": change.std().item() / math.sqrt(len(change)),
+                           "median_absolute_change_nats": change.abs().median().item()}
+    return found
+
+
 def perplexity(settings: Settings, plan: dict) -> dict:
     """The content of perplexity.json; reasons stand in place of figures that were not measured."""
     evaluation = settings.evaluation
@@ -164,10 +187,10 @@ def perplexity(settings: Settings, plan: dict) -> dict:
     result = {"settings": {key: value for key, value in as_dict(evaluation).items() if not key.startswith("gemm")}}
     source = Path(settings.source.path) if settings.source.path else None
     need = weights * BYTES[evaluation.dtype] * (2 if source is None else 4)  # state beside model; two models at once
-    if need > evaluation.memory_gb * 1e9:
+    if evaluation.via == "process" and need > evaluation.memory_gb * 1e9:
         return result | {"not_measured": f"{human_bytes(weights * BYTES[evaluation.dtype])} of weights in "
                          f"{evaluation.dtype} exceed evaluation.memory_gb={evaluation.memory_gb:g}: measure perplexity "
-                         "through a server"}
+                         "through a server (evaluation.via=vllm)"}
     path = text_path(settings)
     try:
         text = path.read_text(encoding="utf-8")
@@ -177,8 +200,11 @@ def perplexity(settings: Settings, plan: dict) -> dict:
     tokens = tokens_of(text, release, evaluation.maximum_tokens)
     result["text"] = {"name": path.name, "sha256": sha256_file(path), "tokens": len(tokens),
                       "bytes": len(text.encode())}
-    if source is None:
-        result["source_not_measured"] = "the source's shards are temporary; only the release was measured"
+    if source is None or (evaluation.via == "vllm" and settings.serving.kind == "endpoint"):
+        result["source_not_measured"] = ("the endpoint serves the release only" if source else
+                                         "the source's shards are temporary; only the release was measured")
+    if evaluation.via == "vllm":
+        return result | measure_served(settings, tokens)
     return result | measure(source, release, tokens, evaluation.context, evaluation.stride, evaluation.dtype)
 
 
@@ -195,9 +221,9 @@ def run(settings: Settings) -> dict:
     for name in ("source", "release"):
         if name in quality:
             row = quality[name]
-            print(f"{name}: perplexity {row['perplexity']:.4f} +- {row['standard_error']:.4f} over {row['tokens']} tokens, "
-                  f"{row['loading']['missing']} missing and {row['loading']['unexpected']} unexpected tensors, drafts agree "
-                  + " ".join(f"{value:.3f}" for value in row["draft_agreement"]))
+            print(f"{name}: perplexity {row['perplexity']:.4f} +- {row['standard_error']:.4f} over {row['tokens']} tokens"
+                  + (f", {row['loading']['missing']} missing and {row['loading']['unexpected']} unexpected tensors, drafts "
+                     "agree " + " ".join(f"{value:.3f}" for value in row["draft_agreement"]) if "loading" in row else ""))
     if "divergence" in quality:
         print("divergence: mean KL {mean_kl_nats:.5f} nats, same top token {same_top_token:.3f}".format(
             **quality["divergence"]))

@@ -17,7 +17,7 @@ from stages.dialects.roles import ROLE_NAMES
 from stages.download import check_disk
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
-from stages.schemes import SCHEMES, compressed_tensors, vllm_rules
+from stages.schemes import SCHEMES, compressed_tensors, draft_scales, vllm_rules
 from stages.schemes.mxfp4 import Output
 from stages.settings import Settings, as_dict, load, stage_parser
 
@@ -190,20 +190,26 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
                          "file_bytes": size + len(render_header(specs_of(outputs), SHARD_METADATA))}
         weight_map.update({output.name: shard for output in outputs})
         tensor_bytes += size
+    scales = draft_scales.draft_scales(source_config, census["text_layers"]) if settings.release.draft_scales else {}
     if len(weight_map) != sum(shard["tensors"] for shard in shards.values()):
         raise UserError("two shards would hold a tensor of the same name; the source repeats a tensor")
+    weight_map.update(dict.fromkeys(scales, draft_scales.SHARD))
+    scale_bytes = 4 * len(scales)
+    scale_header = len(render_header(draft_scales.specs_of_scales(scales), SHARD_METADATA)) if scales else 0
+    tensor_bytes += scale_bytes
     quantized = [entry for entry in tensors.values() if entry["decision"] == "quantize"]
     largest = max(shard["source_bytes"] for shard in shards.values())
     passing = settings.device.lane * largest if settings.source.repository else 0  # a local source is only linked
     plan |= {
         "quantization_config": section,
+        "draft_scales": scales,
         "runtime_modules": modules,
         "shards": shards,
         "decisions": dict(Counter(entry["decision"] for entry in tensors.values())),
         "quantized_weights": sum(math.prod(entry["shape"]) for entry in quantized),
         "source_tensor_bytes": census["tensor_bytes"],
         "release_tensor_bytes": tensor_bytes,
-        "release_shard_file_bytes": sum(shard["file_bytes"] for shard in shards.values()),
+        "release_shard_file_bytes": sum(shard["file_bytes"] for shard in shards.values()) + scale_bytes + scale_header,
         "release_index_bytes": len(index_json(weight_map, tensor_bytes).encode()),
         "release_config_bytes": len(render_json(release_config(source_config, section)).encode()),
         "release_tensors": len(weight_map),

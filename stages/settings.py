@@ -78,7 +78,8 @@ class EvaluationSettings:
     context: int = 256  # tokens per window
     stride: int = 128  # new tokens scored per window; the rest of the window is their context
     maximum_tokens: int | None = None  # score at most this many tokens of the text
-    dtype: str = "float32"  # float32 | bfloat16: in which the model computes
+    via: str = "process"  # process (transformers, in this process) | vllm (prompt log-probabilities from the server)
+    dtype: str = "float32"  # float32 | bfloat16: in which the model computes in process
     memory_gb: float = 16.0  # models that would need more in process are not measured in process, and the report says so
     gemm_tensors: int = 4  # quantized modules that validate_gemm samples from each shard
     gemm_tokens: int = 64  # rows of the activations that it multiplies them with
@@ -86,9 +87,18 @@ class EvaluationSettings:
 
 @dataclass
 class ServingSettings:
-    """Which server the serving benchmark uses."""
+    """Which server runs the release, and how it is measured. See docs/serving.md."""
 
     name: str = "none"
+    kind: str = "none"  # none | vllm (started here, on loopback) | endpoint (a server that runs already)
+    model: str = "release"  # the name under which the server offers the release
+    url: str | None = None  # of an endpoint, http://HOST:PORT
+    environment: str | None = None  # virtual environment with vLLM; null: the `vllm` on the PATH
+    if_installed: bool = False  # leave serving out, and say so, where the environment has not been made
+    drafts: bool = True  # let the release's MTP layers draft tokens
+    flags: list[str] = field(default_factory=list)  # further flags of `vllm serve`
+    variables: dict[str, str] = field(default_factory=dict)  # environment variables of the server
+    startup_seconds: float = 600.0  # until the first completion must have come back
 
 
 @dataclass
@@ -97,6 +107,7 @@ class ReleaseSettings:
 
     name: str = "default"
     minimum_sqnr_db: float = 15.0  # a tensor below this was damaged, not quantized: verify refuses the release
+    draft_scales: bool = False  # add the 6 inert KV-cache scalars per MTP layer that vLLM's draft loader asks for
 
 
 @dataclass
@@ -210,6 +221,8 @@ def _check(settings: Settings) -> None:
         ("recipe.layout", recipe.layout, ("per_expert", "stacked")),
         ("device.backend", settings.device.backend, ("cpu", "cuda", "reference")),
         ("evaluation.dtype", settings.evaluation.dtype, ("float32", "bfloat16")),
+        ("evaluation.via", settings.evaluation.via, ("process", "vllm")),
+        ("serving.kind", settings.serving.kind, ("none", "vllm", "endpoint")),
     ):
         if value not in allowed:
             raise UserError(f"conf: {key} is {value!r}; choose one of {', '.join(allowed)}")
@@ -217,6 +230,10 @@ def _check(settings: Settings) -> None:
                        ("evaluation.stride", settings.evaluation.stride)):
         if value < 1:
             raise UserError(f"conf: {key} is {value}; it must be at least 1")
+    if settings.serving.kind == "endpoint" and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", settings.serving.url or ""):
+        raise UserError(f"conf: serving=endpoint needs serving.url=http://HOST:PORT, not {settings.serving.url!r}")
+    if settings.evaluation.via == "vllm" and settings.serving.kind == "none":
+        raise UserError("conf: evaluation.via=vllm needs a server: add serving=vllm_cpu, vllm_cuda or endpoint")
     if settings.evaluation.stride >= settings.evaluation.context:
         raise UserError(f"conf: evaluation.stride {settings.evaluation.stride} must be below evaluation.context "
                         f"{settings.evaluation.context}: a window's first token has nothing to be predicted from")

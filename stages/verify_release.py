@@ -21,6 +21,8 @@ from stages.checkpoint.reader import ShardReader
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.plan import coverage, index_json, outputs_of_shard, read_plan, release_config
+from stages.schemes import draft_scales
+from stages.schemes.mxfp4 import Output
 from stages.settings import Settings, load, stage_parser
 
 RELATIVE_TOLERANCE = 1e-9  # of sums of squares that two implementations add up in different orders
@@ -44,6 +46,9 @@ class Verification:
         self.receipts = read_receipts(settings, self.plan)
         self.planned = {output.name: (shard, output) for shard in self.plan["shards"]
                         for output in outputs_of_shard(self.plan, shard)}
+        self.planned |= {name: (draft_scales.SHARD, Output(name, "F32", (1,), name, "constant"))
+                         for name in self.plan["draft_scales"]}
+        self.shards = [*self.plan["shards"], *([draft_scales.SHARD] if self.plan["draft_scales"] else [])]
         self.readers = {}
         self.checked: dict[str, int] = {}
 
@@ -63,7 +68,7 @@ class Verification:
     def inventory(self) -> Iterator[str]:
         """Every planned tensor is in its shard once, with its dtype and shape, and there is none besides."""
         seen = {}
-        for shard in self.plan["shards"]:
+        for shard in self.shards:
             self.readers[shard] = ShardReader(self.release / shard)
             for name, info in self.readers[shard].header.tensors.items():
                 if name in seen:
@@ -77,6 +82,9 @@ class Verification:
                     yield (f"{shard}: {name} is {info.dtype} {list(info.shape)}, planned {output.dtype} "
                            f"{list(output.shape)} in {planned_shard}")
         yield from (f"{name}: is in no shard" for name in self.planned if name not in seen)
+        for name, value in self.plan["draft_scales"].items():
+            if name in seen and self.readers[seen[name]].tensor(name).item() != value:
+                yield f"{name}: is not the inert {value}"
         self.checked["tensors"] = len(self.planned)
 
     def index(self) -> Iterator[str]:
@@ -161,7 +169,7 @@ class Verification:
         """Bytes of tensors, shard files, index and config are exactly what the plan predicted."""
         actual = {
             "release_tensor_bytes": sum(i.nbytes for r in self.readers.values() for i in r.header.tensors.values()),
-            "release_shard_file_bytes": sum((self.release / s).stat().st_size for s in self.plan["shards"]),
+            "release_shard_file_bytes": sum((self.release / s).stat().st_size for s in self.shards),
             "release_index_bytes": (self.release / INDEX).stat().st_size,
             "release_config_bytes": (self.release / "config.json").stat().st_size,
         }

@@ -21,6 +21,7 @@ from stages.checkpoint.reader import ShardReader
 from stages.dialects import recognize
 from stages.dialects.roles import hidden_layers, layer_of
 from stages.errors import UserError
+from stages.schemes.draft_scales import NAME as DRAFT_SCALE
 
 PER_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+\.weight)")
 
@@ -57,7 +58,7 @@ def expanded_tensors(directory: Path, dtype: torch.dtype) -> Iterator[tuple[str,
             tensor = reader.tensor(name)
             return tensor if tensor.dtype == torch.float32 else tensor.to(dtype)
 
-        weights = [name for name in plain if not name.endswith("_scale_inv")]
+        weights = [name for name in plain if not name.endswith("_scale_inv") and not DRAFT_SCALE.fullmatch(name)]
         weights += [name.removesuffix("_packed") for name in packed]
         experts: dict[str, dict[int, str]] = {}
         for name in sorted(weights):

@@ -1,0 +1,229 @@
+"""Starts vLLM on a release, waits until it really answers, and stops it, whatever happens in between.
+
+`server(settings, directory)` is a context manager. With `serving.kind: vllm` it starts `vllm serve` on loopback with a free
+port; ready means that a completion came back, since a server's health page answers before its first forward pass, which may
+fail. With `serving.kind: endpoint` it uses the server at serving.url and starts nothing.
+
+The server runs in a session of its own and is stopped by its process id: SIGTERM first, after STOP_SECONDS SIGKILL for all
+processes of that session. The kernel sends it SIGTERM, too, when this process dies without a chance to clean up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from stages.checkpoint.files import read_json
+from stages.dialects.roles import hidden_layers
+from stages.errors import UserError
+from stages.settings import PROJECT, Settings
+
+STOP_SECONDS = 30.0
+POLL_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1
+TELL_TALE = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception)|error): (.+)")
+CONSEQUENCES = ("Engine core initialization failed", "core proc", "WorkerProc initialization failed", "leaked")
+
+
+class Server:
+    """A server that answers: where it is, what it runs, and whether it still lives."""
+
+    def __init__(self, base_url: str, model: str, facts: dict, process: subprocess.Popen | None = None, log: Path | None = None):
+        self.base_url, self.model, self.process, self.log = base_url, model, process, log
+        self._facts = facts
+
+    def describe(self) -> dict:
+        """Engine, version and the command that started it, for serving.json and the card."""
+        return dict(self._facts)
+
+    def check(self) -> None:
+        """UserError with what the server's log says, when the process has ended."""
+        if self.process is not None and self.process.poll() is not None:
+            raise UserError(f"the server stopped with status {self.process.returncode}: {reason(self.log)}; see {self.log}")
+
+
+def reason(log: Path) -> str:
+    """The line of a log that most likely says why: the first error that is not the consequence of another."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
+    found = [match.group(0) for line in lines if (match := TELL_TALE.search(line))
+             and not any(word in line for word in CONSEQUENCES) and "WARNING" not in line and " INFO " not in line]
+    if found:
+        return found[0][:300]
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it left no log")
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _resolve(path: str) -> Path:
+    found = Path(path)
+    return found if found.is_absolute() or found.exists() else PROJECT / found
+
+
+def executable(settings: Settings) -> Path:
+    """The `vllm` command that the settings mean; UserError when it is not there."""
+    if settings.serving.environment:
+        command = _resolve(settings.serving.environment) / "bin" / "vllm"
+        if not command.exists():
+            raise UserError(f"{command} is missing: make the serving environment with `make serve-env`, or set serving=none")
+        return command.absolute()
+    found = shutil.which("vllm")
+    if not found:
+        raise UserError("there is no `vllm` on the PATH: install vLLM, name its environment in serving.environment, or use "
+                        "serving=endpoint serving.url=http://HOST:PORT")
+    return Path(found)
+
+
+def draft_layers(release: Path) -> int:
+    """Number of MTP layers that config.json declares."""
+    config = read_json(release / "config.json", "assemble_release")
+    hidden_layers(config)
+    return (config.get("text_config") or config).get("num_nextn_predict_layers") or 0
+
+
+def command_line(settings: Settings, release: Path, port: int, program: Path | str = "vllm") -> list[str]:
+    """`vllm serve ...` for a release; draft layers are used when it has some and serving.drafts is set."""
+    serving = settings.serving
+    command = [str(program), "serve", str(release), "--host", "127.0.0.1", "--port", str(port),
+               "--served-model-name", serving.model, *serving.flags]
+    layers = draft_layers(release) if serving.drafts else 0
+    if layers:
+        command += ["--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": layers})]
+    return command
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _answers(server: Server, client: httpx.Client) -> bool:
+    try:
+        if client.get(f"{server.base_url}/health").status_code != 200:
+            return False
+        answer = client.post(f"{server.base_url}/v1/completions", timeout=120.0,
+                             json={"model": server.model, "prompt": [0, 1, 2], "max_tokens": 1, "temperature": 0})
+    except httpx.TransportError:
+        return False
+    if answer.status_code != 200:
+        server.check()
+        raise UserError(f"the server at {server.base_url} is up but answers a completion with {answer.status_code}: "
+                        f"{answer.text[:200]}" + (f"; see {server.log}" if server.log else ""))
+    return True
+
+
+def _wait(server: Server, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    with httpx.Client(timeout=10.0, trust_env=False) as client:
+        while not _answers(server, client):
+            server.check()
+            if time.monotonic() > deadline:
+                raise UserError(f"the server did not answer within serving.startup_seconds={seconds:g}; see {server.log}")
+            time.sleep(POLL_SECONDS)
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ends the server and every process of its session."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+    for _ in range(20):  # what a server that died left behind gets a moment to see it
+        if not _alive(process.pid):
+            break
+        time.sleep(0.1)
+    if _alive(process.pid):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextmanager
+def _terminated_as_exit() -> Iterator[None]:
+    """Turns SIGTERM into SystemExit, so that a cancelled run stops its server on the way out."""
+    try:
+        before = signal.signal(signal.SIGTERM, _raise_exit)
+    except ValueError:  # not the main thread: whoever owns it decides
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _raise_exit(*_) -> None:
+    raise SystemExit(143)
+
+
+def version_of(server: Server) -> str | None:
+    """What the server says of its own version."""
+    try:
+        answer = httpx.get(f"{server.base_url}/version", timeout=10.0, trust_env=False)
+        return answer.json().get("version") if answer.status_code == 200 else None
+    except (httpx.HTTPError, ValueError):
+        return None
+
+
+@contextmanager
+def server(settings: Settings, directory: Path | None = None) -> Iterator[Server]:
+    """A server for a checkpoint directory (default: the run's release) that has answered a completion.
+
+    UserError when it cannot be started, ends, answers with an error, or does not answer in time.
+    """
+    serving = settings.serving
+    directory = Path(directory or settings.run_directory / "release")
+    if serving.kind == "endpoint":
+        found = Server(serving.url.rstrip("/"), serving.model, {"engine": "endpoint"})
+        with httpx.Client(timeout=10.0, trust_env=False) as client:
+            if not _answers(found, client):
+                raise UserError(f"serving.url={serving.url}: nothing answers there; start the server or mend the address")
+        found._facts["version"] = version_of(found)
+        yield found
+        return
+    if serving.kind != "vllm":
+        raise UserError(f"serving={serving.name} starts no server; choose serving=vllm_cpu, vllm_cuda or endpoint")
+    program, port = executable(settings), free_port()
+    command = command_line(settings, directory.absolute(), port, program)
+    log = settings.run_directory / "logs" / f"server-{directory.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    shown = command_line(settings, directory, port, "vllm")
+    print(f"starting {' '.join(shown)}", flush=True)
+    with _terminated_as_exit(), open(log, "wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                   env={**os.environ, **serving.variables}, start_new_session=True,
+                                   preexec_fn=_die_with_parent)
+        try:
+            running = Server(f"http://127.0.0.1:{port}", serving.model, {"engine": "vllm", "command": shown}, process, log)
+            start = time.monotonic()
+            _wait(running, serving.startup_seconds)
+            running._facts |= {"version": version_of(running), "startup_seconds": round(time.monotonic() - start, 1)}
+            print(f"vLLM {running._facts['version']} answers after {running._facts['startup_seconds']} s", flush=True)
+            yield running
+        finally:
+            stop(process)

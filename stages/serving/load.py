@@ -1,0 +1,188 @@
+"""A closed loop of N streams over the completions API, and every token event that came back, with its time.
+
+Each stream sends a completion of a fixed length (`ignore_eos`), and the next one at once when it has ended, so that N are
+always running. Prompts are random token ids that differ from the first token on: no prefix cache can answer for them.
+
+A token is counted when the chunk that carries it arrives, by the server's own cumulative usage counter in that chunk
+(`continuous_usage_stats`). Chunks are not tokens: with draft layers one chunk holds several.
+
+Raw events are tuples (kind, seconds since start, stream, request, number):
+    send      the request left                      number: its prompt tokens
+    tokens    a chunk arrived                       number: completion tokens of this request so far
+    end       the request is complete               number: its completion tokens
+    sample    the server's gauges                   stream: requests running, request: waiting, number: generated tokens
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import time
+from dataclasses import dataclass, field
+
+import httpx
+
+from stages.errors import UserError
+
+SAMPLE = re.compile(r"^(vllm:[a-z_]+?)(?:_total)?(?:\{([^}]*)\})? ([0-9.eE+-]+)$", re.M)
+POSITION = re.compile(r'position="(\d+)"')
+COUNTERS = ("generation_tokens", "spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
+SPECIAL_TOKENS = 16  # lowest token ids, which prompts leave out
+
+
+@dataclass
+class Events:
+    """What happened, in the order in which it did, and the edges of the windows."""
+
+    rows: list[tuple] = field(default_factory=list)
+    scrapes: list[dict] = field(default_factory=list)  # server counters at window edges
+    windows: list[tuple[float, float]] = field(default_factory=list)
+
+
+def parse_metrics(text: str) -> dict:
+    """vLLM's /metrics: counters and gauges summed over engines, and accepted tokens by draft position."""
+    values: dict = {}
+    positions: dict[int, float] = {}
+    for name, labels, number in SAMPLE.findall(text):
+        name = name.removeprefix("vllm:")
+        if name == "spec_decode_num_accepted_tokens_per_pos":
+            place = int(POSITION.search(labels).group(1))
+            positions[place] = positions.get(place, 0.0) + float(number)
+        elif name in COUNTERS or name in ("num_requests_running", "num_requests_waiting"):
+            values[name] = values.get(name, 0.0) + float(number)
+    values["accepted_per_position"] = [positions[place] for place in sorted(positions)]
+    return values
+
+
+class ClosedLoop:
+    """One concurrency level against one server."""
+
+    def __init__(self, server, *, streams: int, output_tokens: int, prompt_tokens: int, vocabulary: int, seed: int,
+                 timeout_seconds: float):
+        self.server, self.streams, self.output_tokens, self.prompt_tokens = server, streams, output_tokens, prompt_tokens
+        self.vocabulary, self.timeout = vocabulary, timeout_seconds
+        self.events = Events()
+        self._random, self._heads = random.Random(seed), set()
+        self._start = time.perf_counter()
+        self._requests = 0
+        self._active: set[int] = set()
+
+    def now(self) -> float:
+        """Seconds since the loop was made."""
+        return time.perf_counter() - self._start
+
+    def prompt(self) -> list[int]:
+        """Random token ids; the first two tokens never occur again while there are pairs left."""
+        low = min(SPECIAL_TOKENS, self.vocabulary - 1)
+        for _ in range(1000):
+            ids = [self._random.randrange(low, self.vocabulary) for _ in range(self.prompt_tokens)]
+            if tuple(ids[:2]) not in self._heads:
+                break
+        self._heads.add(tuple(ids[:2]))
+        return ids
+
+    async def _request(self, client: httpx.AsyncClient, stream: int) -> None:
+        self._requests += 1
+        request, ids = self._requests, self.prompt()
+        body = {"model": self.server.model, "prompt": ids, "max_tokens": self.output_tokens, "ignore_eos": True,
+                "temperature": 0, "stream": True,
+                "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+        where = f"{self.server.base_url}/v1/completions"
+        self.events.rows.append(("send", self.now(), stream, request, len(ids)))
+        seen, finished = 0, False
+        async with client.stream("POST", where, json=body) as answer:
+            if answer.status_code != 200:
+                text = (await answer.aread()).decode(errors="replace")
+                raise UserError(f"{where} answers with {answer.status_code}: {text[:200]}")
+            async for line in answer.aiter_lines():
+                arrived = self.now()
+                if not line.startswith("data:"):
+                    if line.strip() and not line.startswith((":", "event:", "id:", "retry:")):
+                        raise UserError(f"{where} sends {line[:80]!r}, which is no event of a stream")
+                    continue
+                data = line[5:].strip()
+                if data == "[DONE]":
+                    finished = True
+                    break
+                try:
+                    chunk = json.loads(data)
+                except ValueError:
+                    raise UserError(f"{where} sends a damaged event: {data[:80]!r}") from None
+                if "error" in chunk:
+                    raise UserError(f"{where} reports an error in the stream: {str(chunk['error'])[:200]}")
+                usage = chunk.get("usage") or {}
+                count = usage.get("completion_tokens")
+                if count is None:
+                    raise UserError(f"{where} streams without usage counters; tokens cannot be counted by chunks (a chunk holds "
+                                    "several under speculation): use a server with stream_options.continuous_usage_stats")
+                if count < seen:
+                    raise UserError(f"{where} counts backwards, from {seen} to {count} completion tokens")
+                if count > seen:
+                    self.events.rows.append(("tokens", arrived, stream, request, count))
+                    seen = count
+                    self._active.add(stream)
+        if not finished or seen != self.output_tokens:
+            self.server.check()
+            raise UserError(f"{where} ended a stream after {seen} of {self.output_tokens} tokens"
+                            + ("" if finished else ", without its end mark"))
+        self.events.rows.append(("end", self.now(), stream, request, seen))
+
+    async def _stream(self, client: httpx.AsyncClient, stream: int) -> None:
+        while True:
+            await self._request(client, stream)
+
+    async def scrape(self, client: httpx.AsyncClient) -> dict | None:
+        """The server's counters now, with the time halfway through the request; None where it has no vLLM metrics."""
+        before = self.now()
+        answer = await client.get(f"{self.server.base_url}/metrics")
+        after = self.now()
+        found = parse_metrics(answer.text) if answer.status_code == 200 else {}
+        if "generation_tokens" not in found:
+            return None
+        self.events.rows.append(("sample", (before + after) / 2, int(found.get("num_requests_running", -1)),
+                                 int(found.get("num_requests_waiting", -1)), int(found["generation_tokens"])))
+        return found | {"seconds": (before + after) / 2, "took": after - before}
+
+    async def _measure(self, client: httpx.AsyncClient, windows: int, window_seconds: float, ramp_seconds: float, tick) -> None:
+        while len(self._active) < self.streams:
+            if self.now() > self.timeout:
+                raise UserError(f"only {len(self._active)} of {self.streams} streams gave a token within {self.timeout:g} s; "
+                                "lower serving.concurrencies or raise serving.timeout_seconds")
+            await asyncio.sleep(0.05)
+        steady = self.now() + ramp_seconds
+        while self.now() < steady:
+            await asyncio.sleep(min(0.25, max(0.0, steady - self.now())))
+            tick("ramp")
+        for window in range(windows):
+            edge = await self.scrape(client)
+            begin = edge["seconds"] if edge else self.now()
+            self.events.scrapes.append(edge or {})
+            while self.now() < begin + window_seconds:
+                await asyncio.sleep(min(0.5, max(0.0, begin + window_seconds - self.now())))
+                edge = await self.scrape(client)
+                tick(f"window {window + 1}")
+            self.events.scrapes.append(edge or {})
+            self.events.windows.append((begin, edge["seconds"] if edge else self.now()))
+
+    async def run(self, windows: int, window_seconds: float, ramp_seconds: float, tick=lambda what: None) -> Events:
+        """Runs the loop until the last window has closed, then drops the streams. UserError for anything irregular; what
+        was recorded until then stays in `events`."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        async with httpx.AsyncClient(timeout=httpx.Timeout(self.timeout, connect=30.0), limits=limits, trust_env=False) as client:
+            streams = [asyncio.create_task(self._stream(client, stream)) for stream in range(self.streams)]
+            measuring = asyncio.create_task(self._measure(client, windows, window_seconds, ramp_seconds, tick))
+            try:
+                done, _ = await asyncio.wait([measuring, *streams], return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            except httpx.HTTPError as error:
+                self.server.check()
+                raise UserError(f"{self.server.base_url}: {type(error).__name__} {error}".rstrip()
+                                + f" while {self.streams} streams were running; the server hangs or was stopped") from None
+            finally:
+                for task in (measuring, *streams):
+                    task.cancel()
+                await asyncio.gather(measuring, *streams, return_exceptions=True)
+        return self.events
