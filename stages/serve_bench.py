@@ -1,20 +1,118 @@
-"""Measures the release behind a server. With `serving=none`, the only choice there is yet, it records that nothing was.
+"""Measures the release behind a server: N saturated streams, tokens counted strictly inside a steady window.
 
-The record is written rather than left out, so that the report and the card say "not measured" and why.
+For each number of streams in `serving.concurrencies`: a closed loop is started, runs through a ramp, then K windows are
+measured. Raw events go to serving/<streams>.jsonl.gz, every figure in serving.json is computed from that file. Where the
+client's count and the server's counter disagree, the streams were not all running, or the halves of a window differ, the
+result carries a warning that the report and the card repeat.
+
+With `serving=none`, or `auto` without an environment, serving.json says that nothing was measured, and why.
 """
 
 from __future__ import annotations
 
-from stages.checkpoint.files import write_json
-from stages.errors import exit_with_one_line
-from stages.settings import Settings, load, stage_parser
+import asyncio
+import sys
+import time
+
+from rich.console import Console
+from rich.live import Live
+
+from stages.checkpoint.files import read_json, write_json
+from stages.errors import UserError, exit_with_one_line
+from stages.serving.environment import marker_inputs
+from stages.serving.launcher import server
+from stages.serving.load import ClosedLoop
+from stages.serving.statistics import figures, recompute, save
+from stages.settings import Settings, as_dict, load, stage_parser
+
+REPORT_SECONDS = 10.0  # between progress lines where the output is no terminal
+
+
+class Progress:
+    """What the loop is doing: a line that changes on a terminal, a line now and then in a log."""
+
+    def __init__(self, loop: ClosedLoop):
+        self._loop, self._last, self._seen, self._live = loop, time.monotonic(), 0, None
+        if sys.stderr.isatty():
+            self._live = Live(console=Console(stderr=True), refresh_per_second=4)
+            self._live.start()
+
+    def __call__(self, what: str) -> None:
+        now = time.monotonic()
+        if self._live is None and now - self._last < REPORT_SECONDS:
+            return
+        rows = self._loop.events.rows
+        recent = [row for row in rows[self._seen:] if row[0] == "end"]
+        line = (f"{self._loop.streams} streams, {what}: {self._loop.now():.0f} s, {len(recent)} requests ended in the last "
+                f"{now - self._last:.0f} s")
+        if self._live:
+            self._live.update(line)
+        else:
+            print(line, flush=True)
+            self._last, self._seen = now, len(rows)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._live:
+            self._live.stop()
+
+
+def measure(settings: Settings, running, streams: int, vocabulary: int) -> dict:
+    """Figures of one concurrency level; its raw events are saved even if it fails."""
+    serving = settings.serving
+    loop = ClosedLoop(running, streams=streams, output_tokens=serving.output_tokens, prompt_tokens=serving.prompt_tokens,
+                      vocabulary=vocabulary, seed=serving.seed + streams, timeout_seconds=serving.timeout_seconds)
+    facts = {"streams": streams, "output_tokens": serving.output_tokens, "goodput_limits": serving.goodput_ms or None}
+    path = settings.run_directory / "serving" / f"{streams}.jsonl.gz"
+    progress = Progress(loop)
+    try:
+        asyncio.run(loop.run(serving.windows, serving.window_seconds, serving.ramp_seconds, progress))
+    except UserError:
+        save(path.with_name(f"{streams}.partial.jsonl.gz"), loop.events, facts)
+        raise
+    finally:
+        progress.close()
+    save(path, loop.events, facts)
+    result = recompute(path)
+    assert result == figures(loop.events, **facts), f"{path}: the figures cannot be recomputed"
+    return result
 
 
 def run(settings: Settings) -> dict:
-    """Writes serving.json."""
-    result = {"server": settings.serving.name, "not_measured": "serving=none: no server was started in this run"}
-    write_json(settings.run_directory / "serving.json", result)
-    print(result["not_measured"])
+    """Writes serving.json. A failure leaves serving.partial.json with the levels that were measured, and raises UserError."""
+    serving, target = settings.serving, settings.run_directory / "serving.json"
+    partial = target.with_name("serving.partial.json")
+    if serving.kind == "none" or (serving.if_installed and not marker_inputs(serving)):
+        why = ("no server was started in this run" if serving.kind == "none" else
+               f"{serving.environment} has not been made; `make serve-env` makes it")
+        result = {"server": serving.name, "not_measured": f"serving={serving.name}: {why}"}
+        write_json(target, result)
+        print(result["not_measured"])
+        return result
+    config = read_json(settings.run_directory / "release" / "config.json", "assemble_release")
+    vocabulary = (config.get("text_config") or config)["vocab_size"]
+    result = {"server": serving.name, "settings": as_dict(serving), "engine": {}, "levels": []}
+    try:
+        with server(settings) as running:
+            result["engine"] = running.describe()
+            for streams in serving.concurrencies:
+                level = measure(settings, running, streams, vocabulary)
+                result["levels"].append(level)
+                line = (f"{streams} streams: {level['tokens_per_second']['mean']:.1f} tokens/s over {serving.windows} x "
+                        f"{serving.window_seconds:g} s")
+                window = level["windows"][0]
+                if "server_tokens" in window:
+                    line += f", client / server count {window['client_over_server']:.4f}"
+                if "drafting" in level:
+                    line += f", {100 * level['drafting']['acceptance_rate']:.1f} % of drafted tokens accepted"
+                print(line, flush=True)
+                for warning in level["warnings"]:
+                    print(f"note: {warning}", flush=True)
+    except UserError as error:
+        write_json(partial, result | {"failed": str(error)})
+        raise UserError(f"{error} ({len(result['levels'])} of {len(serving.concurrencies)} levels are in {partial})") from None
+    write_json(target, result)
+    partial.unlink(missing_ok=True)
     return result
 
 

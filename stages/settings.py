@@ -99,6 +99,15 @@ class ServingSettings:
     flags: list[str] = field(default_factory=list)  # further flags of `vllm serve`
     variables: dict[str, str] = field(default_factory=dict)  # environment variables of the server
     startup_seconds: float = 600.0  # until the first completion must have come back
+    concurrencies: list[int] = field(default_factory=lambda: [8, 32, 64])  # numbers of streams, measured one after the other
+    output_tokens: int = 512  # of each completion (ignore_eos)
+    prompt_tokens: int = 32  # random token ids, which no prefix cache can have seen
+    windows: int = 1  # measured one after the other at each level
+    window_seconds: float = 30.0
+    ramp_seconds: float = 10.0  # between the first token of the last stream and the first window
+    timeout_seconds: float = 600.0  # for one answer, and for all streams to have begun
+    goodput_ms: dict[str, float] = field(default_factory=dict)  # limits of ttft, tpot, end_to_end that a good request keeps
+    seed: int = 0  # of the prompts
 
 
 @dataclass
@@ -232,6 +241,15 @@ def _check(settings: Settings) -> None:
             raise UserError(f"conf: {key} is {value}; it must be at least 1")
     if settings.serving.kind == "endpoint" and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", settings.serving.url or ""):
         raise UserError(f"conf: serving=endpoint needs serving.url=http://HOST:PORT, not {settings.serving.url!r}")
+    serving = settings.serving
+    for key, value in (("windows", serving.windows), ("output_tokens", serving.output_tokens),
+                       ("prompt_tokens", serving.prompt_tokens), *(("concurrencies", n) for n in serving.concurrencies)):
+        if value < 1:
+            raise UserError(f"conf: serving.{key} has {value}; it must be at least 1")
+    if serving.window_seconds <= 0 or serving.ramp_seconds < 0:
+        raise UserError("conf: serving.window_seconds must be above 0 and serving.ramp_seconds not below")
+    if wrong := set(serving.goodput_ms) - {"ttft", "tpot", "end_to_end"}:
+        raise UserError(f"conf: serving.goodput_ms has {sorted(wrong)[0]!r}; choose from ttft, tpot, end_to_end")
     if settings.evaluation.via == "vllm" and settings.serving.kind == "none":
         raise UserError("conf: evaluation.via=vllm needs a server: add serving=vllm_cpu, vllm_cuda or endpoint")
     if settings.evaluation.stride >= settings.evaluation.context:

@@ -1,0 +1,183 @@
+"""Every figure of the serving benchmark, computed from its raw events (see load.py) and nothing else.
+
+    throughput      completion tokens that arrived in [begin, end) of a window / its seconds
+    TTFT            first chunk with a token - sending
+    ITL             time between two chunks of a request; under speculation a chunk holds several tokens, so that ITL is the
+                    time between bursts
+    TPOT            (last token - first chunk) / (tokens after the first chunk): time per token, also under speculation
+    end to end      last token - sending
+
+Latencies are those of requests that ended inside a window. The server's own counter over the same window must agree with the
+count here. The two cannot be equal: chunks are on their way when a window's edge is read, at most one chunk of each stream
+on either side, and the scrape itself takes time in which tokens are made; `edge_tokens` bounds both.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from stages.serving.load import Events
+
+PERCENTILES = (50, 90, 95, 99)
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 1 to 10 degrees of freedom
+
+
+def save(path: Path, events: Events, facts: dict) -> None:
+    """Writes the events as gzipped JSON lines: one of facts, then windows, scrapes, and a line per event."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write(json.dumps({"facts": facts, "windows": events.windows, "scrapes": events.scrapes}) + "\n")
+        for row in events.rows:
+            file.write(json.dumps(row) + "\n")
+
+
+def recompute(path: Path) -> dict:
+    """The figures of a saved run."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        head = json.loads(next(file))
+        rows = [tuple(json.loads(line)) for line in file]
+    events = Events(rows, head["scrapes"], [tuple(window) for window in head["windows"]])
+    return figures(events, **head["facts"])
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """Linear interpolation between the closest ranks, as numpy's default."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def summary(values: list[float]) -> dict | None:
+    """Mean and percentiles in milliseconds of values in seconds; None without values."""
+    if not values:
+        return None
+    return {"count": len(values), "mean_ms": 1000 * statistics.fmean(values),
+            **{f"p{percent}_ms": 1000 * percentile(values, percent) for percent in PERCENTILES}}
+
+
+def mean_and_interval(values: list[float]) -> dict:
+    """Mean over windows and half the width of its 95 % confidence interval (None for a single window)."""
+    half = None
+    if len(values) > 1:
+        t = T_975[min(len(values) - 1, len(T_975)) - 1]
+        half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "half_interval_95": half, "windows": len(values)}
+
+
+def drafting(before: dict, after: dict) -> dict | None:
+    """Acceptance over a window from the server's counters; None where nothing was drafted. `faults` must be empty."""
+    def change(name):
+        return after.get(name, 0.0) - before.get(name, 0.0)
+
+    drafts = change("spec_decode_num_drafts")
+    if drafts <= 0:
+        return None
+    drafted, accepted = change("spec_decode_num_draft_tokens"), change("spec_decode_num_accepted_tokens")
+    positions = [b - a for a, b in zip(before["accepted_per_position"], after["accepted_per_position"])]
+    faults = []
+    if abs(sum(positions) - accepted) > 0.5:
+        faults.append(f"accepted tokens by position sum to {sum(positions):g}, the counter says {accepted:g}")
+    if any(later > earlier for earlier, later in zip(positions, positions[1:])):
+        faults.append(f"a later position accepts more than an earlier one: {positions}")
+    if drafted > len(positions) * drafts:
+        faults.append(f"{drafted:g} tokens drafted in {drafts:g} drafts of {len(positions)}")
+    return {"drafts": drafts, "draft_tokens": drafted, "accepted_tokens": accepted, "acceptance_rate": accepted / drafted,
+            "mean_acceptance_length": 1 + accepted / drafts, "acceptance_by_position": [p / drafts for p in positions],
+            "faults": faults}
+
+
+def figures(events: Events, *, streams: int, output_tokens: int, goodput_limits: dict | None = None) -> dict:
+    """All figures of one concurrency level; see the module docstring for their definitions."""
+    chunks: dict[int, list[tuple[float, int]]] = defaultdict(list)
+    sent, ended, prompts = {}, {}, {}
+    for kind, seconds, stream, request, number in events.rows:
+        if kind == "send":
+            sent[request], prompts[request] = seconds, number
+        elif kind == "tokens":
+            chunks[request].append((seconds, number))
+        elif kind == "end":
+            ended[request] = seconds
+    arrivals = sorted((seconds, count - before) for rows in chunks.values()
+                      for (seconds, count), before in zip(rows, [0, *(c for _, c in rows)]))
+    samples = [row for row in events.rows if row[0] == "sample"]
+
+    def count(begin: float, end: float) -> int:
+        return sum(tokens for seconds, tokens in arrivals if begin <= seconds < end)
+
+    windows, drafts = [], []
+    for index, (begin, end) in enumerate(events.windows):
+        seconds, middle, tokens = end - begin, (begin + end) / 2, count(begin, end)
+        before, after = (events.scrapes + [{}, {}])[2 * index:2 * index + 2]
+        row = {"begin": begin, "end": end, "tokens": tokens, "tokens_per_second": tokens / seconds,
+               "halves_tokens_per_second": [count(begin, middle) / (middle - begin), count(middle, end) / (end - middle)]}
+        if before and after:
+            server = after["generation_tokens"] - before["generation_tokens"]
+            rate = tokens / seconds
+            largest = max((size for at, size in arrivals if begin <= at < end), default=0)
+            inside = [sample for sample in samples if begin <= sample[1] <= end]
+            row |= {"server_tokens": server, "client_over_server": tokens / server if server else None,
+                    "edge_tokens": 2 * streams * largest + rate * (before["took"] + after["took"]) / 2,
+                    "samples": len(inside), "running": [sample[2] for sample in inside],
+                    "waiting": [sample[3] for sample in inside],
+                    "saturated": all(sample[3] == 0 for sample in inside)
+                    and statistics.median(sample[2] for sample in inside) == streams}
+            if found := drafting(before, after):
+                drafts.append(found)
+                row["drafting"] = found
+        windows.append(row)
+    inside = [request for request, at in ended.items() if any(begin <= at < end for begin, end in events.windows)]
+    latencies = {"ttft": [], "itl": [], "tpot": [], "end_to_end": []}
+    good = 0
+    for request in inside:
+        rows = chunks[request]
+        first, last = rows[0], rows[-1]
+        values = {"ttft": first[0] - sent[request], "end_to_end": last[0] - sent[request]}
+        if last[1] > first[1]:
+            values["tpot"] = (last[0] - first[0]) / (last[1] - first[1])
+        for name, value in values.items():
+            latencies[name].append(value)
+        latencies["itl"] += [b[0] - a[0] for a, b in zip(rows, rows[1:])]
+        good += all(1000 * values.get(name, 0.0) <= limit for name, limit in (goodput_limits or {}).items())
+    total_seconds = sum(end - begin for begin, end in events.windows)
+    result = {"streams": streams, "output_tokens": output_tokens, "windows": windows,
+              "tokens_per_second": mean_and_interval([row["tokens_per_second"] for row in windows]),
+              "requests": len(inside), "latency": {name: summary(values) for name, values in latencies.items()}}
+    if goodput_limits:
+        result["goodput"] = {"limits_ms": goodput_limits, "requests_per_second": good / total_seconds,
+                             "share": good / len(inside) if inside else None}
+    if drafts:
+        accepted, drafted, number = (sum(row[key] for row in drafts) for key in ("accepted_tokens", "draft_tokens", "drafts"))
+        result["drafting"] = {
+            "acceptance_rate": accepted / drafted, "mean_acceptance_length": 1 + accepted / number,
+            "acceptance_by_position": [sum(row["acceptance_by_position"][place] * row["drafts"] for row in drafts) / number
+                                       for place in range(len(drafts[0]["acceptance_by_position"]))]}
+    result["warnings"] = warnings(result)
+    return result
+
+
+def warnings(result: dict) -> list[str]:
+    """What a reader must know before quoting the figures; empty when everything holds."""
+    found = []
+    for number, row in enumerate(result["windows"], 1):
+        where = f"{result['streams']} streams, window {number}"
+        first, second = row["halves_tokens_per_second"]
+        if max(first, second) > 1.1 * min(first, second):
+            found.append(f"{where}: not steady, {first:.1f} then {second:.1f} tokens/s in its halves")
+        if "server_tokens" not in row:
+            found.append(f"{where}: the server has no vLLM metrics; neither saturation nor the count could be checked")
+            continue
+        if abs(row["tokens"] - row["server_tokens"]) > max(row["edge_tokens"], 0.01 * row["server_tokens"]):
+            found.append(f"{where}: {row['tokens']} tokens arrived, the server counted {row['server_tokens']:g}; more than the "
+                         f"{row['edge_tokens']:.0f} that a window's edges explain")
+        if not row["saturated"]:
+            found.append(f"{where}: not saturated, {min(row['running'])} to {max(row['running'])} of {result['streams']} requests "
+                         f"running, up to {max(row['waiting'])} waiting")
+        found += [f"{where}: {fault}" for fault in row.get("drafting", {}).get("faults", [])]
+    return found
