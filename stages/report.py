@@ -24,6 +24,8 @@ from stages.checkpoint.files import human_bytes, read_json, write_json, write_te
 from stages.errors import exit_with_one_line
 from stages.plan import read_plan
 from stages.schemes import SCHEMES
+from stages.serving.commands import client_example, serve_commands
+from stages.serving.plots import serving_plot
 from stages.settings import Settings, load, stage_parser
 
 PACKAGES = ("torch", "numpy", "numba", "triton", "safetensors", "transformers", "snakemake", "hydra-core", "dvc")
@@ -45,7 +47,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _svg(figure) -> str:
+def svg_of(figure) -> str:
+    """A figure as inline SVG that fills its box, the same bytes for the same figure."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -72,7 +75,7 @@ def layer_plot(noise: dict) -> str:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y", color="#e1e0d9", linewidth=0.8)
         axes.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2))
-        svg = _svg(figure)
+        svg = svg_of(figure)
         pyplot.close(figure)
     return svg
 
@@ -97,7 +100,7 @@ def expert_plot(noise: dict) -> str:
         axes.set_yticks(range(0, len(rows), step), [rows[i][0] for i in range(0, len(rows), step)], fontsize=7)
         axes.set_xlabel("expert")
         figure.colorbar(image, ax=axes, label="SQNR (dB)", pad=0.02).outline.set_visible(False)
-        svg = _svg(figure)
+        svg = svg_of(figure)
         pyplot.close(figure)
     return svg
 
@@ -138,12 +141,15 @@ def facts(settings: Settings) -> dict:
             gemm_rows.append({"backend": backend, "path": path.replace("_", " "), "tensors": len(rows),
                               "arithmetic_db": worst, "passed": worst >= gemm["minimum_arithmetic_db"],
                               "format_db": min(formats, default=None)})
+    serving = read_json(run_directory / "serving.json", "serve_bench")
+    config = read_json(run_directory / "release" / "config.json", "assemble_release")
     return {
+        "commands": serve_commands(plan, config, serving.get("engine", {})), "client": client_example(config),
         "settings": settings, "plan": plan, "roles": role_rows(plan), "gemm": gemm_rows,
         "verify": read_json(run_directory / "verify.json", "verify_release"),
         "sqnr": read_json(run_directory / "sqnr.json", "evaluate"),
         "quality": read_json(run_directory / "perplexity.json", "evaluate"),
-        "serving": read_json(run_directory / "serving.json", "serve_bench"),
+        "serving": serving,
         "receipts": receipts, "seconds": seconds, "source_bytes": source_bytes, "release_bytes": release_bytes,
         "rate": source_bytes / seconds if seconds else 0.0,
         "tensor_ratio": plan["release_tensor_bytes"] / plan["source_tensor_bytes"],
@@ -188,6 +194,8 @@ def metrics(found: dict) -> dict:
         **{f"{name}_perplexity": quality[name]["perplexity"] for name in ("source", "release") if name in quality},
         **({"mean_kl_nats": quality["divergence"]["mean_kl_nats"],
             "same_top_token": quality["divergence"]["same_top_token"]} if "divergence" in quality else {}),
+        **{f"tokens_per_second_{level['streams']}_streams": level["tokens_per_second"]["mean"]
+           for level in found["serving"].get("levels", [])},
     }
 
 
@@ -196,7 +204,8 @@ def run(settings: Settings) -> None:
     found = facts(settings)
     environment = _environment()
     page = environment.get_template("report.html.j2").render(
-        **found, layer_plot=layer_plot(found["sqnr"]), expert_plot=expert_plot(found["sqnr"]))
+        **found, layer_plot=layer_plot(found["sqnr"]), expert_plot=expert_plot(found["sqnr"]),
+        serving_plot=serving_plot(found["serving"], settings.run_directory / "serving") if "levels" in found["serving"] else "")
     write_text(settings.run_directory / "report.html", page)
     write_text(settings.run_directory / "card.md", environment.get_template("card.md.j2").render(**found))
     write_json(settings.run_directory / "metrics.json", metrics(found))

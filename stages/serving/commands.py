@@ -1,0 +1,66 @@
+"""Commands to serve a release, made from its own facts, and which of them this run really used.
+
+Only vLLM on a CPU can be tried without a GPU; every other row is a command that follows from the release's format and the
+engines' documentation, and is marked as not run.
+"""
+
+from __future__ import annotations
+
+import json
+
+from stages.checkpoint.files import human_bytes
+
+OVERHEAD = 1.15  # memory that a server needs at least, over its weights: activations, graphs, some KV cache; an estimate
+
+
+def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
+    """Rows {title, command, run}: `run` says with what the command was really tried, or that it was not.
+
+    plan: plan.json; config: the release's config.json; engine: serving.json's facts, empty when nothing was served.
+    """
+    text = config.get("text_config") or config
+    drafts = text.get("num_nextn_predict_layers") or 0
+    step = (config.get("architectures") or [""])[0].startswith("Step3p")
+    needed = human_bytes(plan["release_tensor_bytes"] * OVERHEAD)
+    fitting = [row["tensor_parallel"] for row in plan["tensor_parallel"] if row["fits"]]
+    speculation = [f"--speculative-config '{json.dumps({'method': 'mtp', 'num_speculative_tokens': drafts})}'"] if drafts else []
+    remote = ["--trust-remote-code"] if "auto_map" in config else []
+    base = ["vllm serve .", *remote]
+    on_cpu = engine.get("engine") == "vllm" and "--enforce-eager" in engine.get("command", [])
+    tried = f"vLLM {engine.get('version')}" + (" on a CPU, with the plugin" if on_cpu else "") if engine else "not run"
+    rows = []
+    if drafts and step:
+        rows.append({"title": "The plugin, once per environment: draft layers need it in vLLM 0.32",
+                     "command": "pip install ./vllm_plugin", "run": tried})
+    rows.append({"title": f"vLLM, one GPU with {needed} or more" + (", drafting" if drafts else ""),
+                 "command": " ".join([*base, *speculation]), "run": tried})
+    largest = max(fitting)
+    if largest > 1:
+        rows.append({"title": f"vLLM, {largest} GPUs, experts split among them",
+                     "command": " ".join([*base, f"--tensor-parallel-size {largest}", "--enable-expert-parallel", *speculation]),
+                     "run": "not run"})
+    rows.append({"title": "SGLang", "command": " ".join(["python -m sglang.launch_server --model-path .", *remote]),
+                 "run": "not run"})
+    rows.append({"title": "transformers", "command": "not supported: it leaves the experts of this layout at random values; "
+                 "mxforge's evaluation expands them first", "run": "found with transformers 5.19"} if step else
+                {"title": "transformers", "command": 'AutoModelForCausalLM.from_pretrained(".", dtype="bfloat16")', "run": "not run"})
+    return rows
+
+
+CLIENT = '''from openai import OpenAI
+
+client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+question = [{"type": "text", "text": "What is the tallest mountain on Earth?"}]
+{IMAGE}answer = client.chat.completions.create(model=client.models.list().data[0].id, max_tokens=200,
+                                        messages=[{"role": "user", "content": question}])
+print(answer.choices[0].message.content)
+'''
+IMAGE = '''# with an image:
+# question = [{"type": "image_url", "image_url": {"url": "https://example.com/picture.png"}},
+#             {"type": "text", "text": "What is in the picture?"}]
+'''
+
+
+def client_example(config: dict) -> str:
+    """A chat, and for vision-language models an image, with the OpenAI client."""
+    return CLIENT.replace("{IMAGE}", IMAGE if "vision_config" in config else "")
