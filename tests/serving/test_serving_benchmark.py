@@ -1,0 +1,191 @@
+"""The serving benchmark against a server whose true rate is known: right figures, or one line that says what is wrong."""
+
+import asyncio
+import json
+
+import pytest
+
+from stages import serve_bench
+from stages.errors import UserError
+from stages.serving.load import ClosedLoop, parse_metrics
+from stages.serving.statistics import drafting, figures, mean_and_interval, recompute, save, summary
+from stages.settings import load
+from tests.serving.paced_server import PacedServer
+
+
+class Endpoint:
+    """What the loop needs to know of a server."""
+
+    def __init__(self, url):
+        self.base_url, self.model = url, "release"
+
+    def check(self):
+        pass
+
+
+def measured(server, streams=4, output_tokens=64, windows=1, window_seconds=1.5, ramp_seconds=0.2, timeout_seconds=20.0):
+    loop = ClosedLoop(Endpoint(server.url), streams=streams, output_tokens=output_tokens, prompt_tokens=8, vocabulary=512,
+                      seed=1, timeout_seconds=timeout_seconds)
+    events = asyncio.run(loop.run(windows, window_seconds, ramp_seconds))
+    return loop, figures(events, streams=streams, output_tokens=output_tokens)
+
+
+@pytest.mark.parametrize("chunks", [(1,), (4,), (1, 2, 3, 4)])
+def test_the_true_rate_is_found_however_many_tokens_a_chunk_holds(chunks):
+    with PacedServer(rate=100.0, chunks=chunks) as server:
+        loop, found = measured(server)
+    window = found["windows"][0]
+    true = server.emitted_between(loop._start + window["begin"], loop._start + window["end"])
+    assert window["tokens"] == pytest.approx(true, rel=0.02)
+    assert window["tokens_per_second"] <= 4 * 100.0 * 1.02  # no stream can be faster than its pace
+    assert abs(window["tokens"] - window["server_tokens"]) <= window["edge_tokens"]
+
+
+def test_tokens_of_requests_that_straddle_the_edges_of_a_window_count_by_time():
+    with PacedServer(rate=100.0, chunks=(2,)) as server:
+        loop, found = measured(server, output_tokens=400, window_seconds=1.0)  # no request begins or ends inside
+    window = found["windows"][0]
+    assert found["requests"] == 0
+    assert window["tokens"] == pytest.approx(server.emitted_between(loop._start + window["begin"], loop._start + window["end"]), rel=0.02)
+
+
+def test_a_stall_lowers_the_rate_and_is_reported():
+    with PacedServer(rate=100.0, chunks=(1,), stall=(0.4, 0.8)) as server:
+        loop, found = measured(server, output_tokens=400, window_seconds=1.6)
+    window = found["windows"][0]
+    assert window["tokens"] == pytest.approx(server.emitted_between(loop._start + window["begin"], loop._start + window["end"]), rel=0.02)
+    assert any("not steady" in warning for warning in found["warnings"])
+
+
+def test_a_server_that_counts_otherwise_is_reported():
+    with PacedServer(rate=200.0, chunks=(1,), counter_factor=1.5) as server:
+        _, found = measured(server)
+    assert any("the server counted" in warning for warning in found["warnings"])
+
+
+def test_a_server_without_metrics_is_measured_but_not_vouched_for():
+    with PacedServer(rate=100.0, metrics=False) as server:
+        _, found = measured(server, window_seconds=0.5)
+    assert found["windows"][0]["tokens"] > 0 and any("no vLLM metrics" in warning for warning in found["warnings"])
+
+
+def test_requests_waiting_or_missing_are_reported():
+    with PacedServer(rate=100.0) as server:
+        loop, _ = measured(server, window_seconds=0.5)
+    events = loop.events
+    events.rows = [(*row[:3], 2, row[4]) if row[0] == "sample" else row for row in events.rows]
+    assert any("not saturated" in warning for warning in figures(events, streams=4, output_tokens=64)["warnings"])
+
+
+def test_no_two_prompts_begin_alike():
+    with PacedServer(rate=2000.0) as server:
+        measured(server, streams=8, window_seconds=0.5)
+    heads = [tuple(prompt[:2]) for prompt in server.prompts]
+    assert len(heads) > 8 and len(set(heads)) == len(heads)
+    assert all(len(prompt) == 8 and min(prompt) >= 16 and max(prompt) < 512 for prompt in server.prompts)
+
+
+def test_every_figure_can_be_recomputed_from_the_saved_events(tmp_path):
+    with PacedServer(rate=200.0) as server:
+        loop, found = measured(server, windows=2, window_seconds=0.5)
+    save(tmp_path / "events.jsonl.gz", loop.events, {"streams": 4, "output_tokens": 64})
+    assert recompute(tmp_path / "events.jsonl.gz") == found
+    assert found["tokens_per_second"]["windows"] == 2 and found["tokens_per_second"]["half_interval_95"] is not None
+
+
+def test_latencies_are_those_of_the_definitions():
+    from stages.serving.load import Events
+    rows = [("send", 1.0, 0, 1, 8), ("tokens", 1.5, 0, 1, 2), ("tokens", 2.0, 0, 1, 4), ("tokens", 2.5, 0, 1, 6),
+            ("end", 2.5, 0, 1, 6)]
+    found = figures(Events(rows, [], [(1.0, 3.0)]), streams=1, output_tokens=6, goodput_limits={"ttft": 400})
+    assert found["latency"]["ttft"]["mean_ms"] == 500 and found["latency"]["itl"]["mean_ms"] == 500
+    assert found["latency"]["tpot"]["mean_ms"] == 250 and found["latency"]["end_to_end"]["mean_ms"] == 1500
+    assert found["windows"][0]["tokens"] == 6 and found["goodput"]["share"] == 0
+
+
+def test_draft_counters_that_contradict_each_other_are_faults():
+    def counters(drafts, drafted, accepted, positions):
+        return {"spec_decode_num_drafts": drafts, "spec_decode_num_draft_tokens": drafted,
+                "spec_decode_num_accepted_tokens": accepted, "accepted_per_position": positions}
+
+    zero = counters(0, 0, 0, [0, 0, 0])
+    good = drafting(zero, counters(10, 30, 18, [9, 6, 3]))
+    assert not good["faults"] and good["acceptance_rate"] == 0.6 and good["mean_acceptance_length"] == 2.8
+    assert good["acceptance_by_position"] == [0.9, 0.6, 0.3]
+    for bad in (counters(10, 30, 20, [9, 6, 3]), counters(10, 30, 18, [6, 9, 3]), counters(10, 31, 18, [9, 6, 3])):
+        assert drafting(zero, bad)["faults"]
+    assert drafting(zero, zero) is None
+
+
+def test_metrics_are_read_as_vllm_writes_them():
+    text = ('# HELP vllm:generation_tokens_total x\nvllm:generation_tokens_total{engine="0",model_name="m"} 40.0\n'
+            'vllm:generation_tokens_total{engine="1",model_name="m"} 2.0\nvllm:generation_tokens_created{engine="0"} 1.79e+09\n'
+            'vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_waiting_by_reason{engine="0",reason="x"} 9.0\n'
+            'vllm:num_requests_waiting{engine="0"} 1.0\n'
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"} 8.0\n'
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"} 11.0\n')
+    found = parse_metrics(text)
+    assert found["generation_tokens"] == 42 and found["num_requests_running"] == 3 and found["num_requests_waiting"] == 1
+    assert found["accepted_per_position"] == [11.0, 8.0]
+
+
+def test_means_and_percentiles_are_the_textbook_ones():
+    assert summary([0.001 * value for value in range(1, 101)])["p90_ms"] == pytest.approx(90.1)
+    found = mean_and_interval([10.0, 12.0, 14.0])
+    assert found["mean"] == 12.0 and found["half_interval_95"] == pytest.approx(4.303 * 2 / 3**0.5)
+
+
+def settings_for(server, tmp_path, **others):
+    overrides = ["serving=endpoint", f"serving.url={server.url}", f"results={tmp_path}", "serving.concurrencies=[2,4]",
+                 "serving.output_tokens=32", "serving.window_seconds=0.5", "serving.ramp_seconds=0",
+                 *(f"serving.{key}={value}" for key, value in others.items())]
+    settings = load(overrides)
+    (settings.run_directory / "release").mkdir(parents=True)
+    (settings.run_directory / "release" / "config.json").write_text(json.dumps({"vocab_size": 512}))
+    return settings
+
+
+def test_the_stage_measures_every_level_through_an_endpoint(tmp_path):
+    with PacedServer(rate=200.0) as server:
+        settings = settings_for(server, tmp_path)
+        serve_bench.run(settings)
+    found = json.loads((settings.run_directory / "serving.json").read_text())
+    assert [level["streams"] for level in found["levels"]] == [2, 4]
+    for level in found["levels"]:
+        assert recompute(settings.run_directory / "serving" / f"{level['streams']}.jsonl.gz") == level
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    ("500", "answers with 500: out of memory in layer 7"), ("404", "answers with 404: no such model"),
+    ("malformed", "damaged event"), ("error_event", "engine core died"), ("no_usage", "without usage counters"),
+    ("short", "ended a stream after"), ("die", "while 4 streams were running"), ("backwards", "counts backwards"),
+    ("hang", "while 4 streams were running"),
+])
+def test_a_server_that_fails_ends_the_run_with_one_line_and_keeps_what_was_measured(tmp_path, fault, words):
+    with PacedServer(rate=400.0, fault=fault) as server:
+        settings = settings_for(server, tmp_path, timeout_seconds=1.5)
+        server.fault = None
+
+        def failing(*arguments, measure=serve_bench.measure, **keywords):
+            if arguments[2] == 4:
+                server.fault = fault
+            return measure(*arguments, **keywords)
+
+        original, serve_bench.measure = serve_bench.measure, failing
+        try:
+            with pytest.raises(UserError, match=words) as caught:
+                serve_bench.run(settings)
+        finally:
+            serve_bench.measure = original
+    assert "\n" not in str(caught.value) and "1 of 2 levels" in str(caught.value)
+    assert not (settings.run_directory / "serving.json").exists()
+    partial = json.loads((settings.run_directory / "serving.partial.json").read_text())
+    assert [level["streams"] for level in partial["levels"]] == [2] and partial["failed"]
+    assert (settings.run_directory / "serving" / "4.partial.jsonl.gz").exists()
+
+
+def test_an_address_where_nobody_listens_is_one_line(tmp_path):
+    with PacedServer() as server:
+        settings = settings_for(server, tmp_path)
+    with pytest.raises(UserError, match="nothing answers there"):
+        serve_bench.run(settings)
