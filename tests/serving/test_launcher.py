@@ -1,0 +1,148 @@
+"""The launcher with programs that behave as badly as servers do: one line, and never an orphan."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stages.errors import UserError
+from stages.serving import launcher
+from stages.settings import load
+from tests.conftest import PROJECT
+
+ANSWERING = """
+import http.server, json, os, subprocess, sys
+port = int(sys.argv[sys.argv.index("--port") + 1])
+open(os.environ["PIDS"], "w").write(f"{os.getpid()} {subprocess.Popen(['sleep', '600']).pid}")
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self): self.answer(200, b'{"version": "0.0"}')
+    def do_POST(self): self.answer(int(os.environ.get("STATUS", 200)), b"worker 3 is out of memory")
+    def answer(self, status, data):
+        self.send_response(status); self.send_header("content-length", str(len(data))); self.end_headers(); self.wfile.write(data)
+    def log_message(self, *a): pass
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+DYING = """
+import sys
+print("INFO 11-25 loading")
+print("(Worker pid=1) ERROR [x.py:1] ValueError: no kernel for this device")
+print("RuntimeError: Engine core initialization failed. See root cause above.")
+sys.exit(3)
+"""
+SILENT = "import time; time.sleep(600)"
+
+
+def settings_with(program, tmp_path, **variables):
+    environment = tmp_path / "environment"
+    (environment / "bin").mkdir(parents=True)
+    command = environment / "bin" / "vllm"
+    command.write_text(f"#!{sys.executable}\n{program}")
+    command.chmod(0o755)
+    pairs = [f"+serving.variables.{key}='{value}'" for key, value in {"PIDS": tmp_path / "pids", **variables}.items()]
+    settings = load(["serving=vllm_cpu", f"serving.environment={environment}", f"results={tmp_path / 'results'}",
+                     *pairs, "serving.startup_seconds=20"])
+    release = settings.run_directory / "release"
+    release.mkdir(parents=True)
+    (release / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": 2, "num_nextn_predict_layers": 3}}))
+    return settings
+
+
+def alive(pid: int) -> bool:
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pids, seconds=10.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def pids_of(tmp_path):
+    return [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+
+
+def test_a_server_that_answers_is_used_and_every_process_of_it_ends(tmp_path):
+    with launcher.server(settings_with(ANSWERING, tmp_path)) as running:
+        pids = pids_of(tmp_path)
+        assert all(map(alive, pids)) and running.describe()["version"] == "0.0"
+        assert running.base_url.startswith("http://127.0.0.1:")
+    assert gone(pids)
+
+
+def test_a_failure_while_serving_ends_the_server_too(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with launcher.server(settings_with(ANSWERING, tmp_path)):
+            pids = pids_of(tmp_path)
+            1 / 0
+    assert gone(pids)
+
+
+def test_a_server_that_dies_says_its_own_reason(tmp_path):
+    with pytest.raises(UserError, match="stopped with status 3: ValueError: no kernel for this device; see .*server-release.log"):
+        with launcher.server(settings_with(DYING, tmp_path)):
+            pass
+
+
+def test_a_server_that_is_up_but_cannot_complete_is_refused(tmp_path):
+    with pytest.raises(UserError, match="answers a completion with 500: worker 3 is out of memory"):
+        with launcher.server(settings_with(ANSWERING, tmp_path, STATUS=500)):
+            pass
+    assert gone(pids_of(tmp_path))
+
+
+def test_a_server_that_never_answers_is_given_up_and_ended(tmp_path):
+    settings = settings_with(SILENT, tmp_path)
+    settings.serving.startup_seconds = 1.0
+    with pytest.raises(UserError, match="did not answer within serving.startup_seconds=1"):
+        with launcher.server(settings):
+            pass
+
+
+def test_death_of_the_server_while_it_is_used_is_noticed(tmp_path):
+    with launcher.server(settings_with(ANSWERING, tmp_path)) as running:
+        running.check()
+        running.process.kill()
+        running.process.wait()
+        with pytest.raises(UserError, match="the server stopped with status -9"):
+            running.check()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_server_outlives_a_run_that_is_ended_from_outside(tmp_path, how):
+    settings = settings_with(ANSWERING, tmp_path)
+    overrides = ["serving=vllm_cpu", f"serving.environment={settings.serving.environment}", f"results={tmp_path / 'results'}",
+                 f"+serving.variables.PIDS='{tmp_path / 'pids'}'"]
+    code = ("import sys, time\nfrom stages.serving import launcher\nfrom stages.settings import load\n"
+            f"with launcher.server(load({overrides!r})):\n    print('up', flush=True)\n    time.sleep(600)\n")
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    assert any(line.startswith("up") for line in run.stdout)
+    server = pids_of(tmp_path)[0]
+    os.kill(run.pid, how)
+    run.wait()
+    assert gone([server])
+
+
+def test_missing_environment_and_missing_command_name_the_remedy(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="make serve-env"):
+        launcher.executable(load(["serving=vllm_cpu", f"serving.environment={tmp_path}"]))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no `vllm` on the PATH"):
+        launcher.executable(load(["serving=vllm_cuda"]))
+
+
+def test_draft_layers_are_asked_for_where_the_release_has_them(tmp_path):
+    settings = settings_with(SILENT, tmp_path)
+    release = settings.run_directory / "release"
+    assert '"num_speculative_tokens": 3' in " ".join(launcher.command_line(settings, release, 1))
+    settings.serving.drafts = False
+    assert "--speculative-config" not in launcher.command_line(settings, release, 1)
