@@ -23,8 +23,8 @@ import torch
 
 from kernels.fp8 import NonFiniteError, check_finite, decode_block_fp8, first_index
 
-__all__ = ["E2M1", "Encoded", "NonFiniteError", "decode_block_fp8", "decode_int4", "decode_mxfp4", "decode_mxfp8", "decode_nvfp4",
-           "e8m0_to_float", "encode_mxfp8", "unpack_int4", "unpack_nibbles"]
+__all__ = ["E2M1", "Encoded", "NonFiniteError", "decode_block_fp8", "decode_int4", "decode_mxfp4", "decode_mxfp8",
+           "decode_nvfp4", "e8m0_to_float", "encode_mxfp8", "unpack_int4", "unpack_nibbles"]
 
 BLOCK = 32
 NVFP4_BLOCK = 16
@@ -141,7 +141,9 @@ def unpack_int4(packed: torch.Tensor, columns: int) -> torch.Tensor:
     return (nibbles.flatten(-2)[..., :columns] - 8).to(torch.int8)
 
 
-def decode_int4(packed: torch.Tensor, scale: torch.Tensor, columns: int, zero_point: torch.Tensor | None = None) -> torch.Tensor:
+def decode_int4(
+    packed: torch.Tensor, scale: torch.Tensor, columns: int, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
     """compressed-tensors pack-quantized INT4 -> float32 [..., rows, columns].
 
     Args:
@@ -174,7 +176,8 @@ def encode_mxfp8(weight: torch.Tensor) -> Encoded:
     from it in one case only, amax = 448 * 2^e exactly, where it takes e + 1. Elements are rounded to the nearest E4M3 value,
     ties to even; the sign of zero is kept; an all-zero block has scale byte 0.
 
-    Raises NonFiniteError for a NaN, an infinity, or a weight so large that it rounds to 2^128; ValueError for `in` that is no multiple of 32.
+    Raises NonFiniteError for a NaN, an infinity, or a weight so large that it rounds to 2^128; ValueError
+    for `in` that is no multiple of 32.
     """
     if weight.shape[-1] % BLOCK:
         raise ValueError(f"weight shape {tuple(weight.shape)}: expected inputs in a multiple of {BLOCK}")

@@ -146,7 +146,8 @@ def test_mxfp8_is_encoded_as_compressed_tensors_would_but_for_448_itself():
                                                   scheme=scheme("MXFP8A16"))
     assert torch.equal(made.scale, theirs["weight_scale"])
     assert torch.equal(made.codes.view(torch.uint8), theirs["weight"].view(torch.uint8))
-    assert float(made.decoded) == pytest.approx(float(formats.decode_mxfp8(made.codes, made.scale).double().square().sum()), 1e-12)
+    energy = formats.decode_mxfp8(made.codes, made.scale).double().square().sum()
+    assert float(made.decoded) == pytest.approx(float(energy), 1e-12)
 
 
 @pytest.mark.parametrize(("amax", "exponent"), [(448.0, 0), (448.00003, 1), (447.9, 0), (224.0, -1), (2.0**-149, -127),
@@ -172,7 +173,8 @@ def tensor(*values, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("decode", "what", "index"), [
-    (lambda: formats.decode_mxfp4(random_bytes(2, 32), torch.tensor([[1, 2], [3, 255]], dtype=torch.uint8)), "block scale", (1, 1)),
+    (lambda: formats.decode_mxfp4(random_bytes(2, 32), torch.tensor([[1, 2], [3, 255]], dtype=torch.uint8)),
+     "block scale", (1, 1)),
     (lambda: formats.decode_mxfp8(fp8_codes(2, 32), torch.tensor([[1], [255]], dtype=torch.uint8)), "block scale", (1, 0)),
     (lambda: formats.decode_mxfp8(torch.full((1, 32), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn),
                                   torch.tensor([[127]], dtype=torch.uint8)), "weight", (0, 0)),
@@ -185,7 +187,8 @@ def tensor(*values, dtype=torch.float32):
     (lambda: formats.decode_nvfp4(random_bytes(1, 8), tensor(1.0, dtype=torch.float8_e4m3fn)[None], tensor(0.0), True),
      "tensor scale", (0,)),
     (lambda: formats.decode_int4(torch.zeros(2, 4, dtype=torch.int32), tensor([1.0], [0.0]), 32), "tile scale", (1, 0)),
-    (lambda: formats.decode_int4(torch.zeros(2, 4, dtype=torch.int32), tensor([float("inf")], [1.0]), 32), "tile scale", (0, 0)),
+    (lambda: formats.decode_int4(torch.zeros(2, 4, dtype=torch.int32), tensor([float("inf")], [1.0]), 32),
+     "tile scale", (0, 0)),
     (lambda: formats.encode_mxfp8(torch.full((1, 32), float("inf"))), "weight", (0, 0)),
     (lambda: formats.encode_mxfp8(torch.full((1, 32), 3.4e38)), "weight", (0, 0)),
 ])
