@@ -29,6 +29,7 @@ TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
     """Weight name -> scheme for everything that the recipe names; each role and pattern must match something."""
     chosen: dict[str, str] = {}
+    scales = {entry["scale"] for entry in tensors.values()}
     for group in settings.recipe.groups:
         if group.scheme not in SCHEMES:
             raise UserError(f"recipe {settings.recipe.name}: scheme {group.scheme!r} is unknown; choose one of "
@@ -41,7 +42,7 @@ def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
         rules += [("pattern", pattern, lambda name, pattern=pattern: re.fullmatch(pattern, name) is not None)
                   for pattern in group.patterns]
         for kind, text, matches in rules:
-            names = [name for name in tensors if matches(name) and not name.endswith("_scale_inv")
+            names = [name for name in tensors if matches(name) and name not in scales
                      and (kind == "pattern" or name.endswith(".weight"))]
             if not names:
                 raise UserError(f"recipe {settings.recipe.name}: {kind} {text!r} matches no weight of "

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from stages.checkpoint.files import human_bytes, sha256_file, write_json
 from stages.checkpoint.reader import ShardReader
 from stages.checkpoint.writer import ShardWriter
+from stages.dialects import tile_scales
 from stages.download import check_disk
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import SHARD_METADATA, outputs_of_shard, read_plan, specs_of
@@ -72,7 +73,11 @@ def plan_hash(plan: dict, shard: str) -> str:
 
 def _scale_rows(reader: ShardReader, entry: dict, expert: int | None, begin: int, end: int):
     tile_rows = entry["tile"][0]
-    return reader.matrix_rows(entry["scale"], expert, begin // tile_rows, -(-end // tile_rows))
+    if math.prod(reader.info(entry["scale"]).shape) == 1:  # of the whole tensor
+        scale = reader.tensor(entry["scale"])
+    else:
+        scale = reader.matrix_rows(entry["scale"], expert, begin // tile_rows, -(-end // tile_rows))
+    return tile_scales(scale, (end - begin, entry["shape"][-1]), tuple(entry["tile"]))
 
 
 class Quantizer:
@@ -107,8 +112,8 @@ class Quantizer:
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
             weight = self._reader.matrix_rows(source, expert, begin, end, self._buffer)
-            scale = _scale_rows(self._reader, entry, expert, begin, end) if entry["scale"] else None
             try:
+                scale = _scale_rows(self._reader, entry, expert, begin, end) if entry["scale"] else None
                 made = self._mxfp4.quantize(
                     weight.to(self._device), scale if scale is None else scale.to(self._device), rule=self._plan["exponent_rule"],
                     tile=tuple(entry["tile"] or (128, 128)), backend=self._backend)

@@ -20,6 +20,7 @@ import torch
 from stages.assemble_release import read_receipts
 from stages.checkpoint.files import write_json
 from stages.checkpoint.reader import ShardReader
+from stages.dialects import tile_scales
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import outputs_of_shard, read_plan
 from stages.settings import Settings, load, stage_parser
@@ -73,7 +74,10 @@ def _source_experts(settings: Settings, plan: dict, shard: str, source: str, exp
         else:
             weight = reader.rows(source, 0, experts)
             scale = reader.rows(entry["scale"], 0, experts) if entry["scale"] else None
-    return (decode_block_fp8(weight, scale, tuple(entry["tile"])) if scale is not None else weight.float()).double()
+    if scale is None:
+        return weight.double()
+    tile = tuple(entry["tile"])
+    return decode_block_fp8(weight, tile_scales(scale, weight.shape, tile).expand(*weight.shape[:-2], -1, -1), tile).double()
 
 
 def _offsets(experts: int, tokens: int) -> torch.Tensor:

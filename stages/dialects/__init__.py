@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stages.checkpoint.header import TensorInfo
-from stages.dialects import block_fp8, plain
+from stages.dialects import block_fp8, channel_fp8, mxfp8, plain
 from stages.errors import UserError
 
 
@@ -23,7 +23,24 @@ class Claim:
     tile: tuple[int, int] | None = None
 
 
-DIALECTS = (block_fp8, plain)  # more specific first
+DIALECTS = (block_fp8, mxfp8, channel_fp8, plain)  # more specific first
+
+
+def tile_scales(scale, shape: tuple[int, ...], tile: tuple[int, int]):
+    """A stored scale tensor as the float tile scales of an FP8 weight (or some of its rows) of `shape`.
+
+    E8M0 bytes become their powers of two, one scale for the whole tensor one per row: kernels know float tiles only.
+    Raises kernels.formats.NonFiniteError for E8M0 byte 255.
+    """
+    import torch
+
+    from kernels.formats import e8m0_to_float
+
+    if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        scale = e8m0_to_float(scale)
+    if tile[0] == 1 and scale.numel() == 1:
+        return scale.reshape(1, 1).expand(shape[-2], 1).contiguous()
+    return scale
 
 
 def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], config: dict) -> dict[str, Claim]:

@@ -16,7 +16,8 @@ SUFFIX = "_scale_inv"
 SCALE_DTYPES = ("F32", "BF16", "F16")
 
 
-def _declared(config: dict) -> dict:
+def declared(config: dict) -> dict:
+    """The quantization_config, at the top or in text_config; empty where there is none."""
     return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
 
 
@@ -33,13 +34,16 @@ def claim(name, info, tensors, where, config):
         return None
     scale_name = name + SUFFIX
     scale = tensors.get(scale_name)
+    other = scale or tensors.get(name + "_scale")
+    if other is not None and (scale is None or scale.dtype == "U8"):
+        return None  # MXFP8, or scales per channel or tensor
     if scale is None:
         raise UserError(f"{where[name]}: FP8 tensor {name} has no scale {scale_name} in any shard; without it its values "
                         "are unknown, get the complete checkpoint")
     if scale.dtype not in SCALE_DTYPES:
         raise UserError(f"{where[scale_name]}: scale {scale_name} has dtype {scale.dtype}, expected one of "
                         f"{', '.join(SCALE_DTYPES)}; this is another dialect than block FP8 and is not read yet")
-    tile = tuple(int(edge) for edge in _declared(config).get("weight_block_size") or (128, 128))
+    tile = tuple(int(edge) for edge in declared(config).get("weight_block_size") or (128, 128))
     expected = (*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], tile)))
     if len(info.shape) < 2 or scale.shape != expected:
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, but tiles of "
@@ -50,7 +54,7 @@ def claim(name, info, tensors, where, config):
 
 def check_config(names, config) -> None:
     """config.json must declare quant_method fp8 exactly when the headers show block FP8."""
-    method = _declared(config).get("quant_method")
+    method = declared(config).get("quant_method")
     if names and method != "fp8":
         raise UserError(f"config.json declares quant_method {method!r}, but the headers hold {len(names)} block-FP8 "
                         f"tensors, {names[0]} first; restore the original config.json")

@@ -14,7 +14,8 @@ from stages.errors import UserError
 
 _TEXT = r"(?:model\.language_model|language_model\.model|model)\."
 _LAYER = _TEXT + r"layers\.(?P<layer>\d+)\."
-_LINEAR = r"(?P<projection>gate|up|down)_proj\.weight(?:_scale_inv)?"
+_SCALES = r"(?:_scale(?:_inv)?)?"
+_LINEAR = r"(?P<projection>gate|up|down)_proj\.weight" + _SCALES
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ ROLES = (
     Role("shared_experts", _LAYER + r"share_expert\." + _LINEAR),
     Role("router", _LAYER + r"moe\.(?:gate\.weight|router_bias)"),
     Role("dense_mlp", _LAYER + r"mlp\." + _LINEAR),
-    Role("attention", _LAYER + r"self_attn\.(?P<projection>[qkvog])_proj\.weight(?:_scale_inv)?"),
+    Role("attention", _LAYER + r"self_attn\.(?P<projection>[qkvog])_proj\.weight" + _SCALES),
     Role("norms", _LAYER + r"(?:self_attn\.[qk]_norm|input_layernorm|post_attention_layernorm)\.weight"),
     Role("norms", _TEXT + r"norm\.weight"),
     Role("embeddings", _TEXT + r"embed_tokens\.weight"),

@@ -18,7 +18,7 @@ import torch
 
 from kernels import mxfp4
 from stages.checkpoint.reader import ShardReader
-from stages.dialects import recognize
+from stages.dialects import recognize, tile_scales
 from stages.dialects.roles import hidden_layers, layer_of
 from stages.errors import UserError
 from stages.schemes.draft_scales import NAME as DRAFT_SCALE
@@ -54,11 +54,13 @@ def expanded_tensors(directory: Path, dtype: torch.dtype) -> Iterator[tuple[str,
                                         owner[name + "_scale"].tensor(name + "_scale"), dtype)
             if claims[name].scale:
                 scale = owner[claims[name].scale].tensor(claims[name].scale)
-                return mxfp4.decode_block_fp8(reader.tensor(name), scale, claims[name].tile).to(dtype)
+                codes, tile = reader.tensor(name), claims[name].tile
+                return mxfp4.decode_block_fp8(codes, tile_scales(scale, codes.shape, tile), tile).to(dtype)
             tensor = reader.tensor(name)
             return tensor if tensor.dtype == torch.float32 else tensor.to(dtype)
 
-        weights = [name for name in plain if not name.endswith("_scale_inv") and not DRAFT_SCALE.fullmatch(name)]
+        source_scales = {claim.scale for claim in claims.values()}
+        weights = [name for name in plain if name not in source_scales and not DRAFT_SCALE.fullmatch(name)]
         weights += [name.removesuffix("_packed") for name in packed]
         experts: dict[str, dict[int, str]] = {}
         for name in sorted(weights):
