@@ -30,6 +30,8 @@ from stages.dialects.roles import hidden_layers
 from stages.errors import UserError
 from stages.settings import PROJECT, Settings
 
+THREAD_VARIABLES = tuple(f"{library}_NUM_THREADS" for library in
+                         ("OMP", "GOTO", "OPENBLAS", "MKL", "VECLIB_MAXIMUM", "NUMEXPR"))  # Snakemake sets these for every job
 STOP_SECONDS = 30.0
 POLL_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1
@@ -181,6 +183,16 @@ def _raise_exit(*_) -> None:
     raise SystemExit(143)
 
 
+def environment_of(settings: Settings) -> dict[str, str]:
+    """This process's environment without thread counts, then serving.variables.
+
+    A job of the workflow is told to use every core. vLLM keeps a core for its polling engine process unless it is told so, too:
+    then both wait for each other, and two cores give 5 tokens a second in place of 200.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in THREAD_VARIABLES}
+    return inherited | settings.serving.variables
+
+
 def version_of(server: Server) -> str | None:
     """What the server says of its own version."""
     try:
@@ -216,7 +228,7 @@ def server(settings: Settings, directory: Path | None = None) -> Iterator[Server
     print(f"starting {' '.join(shown)}", flush=True)
     with _terminated_as_exit(), open(log, "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   env={**os.environ, **serving.variables}, start_new_session=True,
+                                   env=environment_of(settings), start_new_session=True,
                                    preexec_fn=_die_with_parent)
         try:
             running = Server(f"http://127.0.0.1:{port}", serving.model, {"engine": "vllm", "command": shown}, process, log)

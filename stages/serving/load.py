@@ -148,8 +148,9 @@ class ClosedLoop:
     async def _measure(self, client: httpx.AsyncClient, windows: int, window_seconds: float, ramp_seconds: float, tick) -> None:
         while len(self._active) < self.streams:
             if self.now() > self.timeout:
-                raise UserError(f"only {len(self._active)} of {self.streams} streams gave a token within {self.timeout:g} s; "
-                                "lower serving.concurrencies or raise serving.timeout_seconds")
+                raise UserError(f"{self.server.base_url}: only {len(self._active)} of {self.streams} streams had a token after "
+                                f"{self.timeout:g} s, while {self.streams} streams were running; the server hangs, or needs lower "
+                                "serving.concurrencies or more serving.timeout_seconds")
             await asyncio.sleep(0.05)
         steady = self.now() + ramp_seconds
         while self.now() < steady:

@@ -79,6 +79,15 @@ def test_a_server_that_answers_is_used_and_every_process_of_it_ends(tmp_path):
     assert gone(pids)
 
 
+def test_thread_counts_of_the_workflow_do_not_reach_the_server(tmp_path, monkeypatch):
+    for name in launcher.THREAD_VARIABLES:
+        monkeypatch.setenv(name, "64")
+    settings = settings_with(ANSWERING, tmp_path, MKL_NUM_THREADS=1)
+    with launcher.server(settings) as running:
+        got = dict(pair.split("=", 1) for pair in open(f"/proc/{running.process.pid}/environ").read().split("\0") if "=" in pair)
+    assert {name: got.get(name) for name in launcher.THREAD_VARIABLES if name in got} == {"MKL_NUM_THREADS": "1"}
+
+
 def test_a_failure_while_serving_ends_the_server_too(tmp_path):
     with pytest.raises(ZeroDivisionError):
         with launcher.server(settings_with(ANSWERING, tmp_path)):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages import assemble_release, evaluate, plan, verify_release
+from stages import evaluate, plan, verify_release
 from stages.errors import UserError
 from stages.evaluate import tokens_of, windows
 from stages.models.step37 import expanded_tensors
@@ -192,7 +192,6 @@ def test_the_inert_scalars_load_without_the_loader_patch_and_nothing_else_does(c
             pass
     settings = convert(f"results={tmp_path}", f"source.path={converted.source.path}", "release.draft_scales=true")
     assert plan.read_plan(settings)["draft_scales"] and verify_release.run(settings)["passed"]
-    assert assemble_release.INDEX
     with server(served_settings(settings, skip), settings.run_directory / "release") as running:
         accepted, drafted = generate(running, prompts=4)
     assert accepted / drafted > 0.4
