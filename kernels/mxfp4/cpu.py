@@ -1,38 +1,43 @@
-"""MXFP4 on one CPU core with numba: block-FP8 through tables, everything else through float64 arithmetic.
+"""MXFP4 on one CPU core with numba and LLVM's own vector types; 32 lanes, one block at a time.
 
-Block-FP8. All codes of a tile share one scale, so a tile holds at most 256 distinct weights w[c] = float32(c) * scale, and
-whatever a block needs is a lookup, in tables built per tile from the float32-ROUNDED w[c]:
+Every block, whatever its source, takes the same steps:
 
-    the order of code magnitudes is that of |w|, so amax = |w[largest code]| and e0 follows from it
-    preference[e0][c]   both error differences D(e0+1) - D(e0) and D(e0-1) - D(e0), packed in one int64 (below)
-    nibble[e][c]        the E2M1 code under exponent e, sign included
-    count[e][c]         how many codes c were written under e, from which all statistics follow
+    e0        from the bits of its largest magnitude, by integer arithmetic
+    change    mse only: is e0 + 1 or e0 - 1 better? With u = |w| 2^-e0 the differences of squared errors are, term by term,
+                  D(e0 + 1) - D(e0) = tent(u; 0.5, 0.25) + tent(u; 1.5, 0.25) - 4 max(0, u - 7)             for u < 8
+                  D(e0 - 1) - D(e0) = 2 max(0, u - 3.5) - tent(u; 0.25, 0.125) / 2 - tent(u; 0.75, 0.125) / 2   for u <= 4.5
+              where tent(u; c, h) = max(0, h - |u - c|): the two grids differ around c only. So e0 + 1 cannot win unless the
+              largest u exceeds 7, and e0 - 1 cannot unless it is below 4.47: beyond, it loses over 31/16 on the largest
+              element, and the other 31 gain at most 1/16 each. At most one of the two is looked at. The sums are float32, wrong by less than 4e-5 (32 terms up to 4, five levels of additions);
+              within DOUBT of zero, in practice for exact ties, `exact_change` decides by the float64 sums of the reference.
+    codes     how many of the seven midpoints a magnitude has passed
+    sums      of w^2, (w - w_hat)^2 and w_hat^2 in float64: u - q is exact in float32 (q lies within a factor of two of u, or
+              is 0), so are the squares in float64
 
-Tables of an exponent are built when a block of the tile first needs it, mostly for three or four exponents. One int64 load
-per weight settles both comparisons: each difference is truncated to a multiple of 2^-20 and held in 32 bits. That moves a
-sum of 32 by less than 32 units, so a sum beyond them decides as the exact one would; the others (in practice exact ties) go
-to `exact_change`, which sums the exact float64 terms. Terms are differences of two squared errors, at most 25 - 4 in magnitude
-(|u| just below 8, saturating at 3 under e0 - 1), so a sum stays below 32 * 21 * 2^20 < 2^30.
+Block-FP8. All codes of a tile share one scale, so a tile has 127 magnitudes |w| = float32(code) * scale, rounded to float32,
+in the order of their codes. Tables per tile give e0 by code, and per exponent the codes at which the seven midpoints are
+passed: `codes` compares bytes. A row of the matrix goes through three loops (exponents, moves, bytes), because a branch on
+what a block needs, taken at random, costs more than reading the row from the cache again.
 
-Roads not taken: integer sums of (code value * q) decide for the unrounded product, not for w; float64 error tables summed
-per block instead of counts, which lose to them; threads, because one process per shard keeps cores busier than threads
-inside one.
+BF16, F16 and F32 weights, `importance`, and tiles too small to pay for tables go through float32 row panels, which are the
+only temporary copy of the weights.
 
-BF16, F16 and F32 weights, `importance`, and tiles too small to pay for tables go through `float_rows`, row panels at a time;
-the panel is the only temporary copy of the weights.
-
-Statistics are summed in float64 in a fixed order: block-FP8 by panels of PANEL_ROWS rows, in it tile by tile, in it exponent
-by exponent and code by code (count * value); floats row by row, in it block by block. They are not bound to agree with other
-backends to the last bit; packed and scale are.
+Why vectors by hand: numba's own loops over 32 bytes with a decision for each block do not become vector instructions, and
+lookups in tables per weight reached 0.5 GB/s. LLVM maps 32 lanes to what the machine has; the order of every sum is written
+down here, so statistics do not depend on that either. All of it is in one file because numba's cache on disk notices a change
+of the file that a kernel is in, and of no other.
 """
 
 import functools
-import math
+import operator
 import warnings
 
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, overload, register_model
 
 from kernels.fp8 import NonFiniteError, check_finite, decode_block_fp8
 
@@ -40,13 +45,232 @@ BLOCK = 32
 RULE_NUMBER = {"mse": 0, "ocp_floor": 1, "even": 2, "rceil": 3}
 MSE, FLOOR, EVEN, RCEIL = range(4)
 PANEL_BYTES = 1 << 18  # float32 row panel: stays in the second-level cache
-PANEL_ROWS = 128  # of block-FP8: half a megabyte at 4096 columns, fits the second-level cache
-OPEN = 64  # added to a block's exponent while it may still move; above every index of a table
 OCTAVES = 24  # e4m3 spans 18 octaves of e0, and e runs one past either end
-UNIT = 2.0**20
 ZERO_BLOCK = OCTAVES - 1  # row of the tables for blocks of zeros, which belong to no octave
-DOUBT = 32  # 32 terms, each truncated by less than a unit
+MAY_GO_UP, MAY_GO_DOWN = 64, 32  # added to a block's exponent index while it is not settled
+REFUSED = -1
+DOUBT = np.float32(1e-4)
+LARGEST_SCALE = 128.0  # of a tile that is converted through tables: scale * 2^120 must be a float32
 VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+HALF_STEP = (2.0 ** (np.arange(-160, 121) - 1.0)).astype(np.float32)  # [e + 160]; tables convert weights below 2^16
+POWER = 2.0 ** np.arange(-160, 161)  # POWER[e + 160] is 2^e; a call of ldexp costs as much as half a block
+
+
+# --- Vectors ----------------------------------------------------------------------------------------------------------
+
+
+class Vector(types.Type):
+    """`lanes` elements in the machine's vector registers; numba code passes it around like a number."""
+
+    def __init__(self, element, lanes):
+        self.element, self.lanes = element, lanes
+        super().__init__(f"vector({element}, {lanes})")
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):
+    """LLVM's type of a Vector."""
+
+    def __init__(self, manager, vector):
+        super().__init__(manager, vector, ir.VectorType(manager.lookup(vector.element).get_value_type(), vector.lanes))
+
+
+U8, U16, U32, F32, F64 = types.uint8, types.uint16, types.uint32, types.float32, types.float64
+INDEX = ir.IntType(32)
+
+
+def shuffled(builder, vector, lanes):
+    """The given lanes of a vector, in that order."""
+    mask = ir.Constant(ir.VectorType(INDEX, len(lanes)), list(lanes))
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+def at(context, builder, signature, args):
+    """Pointer to element args[1] of the array args[0], as a pointer to the vector of `signature`."""
+    vector = signature.args[2] if len(signature.args) == 3 else signature.return_type
+    data = context.make_array(signature.args[0])(context, builder, args[0]).data
+    return builder.bitcast(builder.gep(data, [args[1]]), context.get_value_type(vector).as_pointer())
+
+
+@intrinsic
+def load(typingctx, array, index):
+    """32 elements of a contiguous array from `index` on."""
+
+    def generate(context, builder, signature, args):
+        value = builder.load(at(context, builder, signature, args))
+        value.align = array.dtype.bitwidth // 8
+        return value
+
+    return Vector(array.dtype, BLOCK)(array, index), generate
+
+
+@intrinsic
+def store(typingctx, array, index, vector):
+    """Writes a vector to a contiguous array from `index` on."""
+
+    def generate(context, builder, signature, args):
+        builder.store(args[2], at(context, builder, signature, args)).align = array.dtype.bitwidth // 8
+        return context.get_dummy_value()
+
+    return types.none(array, index, vector), generate
+
+
+def define_fill(lanes):
+    """`lanes` times the same number."""
+
+    @intrinsic
+    def fill(typingctx, number):
+        def generate(context, builder, signature, args):
+            vector = context.get_value_type(signature.return_type)
+            first = builder.insert_element(ir.Constant(vector, ir.Undefined), args[0], ir.Constant(INDEX, 0))
+            return shuffled(builder, first, [0] * lanes)
+
+        return Vector(number, lanes)(number), generate
+
+    return fill
+
+
+fill, eight = define_fill(BLOCK), define_fill(8)
+
+
+def define_operator(symbol, of_integers, of_floats):
+    """Gives vectors of one type an operator, from builder methods for integers and floats (None where there is none)."""
+
+    @intrinsic
+    def emit(typingctx, a, b):
+        method = of_floats if isinstance(a.element, types.Float) else of_integers
+        return a(a, b), lambda context, builder, signature, args: getattr(builder, method)(*args)
+
+    @overload(symbol, jit_options={"forceinline": True})
+    def apply(a, b):
+        if isinstance(a, Vector) and a == b:
+            return lambda a, b: emit(a, b)
+
+
+define_operator(operator.add, "add", "fadd")
+define_operator(operator.sub, "sub", "fsub")
+define_operator(operator.mul, "mul", "fmul")
+define_operator(operator.and_, "and_", None)
+define_operator(operator.or_, "or_", None)
+define_operator(operator.lshift, "shl", None)
+define_operator(operator.rshift, "lshr", None)
+
+
+def larger(builder, a, b):
+    """Lane by lane; neither is NaN."""
+    is_float = isinstance(a.type.element if isinstance(a.type, ir.VectorType) else a.type, ir.FloatType)
+    return builder.select(builder.fcmp_ordered(">", a, b) if is_float else builder.icmp_unsigned(">", a, b), a, b)
+
+
+@intrinsic
+def maximum(typingctx, a, b):
+    """The larger of two vectors, lane by lane."""
+    return a(a, b), lambda context, builder, signature, args: larger(builder, *args)
+
+
+def define_comparison(relation):
+    """-1 in the lanes where the relation holds, else 0; integers as wide as what is compared, which counts as signed."""
+
+    @intrinsic
+    def compare(typingctx, a, b):
+        def generate(context, builder, signature, args):
+            is_float = isinstance(a.element, types.Float)
+            found = (builder.fcmp_ordered if is_float else builder.icmp_signed)(relation, args[0], args[1])
+            return builder.sext(found, context.get_value_type(signature.return_type))
+
+        return Vector(U32 if a.element == F32 else a.element, a.lanes)(a, b), generate
+
+    return compare
+
+
+above = define_comparison(">")
+reached = define_comparison(">=")
+
+
+@intrinsic
+def magnitude(typingctx, a):
+    """|a| of a float32 vector."""
+
+    def generate(context, builder, signature, args):
+        whole = ir.VectorType(ir.IntType(32), a.lanes)
+        bits = builder.and_(builder.bitcast(args[0], whole), ir.Constant(whole, [0x7FFFFFFF] * a.lanes))
+        return builder.bitcast(bits, args[0].type)
+
+    return a(a), generate
+
+
+def define_reduction(combine):
+    """Folds halves onto each other until one lane is left: lane i meets lane i + 16, then i + 8, ..."""
+
+    @intrinsic
+    def reduce(typingctx, a):
+        def generate(context, builder, signature, args):
+            value, width = args[0], a.lanes
+            while width > 1:
+                width //= 2
+                value = combine(builder, shuffled(builder, value, range(width)), shuffled(builder, value, range(width, 2 * width)))
+            return builder.extract_element(value, ir.Constant(INDEX, 0))
+
+        return a.element(a), generate
+
+    return reduce
+
+
+largest = define_reduction(larger)
+total = define_reduction(lambda builder, a, b: builder.fadd(a, b))
+count = define_reduction(lambda builder, a, b: builder.add(a, b))
+
+
+def define_conversion(method, element, lanes=BLOCK):
+    """Converts a vector with a method of LLVM's builder."""
+
+    @intrinsic
+    def convert(typingctx, a):
+        kind = Vector(element, lanes)
+        return kind(a), lambda context, builder, signature, args: getattr(builder, method)(args[0], context.get_value_type(kind))
+
+    return convert
+
+
+as_float = define_conversion("bitcast", F32)
+as_pairs = define_conversion("bitcast", U16, BLOCK // 2)
+widen_to_16 = define_conversion("zext", U16)
+widen_to_32 = define_conversion("zext", U32)
+narrow = define_conversion("trunc", U8)
+number = define_conversion("sitofp", F32)
+
+
+@intrinsic
+def fold_pairs(typingctx, pairs):
+    """uint16 pairs of nibbles, even column low, to bytes."""
+
+    def generate(context, builder, signature, args):
+        four = ir.Constant(args[0].type, [4] * pairs.lanes)
+        return builder.trunc(builder.or_(args[0], builder.lshr(args[0], four)), context.get_value_type(signature.return_type))
+
+    return Vector(U8, pairs.lanes)(pairs), generate
+
+
+@intrinsic
+def add_squares(typingctx, sums, v):
+    """Adds the squares of a float32 vector to float64 sums of 8 lanes, in which the products are exact; lane i to i modulo 8."""
+
+    def generate(context, builder, signature, args):
+        value, wide = args[0], context.get_value_type(sums)
+        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(wide, [wide] * 3), f"llvm.fma.v{sums.lanes}f64")
+        for begin in range(0, v.lanes, sums.lanes):
+            part = builder.fpext(shuffled(builder, args[1], range(begin, begin + sums.lanes)), wide)
+            value = builder.call(fma, [part, part, value])
+        return value
+
+    return sums(sums, v), generate
+
+
+@intrinsic
+def no_sums(typingctx):
+    """Eight float64 sums of nothing."""
+    return Vector(F64, 8)(), lambda context, builder, signature, args: ir.Constant(context.get_value_type(signature.return_type), [0.0] * 8)
 
 
 def jit(function):
@@ -58,62 +282,95 @@ def jit(function):
         return numba.njit(**options)(function)
 
 
-@jit
-def magnitude_value(x):
-    """The E2M1 value nearest to x >= 0, ties to the even code, saturating."""
-    # steps between neighbouring values, each taken once its midpoint is passed (or reached, where the lower code is odd)
-    halves = np.int32(x > 0.25) + np.int32(x >= 0.75) + np.int32(x > 1.25) + np.int32(x >= 1.75)
-    halves += 2 * (np.int32(x > 2.5) + np.int32(x >= 3.5)) + 4 * np.int32(x > 5.0)
-    return 0.5 * halves
+inline = numba.njit(forceinline=True, boundscheck=False)
 
 
-@jit
-def magnitude_code(x):
-    """The code (0-7) of `magnitude_value`."""
-    return (
-        np.uint8(x > 0.25) + np.uint8(x >= 0.75) + np.uint8(x > 1.25) + np.uint8(x >= 1.75)
-        + np.uint8(x > 2.5) + np.uint8(x >= 3.5) + np.uint8(x > 5.0)
-    )  # fmt: skip
+# --- One block --------------------------------------------------------------------------------------------------------
 
 
-@jit
+@inline
 def power(e):
-    """2^e in float64."""
-    return math.ldexp(1.0, e)
+    """2^e in float64, for |e| up to 160."""
+    return POWER[np.uint64(e + 160)]
 
 
-@jit
-def exponent_of(amax, rule):
-    """Exponent of a block under a rule that looks at amax alone; e0 for mse. amax in float64, finite."""
-    if amax == 0.0:
-        return -127
-    mantissa, f = math.frexp(amax)  # mantissa in [.5, 1)
-    f -= 1
-    e = f - 2
-    if rule == EVEN and mantissa >= 0.875:
+@inline
+def exponent_of(bits, rule):
+    """Exponent of a block under a rule that looks at amax alone, e0 for mse; from amax's float32 bits.
+
+    Subnormal bits count as exponent -127 here; they end at -127 under every rule.
+    """
+    e = np.int64(bits >> 23) - 129
+    mantissa = bits & 0x7FFFFF
+    if (rule == EVEN and mantissa >= 0x600000) or (rule == RCEIL and mantissa > 0x400000):
         e += 1
-    elif rule == RCEIL and mantissa > 0.75:
-        e += 1
-    return max(e, -127)
+    return -127 if bits == 0 else max(e, -127)
+
+
+@inline
+def may_move(bits):
+    """What of e0 + 1 and e0 - 1 could be better under mse, by amax's float32 bits: MAY_GO_UP, MAY_GO_DOWN or 0.
+
+    u = 4 * mantissa of amax, so u > 7 where the mantissa exceeds 1.75; u <= 4.5 where it is at most 1.125. Below 2^-125 u < 4
+    and the exponent is the least there is.
+    """
+    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    if exponent < 2:
+        return 0
+    if mantissa > 0x600000:
+        return MAY_GO_UP
+    return MAY_GO_DOWN if mantissa <= 0x100000 and exponent > 2 else 0
+
+
+@inline
+def floats(x):
+    """A vector of the float32 nearest to a constant."""
+    return fill(np.float32(x))
+
+
+@inline
+def tent(u, center, half):
+    """max(0, half - |u - center|)"""
+    return maximum(floats(0.0), floats(half) - magnitude(u - floats(center)))
+
+
+@inline
+def rise(u):
+    """Sum of the error differences of e0 + 1 to e0: negative where e0 + 1 is better. u < 8."""
+    mirrored = magnitude(u - floats(1.0))  # the tents at 0.5 and 1.5 in one
+    return total(tent(mirrored, 0.5, 0.25) - floats(4.0) * maximum(floats(0.0), u - floats(7.0)))
+
+
+@inline
+def fall(u):
+    """Sum of the error differences of e0 - 1 to e0. u <= 4.5."""
+    mirrored = magnitude(u - floats(0.5))  # the tents at 0.25 and 0.75 in one
+    return total(floats(2.0) * maximum(floats(0.0), u - floats(3.5)) - floats(0.5) * tent(mirrored, 0.25, 0.125))
 
 
 @jit
-def error_term(u, step):
-    """q^2 step^2 - 2 u q step, exact, for u >= 0 and step = 2^(e - e0), that is 1, 2 or .5."""
-    q = magnitude_value(u / step) * step
-    return q * q - 2.0 * u * q
+def value_of(x):
+    """The E2M1 value nearest to x >= 0, ties to the even code, saturating."""
+    code = 0
+    for i in range(7):
+        if x > MIDPOINTS[i] or (x == MIDPOINTS[i] and i & 1):
+            code = i + 1
+    return VALUES[code]
 
 
 @jit
-def exact_change(weight, codes, begin, e0):
-    """The mse rule's decision for the block codes[begin : begin + 32], from exact float64 sums."""
-    inverse = power(-e0)
+def exact_change(block, e0, importance, first, weighted):
+    """The mse rule's decision for 32 magnitudes, from the reference's float64 sums; with importance in their stated order."""
     same = up = down = 0.0
     for j in range(BLOCK):
-        u = abs(np.float64(weight[codes[begin + np.uint64(j)]])) * inverse
-        same += error_term(u, 1.0)
-        up += error_term(u, 2.0)
-        down += error_term(u, 0.5)
+        u = np.float64(block[j]) * power(-e0)
+        factor = np.float64(importance[first + j]) if weighted else 1.0
+        q = value_of(u)
+        same += factor * (q * q - 2.0 * u * q)
+        q = 2.0 * value_of(0.5 * u)
+        up += factor * (q * q - 2.0 * u * q)
+        q = 0.5 * value_of(2.0 * u)
+        down += factor * (q * q - 2.0 * u * q)
     change = 0
     if up < same:
         change, same = 1, up
@@ -122,303 +379,223 @@ def exact_change(weight, codes, begin, e0):
     return change
 
 
-@jit
-def fill_nibble(nibble, weight, e):
-    """E2M1 nibble of all codes under exponent e."""
-    inverse = power(-e)
-    for m in range(128):
-        code = magnitude_code(abs(np.float64(weight[m])) * inverse)
-        nibble[m], nibble[m + 128] = code, code + 8
+@inline
+def write_block(code, signs, at, packed):
+    """Packs 32 codes (0-7) with their signs (bit 3) as block `at` of flat `packed`."""
+    store(packed, at << np.uint64(4), fold_pairs(as_pairs(code | signs)))
 
 
-@jit
-def fill_preference(preference, nibble, weight, k, e0):
-    """Packed error differences of the codes that can occur under e0, which have |u| < 8; |u| <= 2^-3 rounds to 0 always.
+# --- Block-FP8 --------------------------------------------------------------------------------------------------------
 
-    nibble: the tables of e0 - 1, e0 and e0 + 1, at rows k - 1, k and k + 1.
+
+@inline
+def magnitudes(source, begin):
+    """Code magnitudes of the block at `begin`."""
+    return load(source, begin) & fill(np.uint8(127))
+
+
+@inline
+def decoded(codes, scale):
+    """float32(code) * scale from code magnitudes, rounded once. scale: the tile's * 2^120.
+
+    Code bits moved to a float32's exponent and mantissa make the code's value * 2^-120, subnormal codes included.
     """
-    inverse = power(-e0)
-    for m in range(128):
-        u = abs(np.float64(weight[m])) * inverse
-        packed = np.int64(0)
-        if 0.125 < u < 8.0:
-            below, same, above = 0.5 * VALUES[nibble[k - 1, m]], VALUES[nibble[k, m]], 2.0 * VALUES[nibble[k + 1, m]]
-            error = same * (same - 2.0 * u)
-            up = np.int64((above * (above - 2.0 * u) - error) * UNIT)
-            down = np.int64((below * (below - 2.0 * u) - error) * UNIT)
-            packed = (up << 32) + down
-        preference[k, m] = preference[k, m + 128] = packed
+    return as_float(widen_to_32(codes) << fill(np.uint32(20))) * floats(scale)
 
 
 @jit
-def larger_bytes(a, b):
-    """The larger of each pair of bytes below 128, eight at a time; vectorized code for this is not what LLVM makes."""
-    high = np.uint64(0x8080808080808080)
-    keep = ((a | high) - b) & high  # the high bit survives where a >= b; no byte borrows from the next
-    keep -= keep >> np.uint64(7)  # 0x80 -> 0x7f
-    return (a & keep) | (b & ~(keep | high))
+def fill_exponents(exponent, bits, lowest, rule):
+    """exponent[tile, code] = index of e0 above lowest[tile] by a block's largest code, with what may move; or REFUSED."""
+    for t in range(len(lowest)):
+        lowest[t] = exponent_of(bits[t, 1], FLOOR) - 1
+        exponent[t, 0] = ZERO_BLOCK
+        for code in range(1, 128):
+            if bits[t, code] >= 0x7F800000:
+                exponent[t, code] = REFUSED
+                continue
+            e = exponent_of(bits[t, code], rule)
+            exponent[t, code] = e - lowest[t] + (may_move(bits[t, code]) if rule == MSE else 0)
 
 
 @jit
-def largest_magnitude(a, b, c, d):
-    """Largest code & 127 among 32 codes, given as four uint64."""
-    low = np.uint64(0x7F7F7F7F7F7F7F7F)
-    a = larger_bytes(larger_bytes(a & low, b & low), larger_bytes(c & low, d & low))
-    a = larger_bytes(a, a >> np.uint64(32))
-    a = larger_bytes(a, a >> np.uint64(16))
-    return np.uint8(larger_bytes(a, a >> np.uint64(8)) & np.uint64(127))
+def fill_last(last, begin, weight, t, e):
+    """last[begin + i] = largest code that does not pass midpoint i under exponent e, 126 if none does."""
+    low = 0
+    for i in range(7):
+        middle, high = MIDPOINTS[i] * power(e), 127
+        while low < high:
+            code = (low + high) >> 1
+            w = np.float64(weight[t, code])
+            if w > middle or (w == middle and i & 1):
+                high = code
+            else:
+                low = code + 1
+        last[begin + i] = low - 1
 
 
-@jit
-def add_statistics(statistics, count, nibble, weight, e):
-    """Add sum w^2, (w - w_hat)^2 and w_hat^2 of the codes counted under exponent e, code by code."""
-    step = power(e)
-    for m in range(128):
-        n = count[m] + count[m + 128]
-        if n:
-            w = np.float64(weight[m])
-            decoded = VALUES[nibble[m]] * step
-            statistics[0] += n * (w * w)
-            statistics[1] += n * ((w - decoded) * (w - decoded))
-            statistics[2] += n * (decoded * decoded)
+@inline
+def find_exponents(source, begin, blocks, shift, exponent, chosen, up, down):
+    """Loop 1: chosen[block] = index of e0; lists of the blocks that may move. Their lengths, -1 if a weight is not finite."""
+    ups = downs = 0
+    for block in range(blocks):
+        top = largest(magnitudes(source, begin + np.uint64(BLOCK * block)))
+        k = exponent[np.uint64(block) >> shift, top]
+        if k < 0:
+            return -1, 0
+        chosen[block] = k & 31
+        up[ups] = down[downs] = block
+        ups += k >> 6
+        downs += (k >> 5) & 1
+    return ups, downs
 
 
-@jit
-def find_exponents(words, weight, lowest, rule, chosen):
-    """Step 1: chosen[block] = exponent under `rule` (e0 for mse) less `lowest`. False if a weight is not finite.
-
-    Under mse, OPEN is added where another exponent than e0 could be better. With u = amax 2^-e0, e0 + 1 cannot unless u > 6:
-    up to there its values are some of e0's. And e0 - 1 cannot unless u < 4.47: beyond, its saturation at 3 costs the
-    largest element at least 2 u - 7 > 31/16, and the other 31 gain at most 1/16 each (0.25 hit in place of 0 or 0.5).
-    """
-    for block in range(chosen.size):  # no lookup in this loop, so that it vectorizes over blocks
-        i = np.uint64(4 * block)
-        chosen[block] = largest_magnitude(words[i], words[i + np.uint64(1)], words[i + np.uint64(2)], words[i + np.uint64(3)])
-    exponent = np.full(128, -1, np.int8)
-    exponent[0] = ZERO_BLOCK
-    for block in range(chosen.size):
-        largest = np.uint64(chosen[block])
-        if exponent[largest] < 0:
-            if largest == 127 or not np.isfinite(weight[largest]):
-                return False
-            e = exponent_of(np.float64(weight[largest]), rule)
-            u = np.float64(weight[largest]) * power(-e)
-            open_ = rule == MSE and not 4.5 < u <= 6.0
-            exponent[largest] = e - lowest + (OPEN if open_ else 0)
-        chosen[block] = exponent[largest]
-    return True
+@inline
+def move_exponents(source, begin, shift, lowest, scale, chosen, which, upwards, block_of):
+    """Loop 2, mse only: of the listed blocks, those move whose neighbouring exponent is better."""
+    for block in which:
+        t = np.uint64(block) >> shift
+        e = lowest[t] + chosen[block]
+        w = decoded(magnitudes(source, begin + np.uint64(BLOCK * block)), scale[t])
+        u = w * floats(power(-e))
+        difference = rise(u) if upwards else fall(u)
+        change = np.int64(difference < 0)
+        if abs(difference) < DOUBT:
+            store(block_of, np.uint64(0), w)
+            change = abs(exact_change(block_of, e, block_of, 0, False))
+        chosen[block] += change if upwards else -change
 
 
-@jit
-def move_exponents(strip, weight, lowest, preference, has_preference, nibble, has_nibble, chosen):
-    """Step 2, mse only: chosen[block] moves to the best of e0, e0 + 1, e0 - 1."""
-    for block in range(chosen.size):
-        if chosen[block] < OPEN:
+@inline
+def write_row(source, begin, blocks, shift, lowest, scale, weight, chosen, last, has_last, packed, scales, statistics):
+    """Loop 3: bytes of a row, and its share of the statistics."""
+    signal, error, square = no_sums(), no_sums(), 0.0
+    zero = fill(np.uint8(0))
+    for block in range(blocks):
+        t, k = np.uint64(block) >> shift, np.uint64(chosen[block])
+        e = lowest[t] + chosen[block]
+        table = t * np.uint64(OCTAVES) + k
+        passed = table << np.uint64(3)
+        if not has_last[table]:
+            fill_last(last, passed, weight, t, e)
+            has_last[table] = True
+        start = begin + np.uint64(BLOCK * block)
+        target = start >> np.uint64(5)
+        source_codes = load(source, start)
+        codes = source_codes & fill(np.uint8(127))
+        # -1 for each midpoint that a code has passed; the last three count 2, 2 and 4 halves
+        ones = above(codes, fill(last[passed])) + above(codes, fill(last[passed + np.uint64(1)]))
+        ones = ones + above(codes, fill(last[passed + np.uint64(2)])) + above(codes, fill(last[passed + np.uint64(3)]))
+        twos = above(codes, fill(last[passed + np.uint64(4)])) + above(codes, fill(last[passed + np.uint64(5)]))
+        four = above(codes, fill(last[passed + np.uint64(6)]))
+        code = zero - (ones + twos + four)
+        halves = code - (twos + four + four + four)
+        write_block(code, (source_codes >> fill(np.uint8(4))) & fill(np.uint8(8)), target, packed)
+        if k == ZERO_BLOCK:
+            scales[target] = 0
             continue
-        chosen[block] -= OPEN
-        k = np.uint64(chosen[block])
-        if not has_preference[k]:
-            for row in range(chosen[block] - 1, chosen[block] + 2):
-                if not has_nibble[row]:
-                    fill_nibble(nibble[row], weight, lowest + row)
-                    has_nibble[row] = True
-            fill_preference(preference, nibble, weight, chosen[block], lowest + chosen[block])
-            has_preference[k] = True
-        begin = np.uint64(BLOCK * block)
-        total = np.int64(0)
-        for j in range(BLOCK):
-            total += preference[k, strip[begin + np.uint64(j)]]
-        down = np.int64(np.int32(total & 0xFFFFFFFF))
-        up = (total - down) >> 32
-        if min(abs(up), abs(down)) <= DOUBT or abs(up - down) <= 2 * DOUBT or lowest + chosen[block] == -127:
-            chosen[block] += exact_change(weight, strip, begin, lowest + chosen[block])
-        else:
-            chosen[block] += np.int8((up < 0) & (up < down)) - np.int8((down < 0) & (down < up))
+        scales[target] = e + 127
+        half = HALF_STEP[np.uint64(e + 160)]
+        w = decoded(codes, scale[t])
+        signal = add_squares(signal, w)
+        error = add_squares(error, w - number(widen_to_32(halves)) * floats(half))
+        wide = widen_to_16(halves)
+        square += np.float64(half) * np.float64(half) * np.float64(count(wide * wide))
+    statistics[0] += total(signal)
+    statistics[1] += total(error)
+    statistics[2] += square
 
 
 @jit
-def write_blocks(strip, weight, lowest, nibble, has_nibble, count, has_count, chosen, first, in_row, stride, packed, scales):
-    """Step 3: nibbles and scale bytes of a strip whose first block is block `first` of the matrix; counts the codes.
+def fp8_matrix(source, rows, columns, tile_scale, tile_rows, shift, base, rule, packed, scales, statistics):
+    """Convert one matrix, row by row; False if a weight is not finite.
 
-    in_row blocks of the strip, then `stride` blocks on for the next row.
+    source, packed, scales: uint8, flat. base: float32 [128], the values of code magnitudes. A block's tile is block >> shift.
     """
-    for row in range(chosen.size // in_row):
-        for column in range(in_row):
-            block = row * in_row + column
-            k = np.uint64(chosen[block])
-            if not has_count[k]:
-                if not has_nibble[k]:
-                    fill_nibble(nibble[k], weight, lowest + chosen[block])
-                    has_nibble[k] = True
-                count[k, :] = 0
-                has_count[k] = True
-            begin, target = np.uint64(BLOCK * block), np.uint64(first + row * stride + column)
-            half = target << np.uint64(4)
-            for j in range(BLOCK // 2):
-                pair = begin + np.uint64(2 * j)
-                a, b = strip[pair], strip[pair + np.uint64(1)]
-                packed[half + np.uint64(j)] = nibble[k, a] | np.uint8(nibble[k, b] << 4)
-                count[k, a] += np.uint32(1)
-                count[k, b] += np.uint32(1)
-            scales[target] = 0 if k == ZERO_BLOCK else lowest + chosen[block] + 127
-
-
-@jit
-def fp8_tile(strip, words, chosen, weight, rule, first, in_row, stride, packed, scales, statistics):
-    """Convert one tile, or rows of it, that lies contiguous in strip (uint8; words: the same memory as uint64).
-
-    weight float32 [256] by code. First block `first` of the matrix, in_row blocks per row of the tile, stride per row of
-    the matrix. chosen: int8 scratch, one per block. False if a weight is not finite.
-
-    The blocks go through three steps, each a short loop over blocks that do not wait for each other; deciding and writing
-    block by block is half as fast. In the steps indices are unsigned, because numba tests signed ones for being negative,
-    and per block no array is sliced or passed to a function, because that costs two atomic reference counts.
-    """
-    lowest = exponent_of(np.float64(weight[1]), FLOOR) - 1
-    preference = np.empty((OCTAVES, 256), np.int64)
-    nibble = np.empty((OCTAVES, 256), np.uint8)
-    count = np.empty((OCTAVES, 256), np.uint32)
-    has_preference = np.zeros(OCTAVES, np.bool_)
-    has_nibble = np.zeros(OCTAVES, np.bool_)
-    has_count = np.zeros(OCTAVES, np.bool_)
-    if not find_exponents(words, weight, lowest, rule, chosen):
-        return False
-    if rule == MSE:
-        move_exponents(strip, weight, lowest, preference, has_preference, nibble, has_nibble, chosen)
-    write_blocks(strip, weight, lowest, nibble, has_nibble, count, has_count, chosen, first, in_row, stride, packed, scales)
-    for k in range(OCTAVES):
-        if has_count[k] and k != ZERO_BLOCK:
-            add_statistics(statistics, count[k], nibble[k], weight, lowest + k)
-    return True
-
-
-@jit
-def gather_tiles(source, panel, first, rows, columns, tile_columns):
-    """Copy rows of the matrix so that each tile's part becomes contiguous; both as uint64.
-
-    Reads memory in its order, which the processor prefetches; rows of one tile lie a matrix row apart, where it does not.
-    """
+    blocks, tiles = columns // BLOCK, tile_scale.shape[1]
+    weight = np.empty((tiles, 128), np.float32)
+    bits = weight.view(np.uint32)
+    lowest, scale = np.empty(tiles, np.int64), np.empty(tiles, np.float32)
+    exponent = np.empty((tiles, 128), np.int8)
+    last = np.empty(tiles * OCTAVES * 8, np.uint8)
+    has_last = np.empty(tiles * OCTAVES, np.bool_)
+    chosen = np.empty(blocks, np.int8)
+    up, down = np.empty(blocks + 1, np.int32), np.empty(blocks + 1, np.int32)
+    block_of = np.empty(BLOCK, np.float32)
     for row in range(rows):
-        begin = np.uint64(((first + row) * columns) >> 3)
-        for left in range(0, columns, tile_columns):
-            width = min(tile_columns, columns - left)
-            target = np.uint64((left * rows + row * width) >> 3)
-            for j in range(width >> 3):
-                panel[target + np.uint64(j)] = source[begin + np.uint64(j)]
-            begin += np.uint64(width >> 3)
-
-
-@jit
-def fp8_matrix(
-    source, panel, panel_words, chosen, rows, columns, tile_scale, tile_rows, tile_columns, base, rule, packed, scales, statistics
-):
-    """Convert one matrix by panels of rows, tile by tile; the last tiles may be ragged. False if a weight is not finite.
-
-    source: the matrix as uint64, flat; packed and scales: uint8, flat. base: float32 [256], the values of the codes.
-    """
-    weight = np.empty(256, np.float32)
-    height = panel.size // columns
-    for top in range(0, rows, tile_rows):
-        for first in range(top, min(top + tile_rows, rows), height):
-            part = min(height, top + tile_rows - first, rows - first)
-            gather_tiles(source, panel_words, first, part, columns, tile_columns)
-            for left in range(0, columns, tile_columns):
-                width = min(tile_columns, columns - left)
-                begin, size = left * part, width * part
-                scale = tile_scale[top // tile_rows, left // tile_columns]
-                for c in range(256):
-                    weight[c] = base[c] * scale
-                if not fp8_tile(
-                    panel[begin : begin + size], panel_words[begin >> 3 : (begin + size) >> 3], chosen[: size // BLOCK], weight, rule,
-                    (first * columns + left) // BLOCK, width // BLOCK, columns // BLOCK, packed, scales, statistics,
-                ):  # fmt: skip
-                    return False
+        if row % tile_rows == 0:
+            for t in range(tiles):
+                scale[t] = tile_scale[row // tile_rows, t] * np.float32(2.0**120)
+                for code in range(128):
+                    weight[t, code] = base[code] * tile_scale[row // tile_rows, t]
+            fill_exponents(exponent, bits, lowest, rule)
+            has_last[:] = False
+        begin = np.uint64(row * columns)
+        ups, downs = find_exponents(source, begin, blocks, shift, exponent, chosen, up, down)
+        if ups < 0:
+            return False
+        move_exponents(source, begin, shift, lowest, scale, chosen, up[:ups], True, block_of)
+        move_exponents(source, begin, shift, lowest, scale, chosen, down[:downs], False, block_of)
+        write_row(source, begin, blocks, shift, lowest, scale, weight, chosen, last, has_last, packed, scales, statistics)
     return True
 
 
-@jit
-def halving_sum(terms):
-    """Sum of 32 numbers as ((a0 + a16) + (a8 + a24)) ...: vectorizes, and its order does not depend on the machine."""
-    width = 16
-    while width:
-        for j in range(width):
-            terms[j] += terms[j + width]
-        width >>= 1
-    return terms[0]
+# --- Floats -----------------------------------------------------------------------------------------------------------
 
 
 @jit
 def float_rows(weight, bits, importance, weighted, rule, packed, scales, statistics):
-    """Convert float32 rows [rows, in]; `bits` is the same memory as uint32. False if a weight is not finite."""
+    """Convert float32 rows [rows, in]; `bits` is the same memory as uint32, packed and scales are flat. False if a weight
+    is not finite."""
     rows, columns = weight.shape
-    same = np.empty(BLOCK, np.float64)
-    up = np.empty(BLOCK, np.float64)
-    down = np.empty(BLOCK, np.float64)
-    code = np.empty(BLOCK, np.uint8)
+    flat, flat_bits = weight.reshape(-1), bits.reshape(-1)
+    block_of = np.empty(BLOCK, np.float32)
     for row in range(rows):
-        signal = noise = decoded = 0.0
+        signal, error, square = no_sums(), no_sums(), no_sums()
         for column in range(0, columns, BLOCK):
-            largest = np.uint32(0)
-            for j in range(BLOCK):
-                largest = max(largest, np.uint32(bits[row, column + j] & np.uint32(0x7FFFFFFF)))
-            if largest >= 0x7F800000:
+            start = np.uint64(row * columns + column)
+            target = start >> np.uint64(5)
+            w, word = magnitude(load(flat, start)), load(flat_bits, start)
+            top = largest(word & fill(np.uint32(0x7FFFFFFF)))
+            if top >= 0x7F800000:
                 return False
-            # the bits of a float32 >= 0 are ordered as its value; below 2^23 it is a subnormal, bits * 2^-149
-            if largest < 0x800000:
-                amax = math.ldexp(np.float64(largest), -149)
-            else:
-                amax = math.ldexp(np.float64((largest & 0x7FFFFF) | 0x800000), np.int64(largest >> 23) - 150)
-            e = exponent_of(amax, rule)
-            if rule == MSE:
-                inverse = power(-e)
-                for j in range(BLOCK):
-                    x = abs(np.float64(weight[row, column + j])) * inverse
-                    q = magnitude_value(x)
-                    same[j] = q * q - 2.0 * x * q
-                    q = 2.0 * magnitude_value(0.5 * x)
-                    up[j] = q * q - 2.0 * x * q
-                    q = 0.5 * magnitude_value(2.0 * x)
-                    down[j] = q * q - 2.0 * x * q
+            e = exponent_of(top, rule)
+            if rule == MSE and top:
+                store(block_of, np.uint64(0), w)
                 if weighted:
-                    least = above = below = 0.0
-                    for j in range(BLOCK):
-                        factor = np.float64(importance[column + j])
-                        least += factor * same[j]
-                        above += factor * up[j]
-                        below += factor * down[j]
+                    e += exact_change(block_of, e, importance, column, True)
                 else:
-                    least, above, below = halving_sum(same), halving_sum(up), halving_sum(down)
-                change = 0
-                if above < least:
-                    change, least = 1, above
-                if below < least and e > -127:
-                    change = -1
-                e += change
-            step, inverse = power(e), power(-e)
-            for j in range(BLOCK):
-                w = np.float64(weight[row, column + j])
-                x = abs(w) * inverse
-                q = magnitude_value(x) * step
-                code[j] = magnitude_code(x) | np.uint8((bits[row, column + j] >> 28) & 8)
-                same[j] = w * w
-                up[j] = (abs(w) - q) * (abs(w) - q)
-                down[j] = q * q
-            for j in range(BLOCK // 2):
-                packed[row, column // 2 + j] = code[2 * j] | np.uint8(code[2 * j + 1] << 4)
-            scales[row, column // BLOCK] = e + 127
-            signal += halving_sum(same)
-            noise += halving_sum(up)
-            decoded += halving_sum(down)
-        statistics[0] += signal
-        statistics[1] += noise
-        statistics[2] += decoded
+                    move = may_move(top)
+                    if move:
+                        u = w * floats(power(-e))
+                        difference = rise(u) if move == MAY_GO_UP else fall(u)
+                        change = np.int64(difference < 0)
+                        if abs(difference) < DOUBT:
+                            change = abs(exact_change(block_of, e, importance, 0, False))
+                        e += change if move == MAY_GO_UP else -change
+            u = w * floats(power(-e))
+            ones = above(u, floats(0.25)) + reached(u, floats(0.75))
+            ones = ones + above(u, floats(1.25)) + reached(u, floats(1.75))
+            twos = above(u, floats(2.5)) + reached(u, floats(3.5))
+            four = above(u, floats(5.0))
+            zero = fill(np.uint32(0))
+            code = zero - (ones + twos + four)
+            halves = code - (twos + four + four + four)
+            write_block(narrow(code), narrow((word >> fill(np.uint32(28))) & fill(np.uint32(8))), target, packed)
+            scales[target] = e + 127
+            q, step2 = number(halves) * floats(0.5), eight(power(e) * power(e))
+            signal = signal + step2 * add_squares(no_sums(), u)
+            error = error + step2 * add_squares(no_sums(), u - q)
+            square = square + step2 * add_squares(no_sums(), q)
+        statistics[0] += total(signal)
+        statistics[1] += total(error)
+        statistics[2] += total(square)
     return True
 
 
 @functools.cache
 def code_values() -> np.ndarray:
-    """float32 value of each of the 256 e4m3fn codes."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
+    """float32 value of each e4m3fn code from 0 to 127; 127 is NaN."""
+    return torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
 
 
 def refuse(weight, tile_scale, tile, expert):
@@ -433,6 +610,20 @@ def refuse(weight, tile_scale, tile, expert):
     raise AssertionError(f"kernel refused matrix {expert} of {tuple(weight.shape)}, but all its weights are finite")
 
 
+def table_shift(weight, tile_scale, tile, importance):
+    """log2 of a tile's width in blocks where tables pay and hold all of the matrix, else None."""
+    if tile_scale is None or importance is not None or not weight.numel() or tile[0] * tile[1] < 4096:
+        return None
+    width = tile[1] // BLOCK
+    if tile[1] >= weight.shape[-1]:
+        shift = 62  # one tile across
+    elif tile[1] % BLOCK or width & (width - 1):
+        return None
+    else:
+        shift = width.bit_length() - 1
+    return shift if float(tile_scale.max()) < LARGEST_SCALE else None
+
+
 def quantize(weight, tile_scale, rule, tile, importance):
     """[E, out, in] -> packed, scale, signal, error, decoded; arguments checked by kernels.mxfp4.quantize."""
     experts, out, columns = weight.shape
@@ -442,24 +633,21 @@ def quantize(weight, tile_scale, rule, tile, importance):
     packed = torch.empty(experts, out, columns // 2, dtype=torch.uint8)
     scale = torch.empty(experts, out, columns // BLOCK, dtype=torch.uint8)
     statistics = torch.zeros(experts, 3, dtype=torch.float64)
-    number = RULE_NUMBER[rule]
-    by_table = tile_scale is not None and importance is None and weight.numel() > 0 and tile[1] % BLOCK == 0 and tile[0] * tile[1] >= 4096
-    words = np.empty(min(tile[0], PANEL_ROWS, out) * columns // 8 if by_table else 0, np.uint64)
-    scratch = (words.view(np.uint8), words, np.empty(len(words) // 4, np.int8))
+    number_of_rule = RULE_NUMBER[rule]
+    shift = table_shift(weight, tile_scale, tile, importance)
     for i in range(experts):
-        target = (packed[i].numpy(), scale[i].numpy(), statistics[i].numpy())
-        if by_table:
-            source = weight[i].view(torch.uint8).numpy().reshape(-1).view(np.uint64)
-            flat = (target[0].reshape(-1), target[1].reshape(-1), target[2])
-            fine = fp8_matrix(source, *scratch, out, columns, tile_scale[i].numpy(), *tile, code_values(), number, *flat)
+        target = (packed[i].numpy().reshape(-1), scale[i].numpy().reshape(-1), statistics[i].numpy())
+        if shift is not None:
+            source = weight[i].view(torch.uint8).numpy().reshape(-1)
+            fine = fp8_matrix(source, out, columns, tile_scale[i].numpy(), tile[0], np.uint64(shift), code_values(), number_of_rule, *target)
         else:
-            fine = by_panels(weight[i], None if tile_scale is None else tile_scale[i], number, tile, importance, target)
+            fine = by_panels(weight[i], None if tile_scale is None else tile_scale[i], number_of_rule, tile, importance, target)
         if not fine:
             refuse(weight, tile_scale, tile, i)
     return packed, scale, *statistics.unbind(-1)
 
 
-def by_panels(weight, tile_scale, number, tile, importance, target):
+def by_panels(weight, tile_scale, rule, tile, importance, target):
     """Convert [out, in] through float32 row panels; False if a weight is not finite."""
     out, columns = weight.shape
     packed, scale, statistics = target
@@ -467,13 +655,14 @@ def by_panels(weight, tile_scale, number, tile, importance, target):
     factors = (importance if weighted else torch.ones(1)).contiguous().numpy()
     height = max(1, PANEL_BYTES // max(1, 4 * columns))
     for r in range(0, out, height):
-        rows = weight[r : r + height].to(torch.float32)
+        rows = weight[r : r + height].to(torch.float32).contiguous()
         if tile_scale is not None:
             index = torch.arange(r, r + len(rows)) // tile[0]
             rows *= tile_scale[index].repeat_interleave(tile[1], dim=-1)[:, :columns]
         values = rows.numpy()
-        span = slice(r, r + len(rows))
-        if not float_rows(values, values.view(np.uint32), factors, weighted, number, packed[span], scale[span], statistics):
+        span = r * columns, (r + len(rows)) * columns
+        if not float_rows(values, values.view(np.uint32), factors, weighted, rule, packed[span[0] // 2 : span[1] // 2],
+                          scale[span[0] // BLOCK : span[1] // BLOCK], statistics):  # fmt: skip
             return False
     return True
 

@@ -43,8 +43,8 @@ def float_blocks() -> dict[str, torch.Tensor]:
     ties = torch.tensor(MIDPOINTS + [6.0, 0.0, -0.0, 0.5, 4.0])
     near = torch.cat([ties, torch.nextafter(ties, torch.tensor(9.0)), torch.nextafter(ties, torch.tensor(-9.0))])
     near = torch.cat([near, -near])[torch.randint(0, 2 * len(near), (40, 64), generator=g)]
-    four = torch.full((4, 32), 0.25)
-    four[:, 7] = torch.tensor([4.0, -4.0, 3.999, 4.001])
+    four = torch.full((8, 32), 0.25)
+    four[:, 7] = torch.tensor([4.0, -4.0, 3.999, 4.001, 4.4, 4.46, 4.46875, 4.47])  # e0 - 1 wins below 4.46875
     return {
         "normal": torch.randn(33, 96, generator=g) * 0.02,
         "heavy_tailed": torch.randn(33, 96, generator=g) / torch.randn(33, 96, generator=g).abs().clamp(min=1e-3),

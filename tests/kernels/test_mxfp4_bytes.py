@@ -8,7 +8,7 @@ from kernel_cases import block_fp8, compare, every_code, float_blocks, generator
 
 from kernels.mxfp4 import RULES, dequantize, quantize
 
-SCALES = [1.0, 0.7, 3e-4, 2.0**-126, 3.1e-38, 1e-40, 3e-43, 2.0**-149, 1e30, 7.5e35]
+SCALES = [1.0, 0.7, 3e-4, 2.0**-126, 3.1e-38, 1e-40, 3e-43, 2.0**-149, 1e30, 7.5e35, 100.0, 127.99, 128.0]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -38,6 +38,28 @@ def test_other_tile_sizes_convert_alike(tile):
     codes, _ = block_fp8((130, 320))
     tiles = (-(-130 // tile[0]), -(-320 // tile[1]))
     compare("cpu", "cpu", codes, torch.rand(tiles, generator=generator(4)) + 0.01, name=str(tile), tile=tile)
+
+
+def balanced_blocks(count: int) -> torch.Tensor:
+    """float32 [count * 7, 32]: the largest element makes e0 + 1 as good as e0, to within a few units in the last place."""
+    values = torch.rand(count, 32, generator=generator(8), dtype=torch.float64) * 2
+    tents = (0.25 - ((values - 1).abs() - 0.5).abs()).clamp(min=0)[:, 1:].sum(1)
+    values[:, 0] = 7 + tents / 4  # 4 (u - 7) = sum of tents
+    values = values[values[:, 0] < 8].to(torch.float32)
+    variants = []
+    for steps in range(-3, 4):
+        moved = values.clone()
+        moved[:, 0] = (moved[:, 0].view(torch.int32) + steps).view(torch.float32)
+        variants.append(moved)
+    return torch.cat(variants)
+
+
+def test_blocks_with_two_exponents_that_are_almost_equal_are_decided_exactly():
+    blocks = balanced_blocks(4000)
+    assert len(blocks) > 7000
+    made = compare("cpu", "cpu", blocks, name="balanced")
+    ups = (made.scale == 128).sum()
+    assert 0.2 < ups / len(blocks) < 0.8  # both decisions occur
 
 
 def test_narrow_scale_dtypes_are_converted_exactly():
