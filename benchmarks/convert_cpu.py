@@ -3,9 +3,10 @@
 A shard of routed experts at Step-3.7 shapes (1280 x 4096 and 4096 x 1280, block FP8) is made in a temporary directory on the
 disk of --directory. In turn, `--repetitions` times: one process runs the quantize_experts stage (start, read, convert, hash,
 write, fsync), one copies the same source bytes and syncs them. Printed: medians, their ratio, and the converter's peak
-resident memory. Both read from the page cache; the disk is in the figures through what is written and synced.
+resident memory. With --cold the source is dropped from the page cache before each, as it is when a shard was downloaded long
+ago; without, both read from the page cache and the disk is in the figures through what is written and synced.
 
-    python benchmarks/convert_cpu.py --experts 64
+    python benchmarks/convert_cpu.py --experts 256 --cold      # 4 GB; a shard of Step-3.7 has 8 GB
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ def make_source(directory: Path, experts: int) -> Path:
     return path
 
 
+def drop_from_cache(path: Path) -> None:
+    """Makes the kernel forget a file's pages, so that the next read comes from the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def timed(command: list[str]) -> tuple[float, int]:
     """(wall seconds, peak resident bytes) of a process; its output is shown only if it fails."""
     start = time.perf_counter()
@@ -72,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=64, help="of 15.7 MB each")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="drop the source from the page cache before each run")
     parser.add_argument("--directory", type=Path, default=PROJECT / "results", help="where the disk to measure is")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
@@ -90,13 +99,16 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"convert": [], "copy": []}
         memory = []
         for _ in range(arguments.repetitions):
-            took, resident = timed(convert)
-            seconds["convert"].append(took)
-            memory.append(resident)
-            seconds["copy"].append(timed(copy)[0])
+            for name, command in (("convert", convert), ("copy", copy)):
+                if arguments.cold:
+                    drop_from_cache(source)
+                took, resident = timed(command)
+                seconds[name].append(took)
+                if name == "convert":
+                    memory.append(resident)
         size = source.stat().st_size
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"source shard: {size / 1e9:.2f} GB of block FP8; medians of {arguments.repetitions}, taken in turn")
+    print(f"source shard: {size / 1e9:.2f} GB of block FP8; {'cold' if arguments.cold else 'warm'}; medians of {arguments.repetitions}, taken in turn")
     for name, median in medians.items():
         print(f"{name:8} {median:7.2f} s  {size / median / 1e6:8.0f} MB/s of source   "
               f"({min(seconds[name]):.2f} to {max(seconds[name]):.2f} s)")

@@ -1,9 +1,10 @@
 """Converts one shard: quantizes what the plan says, passes everything else through byte for byte, writes a receipt.
 
 A shard is streamed in the order of the output file, one expert's matrix (or a panel of rows) at a time, so that resident
-memory does not grow with the shard. Bytes depend on the source and the recipe only: not on the backend, the number of
-workers, or how often the run was interrupted. One process per shard is the parallelism; threads inside would only make
-two busy cores wait for each other.
+memory does not grow with the shard. One thread converts; others hash the source (which also reads it ahead), hash the output
+and write it (stages/checkpoint/writer.py). Bytes depend on the source and the recipe only: not on the backend, the number of
+workers, or how often the run was interrupted. Converting itself stays in one thread: one
+process per shard keeps cores busier than threads inside one.
 
 The receipt is what later stages trust: sha256 of the source and of the output, of every tensor in it, and for every
 quantized matrix the sums of squares of the signal, of the error and of what it decodes to.
@@ -16,7 +17,10 @@ import json
 import math
 import os
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -145,7 +149,11 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
     outputs = outputs_of_shard(plan, shard)
     promised = plan["shards"][shard]
     check_disk(target.parent, promised["file_bytes"], f"converted shard {shard}")
-    with ShardReader(source_path) as reader:
+    with ExitStack() as stack:
+        reader = stack.enter_context(ShardReader(source_path))
+        stop = threading.Event()
+        hashing = stack.enter_context(ThreadPoolExecutor(1, "source-hash"))
+        stack.callback(stop.set)  # runs before the executor waits, so a failure shows at once
         for name, entry in plan["tensors"].items():
             if entry["shard"] == shard:
                 info = reader.info(name)
@@ -155,6 +163,7 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
         progress = ProgressReport(shard, promised["source_bytes"])
         quantizer = Quantizer(reader, plan, shard, settings.device.backend, progress)
         start = time.monotonic()
+        source_sha256 = hashing.submit(sha256_file, source_path, stop)
         pending: dict[str, list] = {}  # scale bytes wait until their packed twin is written
         try:
             with ShardWriter(target, specs_of(outputs), SHARD_METADATA) as writer:
@@ -176,13 +185,14 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
                             writer.write(output.name, scale.numpy())
         finally:
             progress.close()
+        source_digest = source_sha256.result()
     assert writer.size == promised["file_bytes"], f"{shard}: {writer.size} bytes, planned {promised['file_bytes']}"
     seconds = time.monotonic() - start
     source_bytes = source_path.stat().st_size
     receipt = {
         "shard": shard,
         "plan_sha256": plan_hash(plan, shard),
-        "source": {"bytes": source_bytes, "sha256": sha256_file(source_path)},
+        "source": {"bytes": source_bytes, "sha256": source_digest},
         "output": {"bytes": writer.size, "sha256": writer.sha256},
         "tensors": writer.tensor_sha256,
         "quantized": {source: sorted(sums, key=lambda entry: entry[0] or 0)

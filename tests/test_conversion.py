@@ -250,6 +250,25 @@ def test_a_killed_conversion_leaves_no_partial_file_and_a_rerun_gives_the_same_b
     assert not list((settings.run_directory / "shards").glob("*.part*")), "the rerun must clear what the kill left"
 
 
+def test_a_disk_that_fills_up_while_writing_is_one_line_and_leaves_nothing(converted, tmp_path):
+    """A limit on the size of files stands for the full disk: `write` fails in the writer's thread."""
+    settings = load([f"results={tmp_path}", f"source.path={TINY}"])
+    settings.run_directory.mkdir(parents=True)
+    for name in ("inspect.json", "plan.json"):
+        shutil.copy(converted.run_directory / name, settings.run_directory / name)
+    shutil.copytree(converted.source_directory, settings.source_directory)
+    download.fetch_shard(settings, "model-00002.safetensors")
+    limited = ("import resource, sys\n"
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+               "from stages.quantize_experts import main\n"
+               "main()\n")
+    command = [sys.executable, "-c", limited, f"results={tmp_path}", f"source.path={TINY}", "--shard", "model-00002.safetensors"]
+    failed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1, failed.stderr
+    assert "File too large" in failed.stderr and "shards/model-00002.safetensors'" in failed.stderr
+    assert not list((settings.run_directory / "shards").iterdir())
+
+
 def test_memory_stays_bounded_on_a_shard_much_larger_than_the_bound(tmp_path):
     """A 1.5-GB shard of routed experts under 1 GB of resident memory, the workflow's promise to its scheduler."""
     directory = tmp_path / "large"

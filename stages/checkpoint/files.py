@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,8 +39,10 @@ def atomic_write(path: Path):
             os.fsync(file.fileno())
         os.replace(part, path)
         sync_directory(path.parent)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # a failed write knows its file by number only
+            error.filename = str(path)
         raise
 
 
@@ -69,12 +72,15 @@ def read_json(path: Path, made_by: str) -> dict:
         raise UserError(f"{path} is damaged ({error}): delete it and run {made_by} again") from None
 
 
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes as 64 hexadecimal digits."""
+def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
+    """sha256 of a file's bytes as 64 hexadecimal digits. Where `stop` gets set meanwhile, "" at once: nobody asks any more."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+    buffer = bytearray(1 << 20)  # stays in the cache between reading and hashing
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if stop is not None and stop.is_set():
+                return ""
+            digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
 
 

@@ -59,11 +59,14 @@ class ShardReader:
         return view
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Raw bytes of a tensor, at most CHUNK at a time; each is valid until the next is asked for."""
+        """Raw bytes of a tensor, at most CHUNK at a time.
+
+        Two buffers alternate: a chunk stays valid until the next but one is asked for, so that it can be written meanwhile.
+        """
         info = self.info(name)
-        buffer = bytearray(min(CHUNK, info.nbytes))
-        for begin in range(info.begin, info.end, CHUNK):
-            yield self._read(begin, min(begin + CHUNK, info.end), buffer)
+        buffers = [bytearray(min(CHUNK, info.nbytes)), bytearray(min(CHUNK, max(0, info.nbytes - CHUNK)))]
+        for number, begin in enumerate(range(info.begin, info.end, CHUNK)):
+            yield self._read(begin, min(begin + CHUNK, info.end), buffers[number % 2])
 
     def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Entries begin..end along the first dimension, as a tensor of its own memory."""
