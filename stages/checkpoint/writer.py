@@ -22,7 +22,7 @@ from stages.checkpoint.files import atomic_write
 from stages.checkpoint.header import DTYPE_BYTES, render_header
 
 THREAD_BYTES = 1 << 16  # below this, handing a piece to a thread costs more than hashing it
-SYNC_BYTES = 64 << 20  # written between two requests to put them on disk
+SYNC_BYTES = 16 << 20  # written between two requests to put them on disk
 
 
 class ShardWriter:
