@@ -308,6 +308,17 @@ class Hub:
         sync_directory(target.parent)
 
 
+def resolve(repository: str, revision: str | None) -> tuple[str, list[str]]:
+    """(commit, shards) of a repository's branch, tag or commit; of its main branch if none is given."""
+    hub = Hub(SourceSettings(repository=repository, revision=revision))
+    info = hub._patiently("finding its revision", lambda: hub.api.model_info(repository, revision=revision))
+    names = sorted(sibling.rfilename for sibling in info.siblings)
+    shards = [safe_name(name, repository) for name in names if _kind(name) == "shard"]
+    if not shards:
+        raise UserError(f"{repository}: no *.safetensors file at its top; name a checkpoint's repository")
+    return info.sha, shards
+
+
 def check_bytes(path: Path, file: SourceFile, where: str) -> None:
     """Size and, where known, sha256 of a downloaded file; a wrong one is deleted and refused."""
     found = path.stat().st_size

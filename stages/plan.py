@@ -220,24 +220,32 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
     return plan
 
 
+def by_role(plan: dict) -> list[dict]:
+    """What happens to each role: tensors, parameters (without scales), bytes before and after."""
+    scales = {entry["scale"] for entry in plan["tensors"].values()}
+    rows: dict[tuple[str, str], dict] = {}
+    for name, entry in plan["tensors"].items():
+        key = (entry["role"], entry["scheme"] or entry["decision"])
+        row = rows.setdefault(key, {"role": key[0], "decision": key[1], "tensors": 0, "parameters": 0, "before": 0, "after": 0})
+        if entry["decision"] == "quantize":
+            row["after"] += sum(math.prod(o.shape) for o in SCHEMES[entry["scheme"]].outputs(name, tuple(entry["shape"]), "stacked"))
+        elif entry["decision"] == "pass through":
+            row["after"] += entry["bytes"]
+        row["tensors"] += 1
+        row["parameters"] += 0 if name in scales else math.prod(entry["shape"])
+        row["before"] += entry["bytes"]
+    return [rows[key] for key in sorted(rows)]
+
+
 def print_plan(plan: dict) -> None:
     """The plan on one screen: what happens to each role, sizes before and after."""
-    rows: dict[tuple[str, str], list[int]] = {}
-    for name, entry in plan["tensors"].items():
-        row = rows.setdefault((entry["role"], entry["scheme"] or entry["decision"]), [0, 0, 0])
-        after = 0
-        if entry["decision"] == "quantize":
-            after = sum(math.prod(o.shape) for o in SCHEMES[entry["scheme"]].outputs(name, tuple(entry["shape"]), "stacked"))
-        elif entry["decision"] == "pass through":
-            after = entry["bytes"]
-        row[0] += 1
-        row[1] += entry["bytes"]
-        row[2] += after
-    print(f"{'role':16} {'decision':13} {'tensors':>8} {'before':>12} {'after':>12}")
-    for (role, decision), (count, before, after) in sorted(rows.items()):
-        print(f"{role:16} {decision:13} {count:8d} {human_bytes(before):>12} {human_bytes(after):>12}")
-    print(f"{'total':16} {'':13} {len(plan['tensors']):8d} {human_bytes(plan['source_tensor_bytes']):>12} "
-          f"{human_bytes(plan['release_tensor_bytes']):>12}")
+    form = "{:16} {:13} {:>8} {:>17} {:>12} {:>12}".format
+    print(form("role", "decision", "tensors", "parameters", "before", "after"))
+    for row in by_role(plan):
+        print(form(row["role"], row["decision"], row["tensors"], f"{row['parameters']:,}", human_bytes(row["before"]),
+                   human_bytes(row["after"])))
+    print(form("total", "", len(plan["tensors"]), f"{sum(row['parameters'] for row in by_role(plan)):,}",
+               human_bytes(plan["source_tensor_bytes"]), human_bytes(plan["release_tensor_bytes"])))
     print(f"release: {plan['release_tensors']} tensors in {len(plan['shards'])} shards, "
           f"{human_bytes(plan['release_shard_file_bytes'])} of shard files; disk peak about "
           f"{human_bytes(plan['disk_peak_bytes'])}; config claims {plan['runtime_modules']} vLLM modules rightly")

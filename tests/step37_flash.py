@@ -94,12 +94,32 @@ def write_metadata(directory: Path, fp8: bool = True) -> None:
             offset += size
         headers[shard] = {"file_size": prefix + offset, "metadata": {"format": "pt"} if fp8 else None,
                           "data_start": prefix, "tensors": table}
-    config = {"architectures": ["Step3p7ForConditionalGeneration"], "model_type": "step3p7",
-              "text_config": {"num_hidden_layers": TEXT_LAYERS, "num_nextn_predict_layers": MTP_LAYERS}}
-    if fp8:
-        config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-                                         "weight_block_size": [128, 128]}
     (directory / "auxiliary").mkdir(parents=True)
     (directory / "headers.json").write_text(json.dumps(headers))
     (directory / "listing.json").write_text(json.dumps({"anomalies": []}))
-    (directory / "auxiliary" / "config.json").write_text(json.dumps(config))
+    (directory / "auxiliary" / "config.json").write_text(json.dumps(config(fp8)))
+
+
+def config(fp8: bool) -> dict:
+    """The part of config.json that matters to a plan."""
+    result = {"architectures": ["Step3p7ForConditionalGeneration"], "model_type": "step3p7",
+              "text_config": {"num_hidden_layers": TEXT_LAYERS, "num_nextn_predict_layers": MTP_LAYERS}}
+    if fp8:
+        result["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+                                         "weight_block_size": [128, 128]}
+    return result
+
+
+def write_checkpoint(directory: Path) -> None:
+    """The FP8 release as files of their true size: real headers, an index that omits all scales, and holes for weights."""
+    directory.mkdir(parents=True)
+    weight_map = {}
+    for shard, entries in tensors().items():
+        specs = sorted_specs([(name, dtype, shape) for name, (dtype, shape) in entries.items()])
+        with open(directory / shard, "wb") as file:
+            header = render_header(specs, {"format": "pt"})
+            file.write(header)
+            file.truncate(len(header) + sum(math.prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in specs))
+        weight_map |= {name: shard for name in entries if not name.endswith("_scale_inv")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text(json.dumps(config(True)))

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 ROUTED_EXPERTS = "RoutedExperts"
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
+ARCHITECTURES = ("Step3p7ForConditionalGeneration", "Step3p5ForCausalLM")  # whose runtime names the tables below give
+
 # checkpoint prefix -> runtime prefix, first match wins; then the shared expert moves under `moe`
 PREFIXES = (
     ("model.vision_model.", "vision_model."), ("vision_model.", "vision_model."),
@@ -37,7 +39,7 @@ SUBSTITUTIONS = (
 # tail of a runtime name -> the class that vLLM builds, which class-name targets are compared with; None: no quantization
 # config reaches the module, so that it is never quantized
 CLASSES = (
-    (r".*\.moe\.gate$", None), (r".*\.eh_proj$", None), (r".*embed_tokens$", None), (r".*\.conv1$", None),
+    (r".*\.(moe|mlp|ffn|block_sparse_moe)\.gate$", None), (r".*\.eh_proj$", None), (r".*embed_tokens$", None), (r".*\.conv1$", None),
     (r".*vit_downsampler\d$", None),
     (r".*(lm_head|shared_head\.head)$", "ParallelLMHead"), (r".*qkv_proj$", "QKVParallelLinear"),
     (r".*gate_up_proj$", "MergedColumnParallelLinear"), (r".*(o_proj|out_proj|down_proj|fc2)$", "RowParallelLinear"),
@@ -84,26 +86,32 @@ def runtime_name(module: str, text_layers: int) -> str:
     return module
 
 
-def runtime_modules(linears: Iterable[str], routed_experts: Iterable[str], text_layers: int) -> list[RuntimeModule]:
+def runtime_modules(linears: Iterable[str], routed_experts: Iterable[str], text_layers: int,
+                    architecture: str | None = ARCHITECTURES[0]) -> list[RuntimeModule]:
     """Modules that vLLM builds from the checkpoint's linear modules.
 
     `linears`: 2D modules; `routed_experts`: the experts' projections, as `...moe.gate_proj` or `...experts.7.gate_proj`.
+    For an architecture that ARCHITECTURES does not name, runtime names are taken to be the checkpoint's.
     """
+    known = architecture in ARCHITECTURES
+
+    def name_of(module: str) -> str:
+        return runtime_name(module, text_layers) if known else module
+
     members: dict[str, list[str]] = {}
     for module in linears:
-        name = runtime_name(module, text_layers)
+        name = name_of(module)
         prefix, _, leaf = name.rpartition(".")
         whole = next((whole for whole, parts in FUSED.items() if leaf in parts), leaf)
         members.setdefault(f"{prefix}.{whole}" if prefix else whole, []).append(module)
     result = []
     for name, parts in members.items():
         class_name = next(found for pattern, found in CLASSES if re.match(pattern, name))
-        text = name.startswith("language_model.")  # the draft's names begin with model.layers, the tower's with vision_model
+        text = not known or name.startswith("language_model.")  # the draft's names begin with model.layers, the tower's with vision_model
         result.append(RuntimeModule(name, class_name, tuple(parts), fused=text))
     layers: dict[str, list[str]] = {}
     for module in routed_experts:
-        name = runtime_name(module, text_layers)
-        layers.setdefault(re.sub(r"(\.moe)\..*$", r"\1.experts", name), []).append(module)
+        layers.setdefault(re.sub(r"(\.(?:moe|mlp|ffn|block_sparse_moe|feed_forward))\..*$", r"\1.experts", name_of(module)), []).append(module)
     result += [RuntimeModule(name, ROUTED_EXPERTS, tuple(parts), fused=True) for name, parts in layers.items()]
     return result
 

@@ -1,0 +1,250 @@
+"""`mxforge plan`, `verify` and `config`: what a user types, what comes back, and that no damage on purpose gets through."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages import command_line
+from stages.errors import UserError
+from stages.verify_checkpoint import Checkup
+from tests.conftest import PROJECT, TINY
+from tests.hub_server import HubServer
+from tests.step37_flash import write_checkpoint
+
+LAYER = "model.layers.2.moe.experts"
+
+
+def mxforge(*arguments, **environment):
+    return subprocess.run([sys.executable, "-m", "stages.command_line", *map(str, arguments)], cwd=PROJECT, text=True,
+                          capture_output=True, env={**os.environ, **environment})
+
+
+@pytest.fixture
+def release(converted, tmp_path):
+    """A private copy of the release without its manifest, to be damaged: a wrong tool would have written a fitting one."""
+    copy = tmp_path / "release"
+    shutil.copytree(converted.run_directory / "release", copy)
+    (copy / "manifest.json").unlink()
+    return copy
+
+
+def faults(directory, *, source=None, quick=False) -> dict[str, list[str]]:
+    return {row["check"]: row["faults"] for row in Checkup(directory, source, quick).run()["checks"] if row["faults"]}
+
+
+def change(directory, action, contains=f"{LAYER}.3.gate_proj.weight_packed", index=True):
+    """Applies `action` to the tensors of the shard that holds `contains`, and keeps the index true."""
+    path = next(p for p in directory.glob("*.safetensors") if contains in load_file(p))
+    tensors = load_file(path)
+    action(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    if index:
+        found = {name: p.name for p in sorted(directory.glob("*.safetensors")) for name in load_file(p)}
+        total = sum(t.nbytes for p in directory.glob("*.safetensors") for t in load_file(p).values())
+        text = {"metadata": {"total_size": total}, "weight_map": dict(sorted(found.items()))}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(text))
+
+
+def edit_config(directory, action):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    action(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def shift_exponents(tensors):
+    tensors[f"{LAYER}.3.gate_proj.weight_scale"] += 1
+
+
+def swap(tensors, first, second):
+    for part in ("weight_packed", "weight_scale"):
+        tensors[f"{first}.{part}"], tensors[f"{second}.{part}"] = tensors[f"{second}.{part}"], tensors[f"{first}.{part}"]
+
+
+TENSOR_DAMAGES = {
+    "missing_expert": (lambda t: [t.pop(f"{LAYER}.5.down_proj.{p}") for p in ("weight_packed", "weight_scale")],
+                       "experts", f"there is no {LAYER}.5.down_proj"),
+    "missing_scale": (lambda t: t.pop(f"{LAYER}.5.down_proj.weight_scale"), "pairs", f"{LAYER}.5.down_proj.weight_packed has no"),
+    "missing_projection": (lambda t: [t.pop(name) for name in list(t) if f"{LAYER}." in name and ".up_proj." in name],
+                           "experts", f"no expert has {LAYER}.*.up_proj"),
+    "extra_expert": (lambda t: t.update({f"{LAYER}.16.gate_proj.{p}": t[f"{LAYER}.3.gate_proj.{p}"].clone()
+                                         for p in ("weight_packed", "weight_scale")}), "experts", "config.json has 16 experts, but there is"),
+    "extra_scale": (lambda t: t.update({"model.layers.2.self_attn.q_proj.weight_scale": torch.ones(1)}), "pairs", "no weight belongs to"),
+    "wrong_suffix": (lambda t: t.update({f"{LAYER}.3.gate_proj.weight_scales": t.pop(f"{LAYER}.3.gate_proj.weight_scale")}),
+                     "pairs", "weight_packed has no"),
+    "wrong_packed_suffix": (lambda t: t.update({f"{LAYER}.3.gate_proj.weight_pack": t.pop(f"{LAYER}.3.gate_proj.weight_packed")}),
+                            "pairs", "no engine asks for names like"),
+    "scale_of_another_shape": (lambda t: t.update({f"{LAYER}.3.gate_proj.weight_scale": t[f"{LAYER}.3.gate_proj.weight_scale"][:, :-1].clone()}),
+                               "pairs", "expected U8"),
+    "scale_of_another_dtype": (lambda t: t.update({f"{LAYER}.3.gate_proj.weight_scale": t[f"{LAYER}.3.gate_proj.weight_scale"].float()}),
+                               "pairs", "is F32"),
+    "one_expert_unquantized": (lambda t: (t.pop(f"{LAYER}.3.gate_proj.weight_scale"), t.update(
+        {f"{LAYER}.3.gate_proj.weight": t.pop(f"{LAYER}.3.gate_proj.weight_packed").repeat(1, 2).to(torch.bfloat16)})),
+        "experts", "reads all experts of a layer as one format"),
+    "scale_nan": (lambda t: t[f"{LAYER}.3.gate_proj.weight_scale"].__setitem__((2, 1), 255), "numbers", "which means NaN"),
+    "exponents_off_by_one": (shift_exponents, "numbers", "times as large as its siblings', half of which lie within"),
+    "exponents_too_high": (lambda t: t.update({f"{LAYER}.3.gate_proj.weight_packed": t[f"{LAYER}.3.gate_proj.weight_packed"] & 0x99}),
+                           "numbers", "no value of 3 or above"),
+    "attention_as_mxfp4": (lambda t: (t.pop("model.layers.2.self_attn.o_proj.weight"), t.update(
+        {f"model.layers.2.self_attn.o_proj.{p}": t[f"{LAYER}.3.down_proj.{p}"].clone() for p in ("weight_packed", "weight_scale")})),
+        "coverage", "no target claims it"),
+}
+
+
+def test_a_sound_release_passes_every_check_and_shows_one_page(converted, release):
+    assert faults(release, source=TINY) == {}
+    shown = mxforge("verify", converted.run_directory / "release", "--source", TINY)
+    assert shown.returncode == 0 and shown.stdout.count("pass") == 9 and len(shown.stdout.splitlines()) < 15, shown.stdout
+
+
+@pytest.mark.parametrize("name", TENSOR_DAMAGES)
+def test_damaged_tensors_are_found_without_manifest_and_source(release, name):
+    action, check, words = TENSOR_DAMAGES[name]
+    change(release, action)
+    found = faults(release)
+    assert check in found and any(words in fault for fault in found[check]), found
+    assert all("\n" not in fault for lines in found.values() for fault in lines)
+
+
+@pytest.mark.parametrize(("action", "check", "words"), [
+    (lambda c: c["config_groups"]["group_0"]["weights"].pop("scale_dtype"), "scheme_arguments", "scale_dtype is None"),
+    (lambda c: c["config_groups"]["group_0"]["weights"].update(group_size=16), "scheme_arguments", "group_size is 16"),
+    (lambda c: c["config_groups"]["group_0"].pop("format"), "scheme_arguments", "has no format of its own"),
+    (lambda c: c.update(config_groups={}), "scheme_arguments", "no config_groups"),
+    (lambda c: c["config_groups"]["group_0"].update(targets=["FusedMoE"]), "coverage", "no target claims it"),
+    (lambda c: c["config_groups"]["group_0"].update(targets=[r"re:model\.layers\.\d+\.moe\..*"]), "coverage", "matches no module"),
+    (lambda c: (c["config_groups"]["group_0"].update(targets=["Linear"]), c.update(ignore=["lm_head"])), "coverage", "vLLM would expect MXFP4"),
+    (lambda c: c.update(ignore=[r"re:.*\.q_proj$"]), "coverage", "names only some of"),
+    (lambda c: c["ignore"].append("re:.*no_such_module"), "coverage", "matches no module of the model"),
+    (lambda c: c["ignore"].append(r"re:.*experts\.0\.up_proj$"), "coverage", "find a scheme"),
+])
+def test_configs_that_vllm_would_read_otherwise_are_found(release, action, check, words):
+    edit_config(release, action)
+    found = faults(release, quick=True)
+    assert check in found and any(words in fault for fault in found[check]), found
+
+
+def test_swapped_shards_and_lying_indexes_are_found(release):
+    index = release / "model.safetensors.index.json"
+    text = json.loads(index.read_text())
+    index.write_text(json.dumps({**text, "metadata": {"total_size": 1}}))
+    assert "total_size is 1" in faults(release)["index"][0]
+    index.write_text(json.dumps({**text, "weight_map": dict(list(text["weight_map"].items())[1:])}))
+    assert "does not list" in faults(release)["index"][0]
+    index.write_text(json.dumps(text))
+    first, second = (release / f"model-0000{n}.safetensors" for n in (2, 3))
+    first.rename(release / "aside")
+    second.rename(first)
+    (release / "aside").rename(second)
+    assert "names the wrong shard for" in faults(release)["index"][0]
+
+
+def test_unreadable_shards_are_found(release):
+    path = release / "model-00002.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-10])
+    assert "is truncated" in faults(release)["containers"][0]
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "Git LFS pointer" in faults(release)["containers"][0]
+    shutil.copy(release / "model-00003.safetensors", path)
+    assert "is in model-00002.safetensors and in model-00003.safetensors" in faults(release)["containers"][0]
+
+
+@pytest.mark.parametrize(("action", "contains", "words"), [
+    (shift_exponents, f"{LAYER}.3.gate_proj.weight_packed", "dB SQNR against the source"),
+    (lambda t: [t[name].add_(1) for name in t if "experts" in name and name.endswith("weight_scale")],
+     f"{LAYER}.3.gate_proj.weight_packed", "dB SQNR against the source"),
+    (lambda t: swap(t, f"{LAYER}.3.gate_proj", f"{LAYER}.3.up_proj"), f"{LAYER}.3.gate_proj.weight_packed", "dB SQNR"),
+    (lambda t: swap(t, f"{LAYER}.3.gate_proj", f"{LAYER}.4.gate_proj"), f"{LAYER}.3.gate_proj.weight_packed", "dB SQNR"),
+    (lambda t: t["model.norm.weight"].view(torch.uint8).__setitem__(0, t["model.norm.weight"].view(torch.uint8)[0] ^ 1),
+     "model.norm.weight", "not bit-identical"),
+])
+def test_a_source_shows_what_the_codes_cannot(release, action, contains, words):
+    change(release, action, contains)
+    found = faults(release, source=TINY)
+    assert any(words in fault for fault in found["against_source"]), found
+
+
+def test_the_manifest_shows_any_changed_byte(converted, release):
+    shutil.copy(converted.run_directory / "release" / "manifest.json", release)
+    assert faults(release) == {}
+    path = release / "tokenizer.json"
+    path.write_bytes(path.read_bytes() + b" ")
+    assert "not those of manifest.json" in faults(release)["manifest"][0]
+
+
+def test_a_fault_is_a_page_one_last_line_and_exit_status_1(release):
+    change(release, shift_exponents)
+    shown = mxforge("verify", release)
+    assert shown.returncode == 1 and "FAIL" in shown.stdout and len(shown.stderr.splitlines()) == 1
+    parsed = mxforge("verify", release, "--json")
+    assert json.loads(parsed.stdout)["passed"] is False
+    for arguments, words in ((("verify", release / "none"), "no such directory"), (("config", release / "none"), "no such directory"),
+                             (("plan", "nothing"), "no hub repository"), (("verify", TINY), "only compressed-tensors")):
+        shown = mxforge(*arguments)
+        assert shown.returncode == 1 and words in shown.stderr and len(shown.stderr.splitlines()) == 1, shown.stderr
+
+
+def test_config_makes_the_same_file_again_and_the_manifest_follows(converted, release):
+    original = (release / "config.json").read_bytes()
+    shutil.copy(converted.run_directory / "release" / "manifest.json", release)
+    manifest = (release / "manifest.json").read_bytes()
+    edit_config(release, lambda c: c["config_groups"]["group_0"].update(targets=["FusedMoE"]))
+    assert "coverage" in faults(release, quick=True)
+    dry = mxforge("config", release, "--dry-run")
+    assert dry.stdout.encode() == original and (release / "config.json").read_bytes() != original
+    assert mxforge("config", release).returncode == 0
+    assert (release / "config.json").read_bytes() == original and (release / "manifest.json").read_bytes() == manifest
+    change(release, lambda t: t.pop(f"{LAYER}.5.down_proj.weight_scale"))
+    refused = mxforge("config", release)
+    assert refused.returncode == 1 and "mend the weights first" in refused.stderr
+
+
+EXPECTED = {"quantized_weights": 190_253_629_440, "release_tensor_bytes": 123_295_638_272, "source_tensor_bytes": 212_523_475_712,
+            "release_tensors": 73_921}
+
+
+@pytest.fixture(scope="module")
+def flash(tmp_path_factory):
+    """Step-3.7-Flash-FP8: 26 files of 212.5 GB, nearly all of it holes."""
+    directory = tmp_path_factory.mktemp("flash") / "checkpoint"
+    write_checkpoint(directory)
+    return directory
+
+
+def test_plan_of_step37_flash_is_exact_and_needs_less_than_300_megabytes(flash):
+    script = ("import re, sys\nfrom stages import command_line\ncommand_line.main()\n"
+              "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1], file=sys.stderr)\n")
+    ran = subprocess.run([sys.executable, "-c", script, "plan", str(flash), "--json"], cwd=PROJECT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    made = json.loads(ran.stdout)
+    assert {key: made[key] for key in EXPECTED} == EXPECTED and sum(row["tensors"] for row in made["roles"]) == 1_597
+    assert made["anomalies"] == ["model.safetensors.index.json omits 126 tensors that the shards hold"]
+    assert int(ran.stderr.split()[-1]) < 300_000
+
+
+@pytest.mark.parametrize("revision", ["", "@main"])
+def test_plan_of_a_hub_repository_resolves_its_revision_and_reads_headers_only(flash, revision):
+    with HubServer(flash, "owner/flash", "a" * 40) as hub:
+        ran = mxforge("plan", f"owner/flash{revision}", "--json", HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0")
+        assert ran.returncode == 0, ran.stderr
+        made = json.loads(ran.stdout)
+        assert {key: made[key] for key in EXPECTED} == EXPECTED and made["revision"] == "a" * 40
+        shards = {name: count for name, count in hub.sent.items() if name.endswith(".safetensors")}
+        assert len(shards) == 26
+        for name, count in shards.items():
+            with open(flash / name, "rb") as file:
+                header = 8 + int.from_bytes(file.read(8), "little")
+            assert count <= header + 64 < 1_000_000, name  # the header, and nothing of the weights
+
+
+def test_what_is_no_source_is_one_line():
+    assert command_line.REPOSITORY.fullmatch("owner/name@refs/pr/1")["revision"] == "refs/pr/1"
+    with pytest.raises(UserError, match="no hub repository"):
+        command_line.source_overrides("a/b/c")
