@@ -391,6 +391,14 @@ def _index_anomalies(directory: Path, headers: dict[str, Header], place: str) ->
     return anomalies
 
 
+def read_tensor_bytes(settings: Settings, shard: str, name: str) -> bytes:
+    """Bytes of one tensor of a hub source's shard by a range request; the header that `fetch_metadata` saw says where."""
+    record = read_json(settings.source_directory / "headers.json", "download --metadata")[shard]
+    _, _, begin, end = record["tensors"][name]
+    start = record["file_size"] - max(entry[3] for entry in record["tensors"].values())  # data ends where the file ends
+    return Hub(settings.source).read_range(shard, start + begin, start + end, record["file_size"])
+
+
 def _record(header: Header) -> dict:
     """A header as headers.json keeps it: begin and end are bytes from data_start."""
     return {"file_size": header.file_size, "metadata": header.metadata, "data_start": header.data_start,

@@ -1,8 +1,8 @@
 """Decides every tensor before a byte is converted: quantize, pass through or drop, and predicts the release to the byte.
 
 Everything that makes peers finish with a wrong checkpoint is refused here: a pattern or role that matches nothing, a
-scale that is missing or in another shard, a dimension that does not fit, a set of experts of which only a part is named,
-a config whose targets would hit something else than what is stored.
+scale that is missing, a dimension that does not fit, a set of experts of which only a part is named, a config whose targets
+would hit something else than what is stored.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
     return chosen
 
 
-def _check_weight(name: str, entry: dict, tensors: dict, recipe: str) -> None:
+def _check_weight(name: str, entry: dict, recipe: str) -> None:
     where = f"{entry['shard']}: {name}"
     if entry["role"] not in QUANTIZABLE_ROLES or len(entry["shape"]) not in (2, 3) or not name.endswith(".weight"):
         raise UserError(f"{where} of shape {entry['shape']} and role {entry['role']} is no linear weight that the engine "
@@ -67,10 +67,6 @@ def _check_weight(name: str, entry: dict, tensors: dict, recipe: str) -> None:
     if inputs % 32:
         raise UserError(f"{where}: its input dimension {inputs} is not a multiple of 32, the MXFP4 block; keep it as it "
                         "is in the recipe")
-    scale = entry["scale"]
-    if scale and tensors[scale]["shard"] != entry["shard"]:
-        raise UserError(f"{where}: its scale {scale} is in another shard, {tensors[scale]['shard']}; put both in one "
-                        "shard, scales are not fetched across shards")
 
 
 def decide(settings: Settings, census: dict) -> dict[str, dict]:
@@ -80,7 +76,7 @@ def decide(settings: Settings, census: dict) -> dict[str, dict]:
     decided = {}
     consumed = {}
     for name, scheme in chosen.items():
-        _check_weight(name, tensors[name], tensors, settings.recipe.name)
+        _check_weight(name, tensors[name], settings.recipe.name)
         if tensors[name]["scale"]:
             consumed[tensors[name]["scale"]] = name
     for name, entry in tensors.items():

@@ -22,15 +22,16 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from stages.checkpoint.files import human_bytes, sha256_file, write_json
-from stages.checkpoint.reader import ShardReader
+from stages.checkpoint.reader import TORCH_DTYPES, ShardReader
 from stages.checkpoint.writer import ShardWriter
 from stages.dialects import tile_scales
-from stages.download import check_disk
+from stages.download import check_disk, read_tensor_bytes
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import SHARD_METADATA, outputs_of_shard, read_plan, specs_of
 from stages.settings import Settings, load, stage_parser
@@ -82,25 +83,56 @@ def keep_memory_steady() -> None:
 
 
 def plan_hash(plan: dict, shard: str) -> str:
-    """sha256 over everything in the plan that determines this shard's bytes."""
-    part = {"layout": plan["layout"], "exponent_rule": plan["exponent_rule"],
-            "tensors": {name: entry for name, entry in plan["tensors"].items() if entry["shard"] == shard}}
+    """sha256 over everything in the plan that determines this shard's bytes, scales in other shards among it."""
+    entries = {name: entry for name, entry in plan["tensors"].items() if entry["shard"] == shard}
+    entries |= {entry["scale"]: plan["tensors"][entry["scale"]] for entry in entries.values() if entry["scheme"] and entry["scale"]}
+    part = {"layout": plan["layout"], "exponent_rule": plan["exponent_rule"], "tensors": entries}
     return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
 
 
-def _scale_rows(reader: ShardReader, entry: dict, expert: int | None, begin: int, end: int):
-    tile_rows = entry["tile"][0]
-    if math.prod(reader.info(entry["scale"]).shape) == 1:  # of the whole tensor
-        scale = reader.tensor(entry["scale"])
-    else:
-        scale = reader.matrix_rows(entry["scale"], expert, begin // tile_rows, -(-end // tile_rows))
-    return tile_scales(scale, (end - begin, entry["shape"][-1]), tuple(entry["tile"]))
+class TileScales:
+    """Tile scales of a shard's weights, from the shard itself or from the one that holds them.
+
+    A scale in another shard is read whole, from the local source or by a range request to the hub at the pinned revision, into
+    memory; one is kept, because the panels of a weight ask for the same. Where headers.json does not fit what comes, the size
+    of the file differs and the hub's answer is refused.
+    """
+
+    def __init__(self, settings: Settings, plan: dict, shard: str, reader: ShardReader):
+        self._settings, self._plan, self._shard, self._reader = settings, plan, shard, reader
+        self._kept: tuple[str, object] = ("", None)
+
+    def rows(self, entry: dict, expert: int | None, begin: int, end: int):
+        """Float scales [tile rows, tile columns] of rows begin..end of a matrix; begin lies on a tile's edge."""
+        name, tile = entry["scale"], tuple(entry["tile"])
+        first, last, shape = begin // tile[0], -(-end // tile[0]), (end - begin, entry["shape"][-1])
+        stored = self._plan["tensors"][name]
+        whole_tensor = math.prod(stored["shape"]) == 1
+        if stored["shard"] == self._shard and not whole_tensor:
+            return tile_scales(self._reader.matrix_rows(name, expert, first, last), shape, tile)
+        if self._kept[0] != name:
+            self._kept = (name, self._whole(name, stored))
+        scale = self._kept[1]
+        if not whole_tensor:
+            scale = (scale if expert is None else scale[expert])[first:last]
+        return tile_scales(scale, shape, tile)
+
+    def _whole(self, name: str, stored: dict):
+        import torch
+
+        if stored["shard"] == self._shard:
+            return self._reader.tensor(name)
+        if self._settings.source.path:
+            with ShardReader(Path(self._settings.source.path) / stored["shard"]) as other:
+                return other.tensor(name)
+        raw = bytearray(read_tensor_bytes(self._settings, stored["shard"], name))
+        return torch.frombuffer(raw, dtype=torch.uint8).view(TORCH_DTYPES[stored["dtype"]]).view(stored["shape"])
 
 
 class Quantizer:
     """Quantizes matrices of one shard and keeps their sums for the receipt."""
 
-    def __init__(self, reader: ShardReader, plan: dict, shard: str, backend: str, progress: ProgressReport):
+    def __init__(self, reader: ShardReader, scales: TileScales, plan: dict, shard: str, backend: str, progress: ProgressReport):
         import torch
 
         from kernels import mxfp4
@@ -112,7 +144,7 @@ class Quantizer:
         mxfp4.quantize(torch.zeros(1, 32).to(torch.float8_e4m3fn), torch.ones(1, 1), backend=backend)
         self._device = "cuda" if backend == "cuda" and torch.cuda.is_available() else "cpu"
         self._mxfp4, self._reader, self._plan, self._shard = mxfp4, reader, plan, shard
-        self._backend, self._progress = backend, progress
+        self._backend, self._progress, self._scales = backend, progress, scales
         largest = max((math.prod(entry["shape"][-2:]) * entry["bytes"] // math.prod(entry["shape"])
                        for entry in plan["tensors"].values() if entry["shard"] == shard and entry["scheme"]), default=0)
         self._buffer = bytearray(min(largest, 4 * PANEL_WEIGHTS))
@@ -130,7 +162,7 @@ class Quantizer:
             end = min(begin + step, rows)
             weight = self._reader.matrix_rows(source, expert, begin, end, self._buffer)
             try:
-                scale = _scale_rows(self._reader, entry, expert, begin, end) if entry["scale"] else None
+                scale = self._scales.rows(entry, expert, begin, end) if entry["scale"] else None
                 made = self._mxfp4.quantize(
                     weight.to(self._device), scale if scale is None else scale.to(self._device), rule=self._plan["exponent_rule"],
                     tile=tuple(entry["tile"] or (128, 128)), backend=self._backend)
@@ -143,7 +175,7 @@ class Quantizer:
                     index[0] += begin
                 if expert is not None:
                     index.insert(0, expert)
-                raise UserError(f"{self._shard}: {name}{index} is {error.value}, no number that a weight can be made of; the "
+                raise UserError(f"{self._plan['tensors'][name]['shard']}: {name}{index} is {error.value}, no number that a weight can be made of; the "
                                 "source is damaged, get that shard again") from None
             for position, value in enumerate((made.signal, made.error, made.decoded)):
                 total[position] += float(value)
@@ -174,7 +206,7 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
                     raise UserError(f"{shard}: tensor {name} is {info.dtype} {list(info.shape)}, but was "
                                     f"{entry['dtype']} {entry['shape']} when it was inspected; run inspect_format again")
         progress = ProgressReport(shard, promised["source_bytes"])
-        quantizer = Quantizer(reader, plan, shard, settings.device.backend, progress)
+        quantizer = Quantizer(reader, TileScales(settings, plan, shard, reader), plan, shard, settings.device.backend, progress)
         start = time.monotonic()
         source_sha256 = hashing.submit(sha256_file, source_path, stop)
         pending: dict[str, list] = {}  # scale bytes wait until their packed twin is written

@@ -68,14 +68,12 @@ def _source_experts(settings: Settings, plan: dict, shard: str, source: str, exp
         return None
     entry = plan["tensors"][source]
     with ShardReader(path) as reader:
-        if len(entry["shape"]) == 2:
-            weight = reader.tensor(source).unsqueeze(0)
-            scale = reader.tensor(entry["scale"]).unsqueeze(0) if entry["scale"] else None
-        else:
-            weight = reader.rows(source, 0, experts)
-            scale = reader.rows(entry["scale"], 0, experts) if entry["scale"] else None
-    if scale is None:
+        weight = reader.tensor(source).unsqueeze(0) if len(entry["shape"]) == 2 else reader.rows(source, 0, experts)
+    if not entry["scale"]:
         return weight.double()
+    with ShardReader(path.with_name(plan["tensors"][entry["scale"]]["shard"])) as reader:
+        name = entry["scale"]
+        scale = reader.tensor(name).unsqueeze(0) if len(entry["shape"]) == 2 else reader.rows(name, 0, experts)
     tile = tuple(entry["tile"])
     return decode_block_fp8(weight, tile_scales(scale, weight.shape, tile).expand(*weight.shape[:-2], -1, -1), tile).double()
 

@@ -15,13 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kernels import mxfp4
-from stages import download, evaluate, report, serve_bench, validate_gemm, verify_release
+from stages import (download, evaluate, inspect_format, plan, quantize_experts, report, serve_bench, validate_gemm,
+                    verify_release)
 from stages.checkpoint.files import read_json
 from stages.checkpoint.header import render_header, sorted_specs
 from stages.errors import UserError
 from stages.models import step37
 from stages.settings import load
 from tests.conftest import PROJECT, TINY, convert
+from tests.hub_server import HubServer
 
 
 def release_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -361,3 +363,38 @@ def test_other_ways_to_store_the_same_model_convert_to_the_same_model(converted,
         assert (ours - theirs).abs().median() < 0.05
     else:
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("place", ["local", "hub"])
+def test_scales_in_another_shard_are_fetched_from_it(converted, tmp_path, monkeypatch, place):
+    """All scales moved to a shard of their own, 3D and 2D experts: the same release, and nothing else of that shard moves."""
+    source = tmp_path / "model"
+    source.mkdir()
+    tensors = experts_one_by_one(tiny_tensors()) if place == "local" else tiny_tensors()
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
+    save_file(tensors, source / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    scales["model.unrelated.weight"] = torch.zeros(1 << 20)
+    save_file(scales, source / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(TINY / name, source)
+    overrides = [f"results={tmp_path / 'results'}"]
+    with HubServer(source, "owner/model", "b" * 40) as hub:
+        if place == "hub":
+            monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+            overrides += ["source=hub", "source.repository=owner/model", f"source.revision={'b' * 40}",
+                          "source.shards=[model-00001-of-00002.safetensors,model-00002-of-00002.safetensors]"]
+        else:
+            overrides += ["source=local", f"source.path={source}"]
+        settings = load(overrides)
+        download.fetch_metadata(settings)
+        inspect_format.run(settings)
+        made = plan.run(settings)
+        download.fetch_shard(settings, "model-00001-of-00002.safetensors")
+        before = hub.sent["model-00002-of-00002.safetensors"]
+        receipt = quantize_experts.convert_shard(settings, made, "model-00001-of-00002.safetensors")
+        moved = hub.sent["model-00002-of-00002.safetensors"] - before
+    expected = json.loads((converted.run_directory / "release" / "manifest.json").read_text())["tensors"]
+    assert receipt["tensors"] == {name: digest for name, digest in expected.items()}
+    if place == "hub":
+        assert 0 < moved < 100_000, f"{moved} bytes for scales of 2 kB"
