@@ -2,7 +2,8 @@
 
 A shard of routed experts at Step-3.7 shapes (1280 x 4096 and 4096 x 1280, block FP8) is made in a temporary directory on the
 disk of --directory. In turn, `--repetitions` times: one process runs the quantize_experts stage (start, read, convert, hash,
-write, fsync), one copies the same source bytes and syncs them. Printed: medians, their ratio, and the converter's peak
+write, fsync), one copies the same source bytes and syncs them, and one does the bare work on them in this order: read a matrix,
+convert it, write it, without hashes, sync or the process's start. Printed: medians, their ratios, and the converter's peak
 resident memory. With --cold the source is dropped from the page cache before each, as it is when a shard was downloaded long
 ago; without, both read from the page cache and the disk is in the figures through what is written and synced.
 
@@ -32,6 +33,26 @@ ROWS, COLUMNS = 1280, 4096
 COPY = ("import os, shutil, sys\n"
         "with open(sys.argv[1], 'rb') as a, open(sys.argv[2], 'wb') as b:\n"
         "    shutil.copyfileobj(a, b, 8 << 20); b.flush(); os.fsync(b.fileno())\n")
+
+
+BARE = """
+import sys, time
+from kernels import mxfp4
+from stages.checkpoint.reader import ShardReader
+reader, buffer = ShardReader(sys.argv[1]), bytearray(8 << 20)
+names = [name for name in reader.header.tensors if name.endswith("weight")]
+for begin in (False, True):  # once on one matrix, to compile
+    start = time.perf_counter()
+    with open(sys.argv[2], "wb", buffering=0) as output:
+        for name in names:
+            for expert in range(reader.info(name).shape[0] if begin else 1):
+                weight = reader.matrix_rows(name, expert, 0, reader.info(name).shape[1], buffer)
+                scale = reader.matrix_rows(name + "_scale_inv", expert, 0, reader.info(name + "_scale_inv").shape[1])
+                made = mxfp4.quantize(weight, scale)
+                output.write(made.packed.numpy())
+                output.write(made.scale.numpy())
+print(time.perf_counter() - start)
+"""
 
 
 def make_source(directory: Path, experts: int) -> Path:
@@ -64,15 +85,15 @@ def drop_from_cache(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def timed(command: list[str]) -> tuple[float, int]:
-    """(wall seconds, peak resident bytes) of a process; its output is shown only if it fails."""
+def timed(command: list[str]) -> tuple[float, int, str]:
+    """(wall seconds, peak resident bytes, output) of a process; its output is shown only if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(output)
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    return time.perf_counter() - start, usage.ru_maxrss * 1024, output
 
 
 def main() -> None:
@@ -96,21 +117,22 @@ def main() -> None:
         convert = stage("quantize_experts", "--shard", source.name)
         copy = [sys.executable, "-c", COPY, str(source), f"{temporary}/copy"]
         timed(convert)  # compiles the kernel where it is not cached yet
-        seconds: dict[str, list[float]] = {"convert": [], "copy": []}
+        bare = [sys.executable, "-c", BARE, str(source), f"{temporary}/bare"]
+        seconds: dict[str, list[float]] = {"convert": [], "copy": [], "bare work": []}
         memory = []
         for _ in range(arguments.repetitions):
-            for name, command in (("convert", convert), ("copy", copy)):
+            for name, command in (("convert", convert), ("copy", copy), ("bare work", bare)):
                 if arguments.cold:
                     drop_from_cache(source)
-                took, resident = timed(command)
-                seconds[name].append(took)
+                took, resident, output = timed(command)
+                seconds[name].append(float(output) if command is bare else took)
                 if name == "convert":
                     memory.append(resident)
         size = source.stat().st_size
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"source shard: {size / 1e9:.2f} GB of block FP8; {'cold' if arguments.cold else 'warm'}; medians of {arguments.repetitions}, taken in turn")
     for name, median in medians.items():
-        print(f"{name:8} {median:7.2f} s  {size / median / 1e6:8.0f} MB/s of source   "
+        print(f"{name:9} {median:7.2f} s  {size / median / 1e6:8.0f} MB/s of source   "
               f"({min(seconds[name]):.2f} to {max(seconds[name]):.2f} s)")
     print(f"convert / copy: {medians['convert'] / medians['copy']:.2f}")
     print(f"peak resident memory of the converter: {max(memory) / 1e6:.0f} MB")
