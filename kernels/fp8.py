@@ -59,7 +59,7 @@ def check_tile_scale(tile_scale: torch.Tensor, shape: tuple[int, ...], tile: tup
     wanted = (*shape[:-2], math.ceil(shape[-2] / tile[0]), math.ceil(shape[-1] / tile[1]))
     if tuple(tile_scale.shape) != wanted:
         raise ValueError(f"tile scale shape {tuple(tile_scale.shape)}: weight {tuple(shape)} in tiles {tuple(tile)} needs {wanted}")
-    tile_scale = tile_scale.to(torch.float32).contiguous()
+    tile_scale = tile_scale.detach().to(torch.float32).contiguous()
     bad = ~(torch.isfinite(tile_scale) & (tile_scale > 0))
     if bad.any():
         index = first_index(bad)

@@ -10,9 +10,9 @@ Conversions are run by snakemake; see the README.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
-import sys
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -23,29 +23,38 @@ from stages.dialects.roles import hidden_layers, role_of
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import coverage, release_config
 from stages.schemes import compressed_tensors, mxfp4, vllm_rules
-from stages.settings import load
+from stages.settings import Settings, choices, load
 
 REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
-def source_overrides(where: str) -> list[str]:
+def settings_of(where: str, recipe: str, overrides: list[str], results: str) -> Settings:
     """Settings that name a local directory or, by its commit and its shards, a hub repository."""
-    if Path(where).is_dir():
-        return ["source=local", f"source.path='{where}'"]
+    if recipe not in choices("recipe"):
+        raise UserError(f"--recipe {recipe}: choose one of {', '.join(choices('recipe'))}")
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key == "recipe" or key.split(".")[0] in ("source", "results"):
+            raise UserError(f"{override}: the source and the recipe are named by the command itself, and it writes no results")
+    fixed = [f"recipe={recipe}", *overrides, f"results={results}"]
+    if where and Path(where).is_dir():
+        settings = load(["source=local", "source.path=/local", *fixed])
+        settings.source.path = where  # after the composition: a path may hold what Hydra reads as syntax
+        settings.source.name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(where).resolve().name) or "root"
+        return settings
     match = REPOSITORY.fullmatch(where)
     if not match:
-        raise UserError(f"{where}: no such directory, and no hub repository (OWNER/NAME or OWNER/NAME@REVISION)")
+        raise UserError(f"{where!r}: no such directory, and no hub repository (OWNER/NAME or OWNER/NAME@REVISION)")
     revision, shards = download.resolve(match["name"], match["revision"])
-    print(f"{match['name']} at revision {revision}", file=sys.stderr)
-    return ["source=hub", f"source.repository={match['name']}", f"source.revision={revision}",
-            f"source.shards=[{','.join(shards)}]"]
+    return load(["source=hub", f"source.repository={match['name']}", f"source.revision={revision}",
+                 f"source.shards=[{','.join(shards)}]", *fixed])
 
 
 def show_plan(arguments: argparse.Namespace) -> None:
     """Prints the plan of a conversion; UserError for whatever could not be converted rightly."""
     with tempfile.TemporaryDirectory() as results:
-        settings = load([f"results={results}", f"recipe={arguments.recipe}", *source_overrides(arguments.where), *arguments.overrides])
-        with redirect_stdout(sys.stderr):
+        settings = settings_of(arguments.where, arguments.recipe, arguments.overrides, results)
+        with redirect_stdout(io.StringIO()):
             download.fetch_metadata(settings)
         census = inspect_format.census(settings)
         made = plan.make_plan(settings, census, inspect_format.read_config(settings))
@@ -55,6 +64,8 @@ def show_plan(arguments: argparse.Namespace) -> None:
                       "anomalies": census["anomalies"], "repository": settings.source.repository, "revision": settings.source.revision}
             print(json.dumps(shown, indent=2))
             return
+        if settings.source.repository:
+            print(f"{settings.source.repository} at revision {settings.source.revision}")
         print(f"{settings.source.name}: {census['architecture']}, "
               + ", ".join(f"{count} tensors {name}" for name, count in census["dialects"].items()))
         plan.print_plan(made)
@@ -78,15 +89,19 @@ def regenerate_config(arguments: argparse.Namespace) -> None:
         raise UserError(f"{directory}: no such directory; name a release")
     path = directory / "config.json"
     config = read_json(arguments.base or path, "whatever made the checkpoint")
-    architecture = (config.get("architectures") or [None])[0]
+    checkup = Checkup(directory, section={})
+    if not isinstance(config, dict):
+        raise UserError(f"{arguments.base or path}: is no JSON object; restore the original")
+    names = config.get("architectures")
+    architecture = names[0] if isinstance(names, list) and names else None
     if architecture not in vllm_rules.ARCHITECTURES:
         raise UserError(f"{path}: runtime names of {architecture} are not known, only those of {' and '.join(vllm_rules.ARCHITECTURES)}")
     layers = hidden_layers(config)
-    checkup = Checkup(directory, section={})
     tensors = {}
     with checkup.opened():
-        for fault in (*checkup.containers(), *checkup.pairs(), *checkup.experts()):
-            raise UserError(f"{fault}; mend the weights first")
+        for check in (checkup.containers, checkup.pairs, checkup.experts, checkup.layers):
+            for fault in check():
+                raise UserError(f"{fault}; mend that first")
         for module, (stored, info, _) in checkup.modules().items():
             name = f"{module}.weight"
             if stored not in ("mxfp4", "plain"):
@@ -106,13 +121,16 @@ def regenerate_config(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(text, end="")
         return
-    write_text(path, text)
-    manifest = directory / "manifest.json"
+    manifest, content = directory / "manifest.json", None
     if manifest.exists():
         content = read_json(manifest, "assemble_release")
+        if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+            raise UserError(f"{manifest}: has no table of files; restore it or remove it first")
+    write_text(path, text)
+    if content is not None:
         content["files"]["config.json"] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         write_text(manifest, render_json(content))
-    print(f"{path}: written; its groups claim {modules} modules rightly" + ("; manifest.json follows it" if manifest.exists() else ""))
+    print(f"{path}: written; its groups claim {modules} modules rightly" + ("; manifest.json follows it" if content else ""))
 
 
 def parser() -> argparse.ArgumentParser:

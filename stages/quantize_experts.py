@@ -3,8 +3,8 @@
 A shard is streamed in the order of the output file, one expert's matrix (or a panel of rows) at a time, so that resident
 memory does not grow with the shard. One thread converts; others hash the source (which also reads it ahead), hash the output
 and write it (stages/checkpoint/writer.py). Bytes depend on the source and the recipe only: not on the backend, the number of
-workers, or how often the run was interrupted. Converting itself stays in one thread: one
-process per shard keeps cores busier than threads inside one.
+workers, or how often the run was interrupted. Converting itself stays in one thread: one process per shard keeps cores busier
+than threads inside one.
 
 The receipt is what later stages trust: sha256 of the source and of the output, of every tensor in it, and for every
 quantized matrix the sums of squares of the signal, of the error and of what it decodes to.
@@ -16,7 +16,6 @@ import ctypes
 import hashlib
 import json
 import math
-import os
 import sys
 import threading
 import time
@@ -74,8 +73,8 @@ class ProgressReport:
 def keep_memory_steady() -> None:
     """Tells glibc to give large blocks back to the system one by one; other C libraries do so anyway.
 
-    By itself it learns to keep them in its heap, where they are cut up by small ones that live longer: one run in ten then
-    grew by several hundred megabytes.
+    By itself it raises its threshold as large blocks are freed, and then keeps such blocks in its heap, where small ones that
+    live longer cut them up: one run in ten grew by several hundred megabytes.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
@@ -113,8 +112,7 @@ class TileScales:
         if self._kept[0] != name:
             self._kept = (name, self._whole(name, stored))
         scale = self._kept[1]
-        if not whole_tensor:
-            scale = (scale if expert is None else scale[expert])[first:last]
+        scale = scale.reshape(1, 1) if whole_tensor else (scale if expert is None else scale[expert])[first:last]
         return tile_scales(scale, shape, tile)
 
     def _whole(self, name: str, stored: dict):
@@ -206,30 +204,28 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
                     raise UserError(f"{shard}: tensor {name} is {info.dtype} {list(info.shape)}, but was "
                                     f"{entry['dtype']} {entry['shape']} when it was inspected; run inspect_format again")
         progress = ProgressReport(shard, promised["source_bytes"])
+        stack.callback(progress.close)
         quantizer = Quantizer(reader, TileScales(settings, plan, shard, reader), plan, shard, settings.device.backend, progress)
         start = time.monotonic()
         source_sha256 = hashing.submit(sha256_file, source_path, stop)
         pending: dict[str, list] = {}  # scale bytes wait until their packed twin is written
-        try:
-            with ShardWriter(target, specs_of(outputs), SHARD_METADATA) as writer:
-                for output in outputs:
-                    if output.part == "weight":
-                        for chunk in reader.chunks(output.source):
-                            writer.write(output.name, chunk)
-                            progress.advance(len(chunk))
-                    elif output.part == "packed":
-                        scales = pending.setdefault(output.name.replace("weight_packed", "weight_scale"), [])
-                        shape = plan["tensors"][output.source]["shape"]
-                        stacked = len(shape) == 3 and output.expert is None
-                        for expert in range(shape[0]) if stacked else [output.expert]:
-                            for packed, scale in quantizer.panels(output.source, expert):
-                                writer.write(output.name, packed.numpy())
-                                scales.append(scale)
-                    else:
-                        for scale in pending.pop(output.name):
-                            writer.write(output.name, scale.numpy())
-        finally:
-            progress.close()
+        with ShardWriter(target, specs_of(outputs), SHARD_METADATA) as writer:
+            for output in outputs:
+                if output.part == "weight":
+                    for chunk in reader.chunks(output.source):
+                        writer.write(output.name, chunk)
+                        progress.advance(len(chunk))
+                elif output.part == "packed":
+                    scales = pending.setdefault(output.name.replace("weight_packed", "weight_scale"), [])
+                    shape = plan["tensors"][output.source]["shape"]
+                    stacked = len(shape) == 3 and output.expert is None
+                    for expert in range(shape[0]) if stacked else [output.expert]:
+                        for packed, scale in quantizer.panels(output.source, expert):
+                            writer.write(output.name, packed.numpy())
+                            scales.append(scale)
+                else:
+                    for scale in pending.pop(output.name):
+                        writer.write(output.name, scale.numpy())
         source_digest = source_sha256.result()
     assert writer.size == promised["file_bytes"], f"{shard}: {writer.size} bytes, planned {promised['file_bytes']}"
     seconds = time.monotonic() - start
@@ -265,7 +261,9 @@ def main() -> None:
     plan = read_plan(settings)
     if arguments.shard not in plan["shards"]:
         raise UserError(f"--shard {arguments.shard}: not in plan.json, which has {', '.join(plan['shards'])}")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    torch.set_num_threads(1)  # one process per shard is the parallelism
     keep_memory_steady()
     convert_shard(settings, plan, arguments.shard)
 

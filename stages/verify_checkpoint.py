@@ -22,7 +22,7 @@ from pathlib import Path
 
 from stages.checkpoint.files import read_json, sha256_file
 from stages.checkpoint.header import TensorInfo
-from stages.checkpoint.reader import ShardReader
+from stages.checkpoint.reader import TORCH_DTYPES, ShardReader
 from stages.dialects import recognize, tile_scales
 from stages.dialects.roles import role_of
 from stages.errors import UserError
@@ -36,12 +36,16 @@ ARGUMENTS = {  # format -> what its group's `weights` must say
     "mxfp4-pack-quantized": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True},
     "mxfp8-quantized": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True},
 }
+LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?P<tail>.+)$", re.S)
 FORMATS = {"mxfp4": "mxfp4-pack-quantized", "mxfp8": "mxfp8-quantized"}  # how tensors are stored -> format
 SAMPLED_ROWS = 32  # of each matrix, for the numbers
+MOST_LAYERS = 10_000
+ROWS_AT_ONCE = 4 << 20  # weights decoded at once in a comparison
 HIGH_CODE = 5  # of E2M1: every rule puts a block's largest element at 3 or above
 UNUSED_BLOCKS = 0.02  # share of blocks whose largest code may be lower; 0 under the rules, some for clipped weights
 APART = 0.75  # |log2| of a matrix's root mean square over its siblings' median, from which it is called apart ...
 SPREADS = 8  # ... and a fault where it is so many times the median distance of its siblings, too
+NOT_IN_MANIFEST = ("manifest.json", "README.md", ".gitattributes")
 LOWEST_SQNR_DB = 15.0  # against a source; round-to-nearest MXFP4 has 18 to 19.1
 
 
@@ -56,18 +60,18 @@ class Checkup:
         self.where: dict[str, str] = {}
         self.notes: list[str] = []
         self.counts: dict[str, int] = {}
-        self.config = read_json(self.directory / "config.json", "whatever made the checkpoint")
+        self.config = _object(read_json(self.directory / "config.json", "whatever made the checkpoint"), "config.json")
+        self.text = _object(self.config.get("text_config") or self.config, "config.json: text_config")
+        names = self.config.get("architectures") or [None]
+        self.architecture = names[0] if isinstance(names, list) else None
         if section is not None:
             self.section = section
             return
-        section = self.config.get("quantization_config") or (self.config.get("text_config") or {}).get("quantization_config")
-        if not isinstance(section, dict):
+        section = self.config.get("quantization_config") or self.text.get("quantization_config")
+        if section is None:
             raise UserError(f"{self.directory / 'config.json'}: has no quantization_config, so that an engine reads everything as "
                             "unquantized; name a quantized checkpoint, or make it one with `mxforge config`")
-        if section.get("quant_method") != "compressed-tensors":
-            raise UserError(f"{self.directory / 'config.json'}: quant_method is {section.get('quant_method')!r}; only "
-                            "compressed-tensors checkpoints are verified")
-        self.section = section
+        self.section = _checked_section(section)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -80,6 +84,9 @@ class Checkup:
     def containers(self) -> Iterator[str]:
         """Every shard's header is sound, and no tensor is in two."""
         for path in sorted(self.directory.glob("*.safetensors")):
+            if not path.is_file():
+                yield f"{path.name}: is no regular file, or a link to nothing"
+                continue
             try:
                 self.readers[path.name] = self._stack.enter_context(ShardReader(path))
             except (UserError, OSError) as error:
@@ -100,25 +107,25 @@ class Checkup:
             if len(self.readers) > 1:
                 yield f"{INDEX}: is missing, though there are {len(self.readers)} shards"
             return
-        index = read_json(path, "whatever made the checkpoint")
-        listed = index.get("weight_map") or {}
+        index = _object(read_json(path, "whatever made the checkpoint"), INDEX)
+        listed = _object(index.get("weight_map") or {}, f"{INDEX}: weight_map")
         yield from _some(sorted(set(self.tensors) - set(listed)), f"{INDEX}: does not list", "engines that go by the index miss them")
         yield from _some(sorted(set(listed) - set(self.tensors)), f"{INDEX}: lists", "no shard holds them")
         yield from _some([f"{name} ({listed[name]}, is in {self.where[name]})" for name in sorted(set(listed) & set(self.tensors))
                           if listed[name] != self.where[name]], f"{INDEX}: names the wrong shard for", "loading fails")
-        total, claimed = sum(info.nbytes for info in self.tensors.values()), (index.get("metadata") or {}).get("total_size")
+        total, claimed = sum(info.nbytes for info in self.tensors.values()), _object(index.get("metadata") or {}, f"{INDEX}: metadata").get("total_size")
         if claimed != total:
-            yield f"{INDEX}: total_size is {claimed}, the tensors have {total} bytes"
+            yield f"{INDEX}: total_size is {claimed!r}, the tensors have {total} bytes"
         self.counts["index"] = len(listed)
 
     def modules(self) -> dict[str, tuple[str, TensorInfo, str | None]]:
         """Module name -> (stored as, its weight's header entry, name of its scale): mxfp4, mxfp8 or plain."""
         found = {}
         for name, info in self.tensors.items():
-            if name.endswith("weight_packed"):
+            if name.endswith(".weight_packed"):
                 stem = name.removesuffix("_packed")
                 found[stem.removesuffix(".weight")] = ("mxfp4", info, f"{stem}_scale")
-            elif name.endswith("weight") and len(info.shape) >= 2:
+            elif re.search(r"[._]weight$", name) and len(info.shape) >= 2:
                 scaled = info.dtype == "F8_E4M3" and f"{name}_scale" in self.tensors
                 found[re.sub(r"[._]weight$", "", name)] = ("mxfp8" if scaled else "plain", info, f"{name}_scale" if scaled else None)
         return found
@@ -127,7 +134,7 @@ class Checkup:
         """(module, packed weight, name of its scale) of every MXFP4 pair whose dtypes and shapes fit."""
         for module, (stored, info, scale) in self.modules().items():
             found = self.tensors.get(scale)
-            if stored == "mxfp4" and info.dtype == "U8" and found and (found.dtype, found.shape) == ("U8", _scale_shape(info, 2)):
+            if stored == "mxfp4" and len(info.shape) in (2, 3) and math.prod(info.shape) and info.dtype == "U8" and found and (found.dtype, found.shape) == ("U8", _scale_shape(info, 2)):
                 yield module, info, scale
 
     def pairs(self) -> Iterator[str]:
@@ -136,12 +143,15 @@ class Checkup:
         for module, (stored, info, scale) in self.modules().items():
             if stored == "plain":
                 if info.dtype.startswith("F8"):
-                    yield f"{self.where[module + '.weight']}: {module}.weight is {info.dtype}, but has no weight_scale; its values are lost"
+                    yield f"{module}: its weight is {info.dtype}, but has no weight_scale; its values are lost"
                 continue
             claimed.add(scale)
             name = f"{module}.weight" + ("_packed" if stored == "mxfp4" else "")
             if info.dtype != ("U8" if stored == "mxfp4" else "F8_E4M3"):
                 yield f"{self.where[name]}: {name} is {info.dtype}; only MXFP4 (U8) and MXFP8 are verified here"
+                continue
+            if len(info.shape) not in (2, 3) or not math.prod(info.shape):
+                yield f"{self.where[name]}: {name} has shape {list(info.shape)}, which is no matrix"
                 continue
             if scale not in self.tensors:
                 yield f"{self.where[name]}: {name} has no {scale}; an engine leaves the scale uninitialized"
@@ -156,25 +166,32 @@ class Checkup:
                  and name not in claimed and not name.endswith("weight_packed")]
         yield from _some(alone, "no weight belongs to", "an engine drops them without a word")
         known = re.compile(r"(weight(_packed|_scale)?|bias|[a-z_]*bias|gamma|beta)$|\.(attn\.[kvq]_(scale|zero_point))$")
-        odd = [name for name in self.tensors if re.search(r"weight_?\w+$", name) and not known.search(name) and name not in alone]
+        odd = [name for name in self.tensors if not name.strip(".") or name.startswith((".", "/")) or "/" in name]
+        odd += [name for name in self.tensors if re.search(r"weight_?\w+$", name) and not known.search(name) and name not in alone]
         yield from _some(odd, "no engine asks for names like", "a wrong suffix is dropped without a word")
         self.counts["pairs"] = len(claimed)
 
     def experts(self) -> Iterator[str]:
         """Every layer has all its routed experts, in one format, of one shape."""
-        text = self.config.get("text_config") or self.config
-        wanted = next((text[key] for key in EXPERT_COUNTS if isinstance(text.get(key), int)), None)
+        wanted = next((self.text[key] for key in EXPERT_COUNTS if key in self.text), None)
+        if wanted is not None and not _is_count(wanted):
+            yield f"config.json: the number of experts is {wanted!r}, which is no number"
+            wanted = None
         groups: dict[tuple[str, str], dict[int, tuple]] = defaultdict(dict)
         formats: dict[str, set] = defaultdict(set)
+        both: list[tuple[str, str, str]] = []
         for module, (stored, info, _) in self.modules().items():
             if match := EXPERT.match(module):
                 groups[match["layer"], match["projection"]][int(match["expert"])] = (stored, info.shape)
                 formats[match["layer"]].add(stored)
-            elif len(info.shape) == 3 and re.search(r"\.(moe|experts)\.[^.]+$", module):
+            elif len(info.shape) == 3 and (stacked := re.search(r"^(.*)\.(?:moe|experts)\.([^.]+)$", module)):
+                both.append((re.sub(r"\.moe$", "", stacked[1]) + ".moe", stacked[2], module))
                 if wanted and info.shape[0] != wanted:
                     yield f"{module}: holds {info.shape[0]} experts, config.json says {wanted}"
         yield from (f"{layer}.experts: stored as {' and '.join(sorted(kinds))}; an engine reads all experts of a layer as one format"
                     for layer, kinds in formats.items() if len(kinds) > 1)
+        yield from (f"{module}: is there stacked and expert by expert; an engine takes either"
+                    for layer, projection, module in both if (layer, projection) in groups)
         projections = defaultdict(set)
         for layer, projection in groups:
             projections[layer].add(projection)
@@ -190,6 +207,36 @@ class Checkup:
             if len(shapes) > 1:
                 yield f"{layer}.experts.*.{projection}: has shapes {sorted(map(list, shapes))}"
         self.counts["experts"] = sum(map(len, groups.values()))
+
+    def layers(self) -> Iterator[str]:
+        """Every layer that config.json counts is there, with the tensors that layers of its kind have."""
+        count, drafts = self.text.get("num_hidden_layers"), self.text.get("num_nextn_predict_layers", 0)
+        if not _is_count(count) or not (_is_count(drafts) or drafts == 0):
+            yield f"config.json: num_hidden_layers is {count!r} and num_nextn_predict_layers {drafts!r}; expected whole numbers"
+            return
+        held: dict[int, set[str]] = defaultdict(set)
+        for name in self.tensors:
+            if match := LAYER.match(name):
+                tail = re.sub(r"\.experts\.\d+\.", ".experts.*.", "." + match["tail"])
+                held[int(match["layer"][:9])].add(re.sub(r"\.weight_(packed|scale)$", ".weight", tail)[1:])
+        if not held:
+            return
+        expected = count + (drafts if max(held) >= count else 0)  # a release may leave all draft layers out
+        yield from _some([f"layer {layer}" for layer in range(min(expected, MOST_LAYERS)) if layer not in held],
+                         "no shard holds anything of", f"config.json has {count} layers and {drafts} draft layers")
+        yield from _some([f"layer {layer}" for layer in sorted(held) if layer >= count + drafts], "there are tensors of",
+                         f"config.json has {count} layers and {drafts} draft layers")
+        kinds: dict[frozenset, dict[int, set[str]]] = defaultdict(dict)
+        for layer, tails in held.items():
+            if layer < count:
+                parts = {tail.split(".")[0] for tail in tails if tail.count(".") >= 2}
+                kinds[frozenset(parts)][layer] = tails
+        for members in kinds.values():
+            usual = set.union(*members.values())
+            for layer, tails in members.items():
+                yield from _some([f"layer {layer}: {tail}" for tail in sorted(usual - tails)], "there is no",
+                                 "other layers of its kind have it")
+        self.counts["layers"] = len(held)
 
     # -- what an engine makes of it
 
@@ -215,32 +262,54 @@ class Checkup:
                 line = (f"config.json: {name}.weights.scale_dtype is {weights.get('scale_dtype')!r}, not {SCALE_DTYPE!r}; "
                         + ("vLLM does not take it for MXFP8" if form == "mxfp8-quantized" else "compressed-tensors takes its scales for floats"))
                 yield line
+            if weights.get("dynamic"):
+                yield f"config.json: {name}.weights.dynamic is {weights['dynamic']!r}; the scales are stored"
             if group.get("input_activations"):
                 self.notes.append(f"config.json: {name} quantizes activations, too")
         self.counts["scheme_arguments"] = len(groups)
 
     def coverage(self) -> Iterator[str]:
         """vLLM's matching gives every module the format that it is stored in."""
-        text = self.config.get("text_config") or self.config
-        layers = text.get("num_hidden_layers")
-        if not isinstance(layers, int):
-            yield "config.json: num_hidden_layers is missing"
-            return
-        architecture = (self.config.get("architectures") or [None])[0]
-        if architecture not in vllm_rules.ARCHITECTURES:
-            self.notes.append(f"config.json: the runtime names of {architecture} are not known here; they are taken to be the checkpoint's")
+        layers = self.text.get("num_hidden_layers")
+        if not _is_count(layers):
+            return  # `layers` says so
+        known = self.architecture in vllm_rules.ARCHITECTURES
+        if not known:
+            self.notes.append(f"config.json: the runtime names of {self.architecture} are not known here; they are taken to be the "
+                              "checkpoint's")
         linears, experts, quantized = [], [], set()
         for module, (stored, info, _) in self.modules().items():
             routed = EXPERT.match(module) or (len(info.shape) == 3 and role_of(f"{module}.weight", layers) == "routed_experts")
             if routed:
                 experts.append(module)
-            else:
+            elif known or len(info.shape) == 2:
                 linears.append(module)
             if stored != "plain":
                 quantized.add(module)
-        modules = vllm_rules.runtime_modules(linears, experts, layers, architecture)
-        yield from vllm_rules.coverage_faults(modules, self.section, quantized)
+        modules = vllm_rules.runtime_modules(linears, experts, layers, self.architecture)
+        unused = {f"{entry}: matches no module of the model" for entry in self.section.get("ignore") or []}
+        for fault in vllm_rules.coverage_faults(modules, self.section, quantized):
+            if fault in unused:
+                self.notes.append(f"config.json: ignore {fault}")
+            else:
+                yield fault
+        yield from self._formats(modules)
         self.counts["coverage"] = len(modules)
+
+    def _formats(self, modules: list) -> Iterator[str]:
+        """Modules that are claimed by a group of another format than they are stored in."""
+        stored = {module: kind for module, (kind, _, _) in self.modules().items()}
+        groups = self.section.get("config_groups") or {}
+        formats = {target: group.get("format") or self.section.get("format") for group in groups.values() for target in group["targets"]}
+        for module in modules:
+            try:
+                target = vllm_rules.scheme_target(module, list(formats), list(self.section.get("ignore") or []))
+            except ValueError:
+                continue
+            form = formats.get(target, formats.get("Linear"))
+            for kind in {stored[member] for member in module.members} - {"plain"} if target else ():
+                if form != FORMATS[kind]:
+                    yield f"{module.name}: stored as {kind}, but its group has format {form}"
 
     # -- the numbers
 
@@ -251,6 +320,7 @@ class Checkup:
         from kernels import mxfp4
 
         sizes: dict[str, dict[str, float]] = defaultdict(dict)
+        seen: dict[tuple[str, bytes], str] = {}
         for module, info, scale in self.decodable():
             packed_name = f"{module}.weight_packed"
             packed_reader, scale_reader = self.readers[self.where[packed_name]], self.readers[self.where[scale]]
@@ -263,15 +333,25 @@ class Checkup:
                     continue
                 packed, sampled = _sample(packed_reader, packed_name, expert, rows, exponents)
                 codes = torch.stack((packed & 7, (packed >> 4) & 7), -1).flatten(-2).unflatten(-1, (-1, 32)).amax(-1)
+                key = EXPERT.sub(r"\g<layer>.experts.*.\g<projection>", module) if expert is None else module
+                print_ = hashlib.sha256(packed.numpy().tobytes() + sampled.numpy().tobytes()).digest()
+                if bool(packed.any()) and seen.setdefault((key, print_), label) != label:
+                    yield f"{label}: holds the bytes of {seen[key, print_]}; one expert was written twice"
                 used = codes[codes > 0]
                 low = float((used < HIGH_CODE).double().mean()) if used.numel() else 0.0
                 if low > UNUSED_BLOCKS:
                     yield (f"{self.where[packed_name]}: {label}: {100 * low:.1f} % of its blocks have no value of 3 or above; "
                            "exponents are too high, or the bytes are of another format")
                 weight = mxfp4.dequantize(packed, sampled, torch.float32, backend="reference").double()
-                key = EXPERT.sub(r"\g<layer>.experts.*.\g<projection>", module) if expert is None else module
-                sizes[key][label] = weight.square().mean().sqrt().item()
-        for members in sizes.values():
+                size = weight.square().mean().sqrt().item()
+                if not math.isfinite(size):
+                    yield f"{label}: decodes to infinite weights; its block scales are out of range"
+                elif not size and self.source is None:
+                    yield f"{label}: decodes to nothing but zeros"
+                else:
+                    sizes[key][label] = size
+        yield from self._plain_numbers()
+        for members in sizes.values() if self.source is None else ():  # a source knows better
             middle = statistics.median(members.values())
             if len(members) < 3 or not middle:
                 continue
@@ -288,81 +368,146 @@ class Checkup:
                     self.notes.append(line)
         self.counts["numbers"] = sum(map(len, sizes.values()))
 
+    def _plain_numbers(self) -> Iterator[str]:
+        """Unquantized matrices that hold NaN or infinity, or nothing but zeros."""
+        import torch
+
+        for name, info in self.tensors.items():
+            if self.quick or info.dtype not in ("BF16", "F16", "F32") or len(info.shape) < 2 or not name.endswith("weight"):
+                continue
+            largest = torch.zeros(())
+            for chunk in self.readers[self.where[name]].chunks(name):
+                values = torch.frombuffer(chunk, dtype=TORCH_DTYPES[info.dtype])
+                largest = torch.maximum(largest, values.abs().max().float())  # NaN stays
+            if not bool(torch.isfinite(largest)):
+                yield f"{self.where[name]}: {name} holds NaN or infinity"
+            elif math.prod(info.shape) and not bool(largest):
+                yield f"{self.where[name]}: {name} holds nothing but zeros"
+
     def manifest(self) -> Iterator[str]:
         """Every file has the size and the sha256 of manifest.json."""
         path = self.directory / "manifest.json"
         if not path.exists():
             return
-        files = read_json(path, "whatever made the checkpoint").get("files") or {}
+        files = _object(_object(read_json(path, "whatever made the checkpoint"), "manifest.json").get("files"), "manifest.json: files")
+        present = {str(file.relative_to(self.directory)) for file in self.directory.rglob("*") if file.is_file()}
+        yield from _some(sorted(present - {*files, *NOT_IN_MANIFEST}), "manifest.json does not list", "nothing vouches for its bytes")
         for name, entry in files.items():
-            file = self.directory / name
+            file, entry = self.directory / name, _object(entry, f"manifest.json: {name}")
             if not file.is_file():
                 yield f"{name}: is missing"
-            elif file.stat().st_size != entry["bytes"] or (not self.quick and sha256_file(file) != entry["sha256"]):
+            elif file.stat().st_size != entry.get("bytes") or (not self.quick and sha256_file(file) != entry.get("sha256")):
                 yield f"{name}: its bytes are not those of manifest.json"
         self.counts["manifest"] = len(files)
 
+    def open_source(self) -> None:
+        """Reads the source's headers; UserError that names the source when it is none."""
+        self.source_readers, self.source_tensors, self.source_where = {}, {}, {}
+        if self.source is None:
+            return
+        for path in sorted(self.source.glob("*.safetensors")):
+            self.source_readers[path.name] = self._stack.enter_context(ShardReader(path))
+            for name, info in self.source_readers[path.name].header.tensors.items():
+                self.source_tensors[name], self.source_where[name] = info, path.name
+        if not self.source_tensors:
+            raise UserError(f"--source {self.source}: holds no tensor; name the checkpoint that the release was made from")
+        if any(name.endswith("weight_packed") for name in self.source_tensors):
+            raise UserError(f"--source {self.source}: is a packed release itself; name the checkpoint that the release was made from")
+        config = _object(read_json(self.source / "config.json", "whatever made the source"), f"{self.source}/config.json")
+        self.claims = recognize(self.source_tensors, self.source_where, config)
+
     def against_source(self) -> Iterator[str]:
-        """Quantized matrices are the source's to LOWEST_SQNR_DB, everything else is bit-identical."""
+        """Quantized matrices are the source's to LOWEST_SQNR_DB, everything else is bit-identical, and nothing is missing."""
+        if self.source is None:
+            return
+        count, covered, converted = 0, set(), defaultdict(set)
+        for module, info, scale in self.decodable():
+            match = EXPERT.match(module)
+            for expert in range(info.shape[0]) if len(info.shape) == 3 else (None,):
+                label = module if expert is None else f"{module}[{expert}]"
+                candidates = [(f"{module}.weight", expert)]
+                if match:
+                    candidates.append((f"{match['layer']}.{match['projection']}.weight", int(match["expert"])))
+                elif expert is not None:
+                    prefix, _, projection = module.rpartition(".")
+                    candidates.append((f"{prefix}.experts.{expert}.{projection}.weight", None))
+                name, number = next((pair for pair in candidates if pair[0] in self.source_tensors), (None, None))
+                if name is None:
+                    yield f"{label}: the source has no {' and no '.join(pair[0] for pair in candidates)}"
+                    break
+                covered.add(name)
+                converted[name].add(number)
+                shape = self.source_tensors[name].shape
+                if (shape[-2:] != (info.shape[-2], 2 * info.shape[-1]) or len(shape) != (2 if number is None else 3)
+                        or (number is not None and number >= shape[0])):
+                    yield f"{label}: decodes to {[info.shape[-2], 2 * info.shape[-1]]}, the source's {name} has {list(shape)}"
+                    continue
+                yield from self._compare(label, module, scale, expert, name, number)
+                count += 1
+        for name, info in self.tensors.items():
+            found = self.source_tensors.get(name)
+            if found is None:
+                continue
+            covered.add(name)
+            if (found.dtype, found.shape) != (info.dtype, info.shape):
+                line = f"{name}: is {info.dtype} {list(info.shape)}, the source's is {found.dtype} {list(found.shape)}"
+                if self.claims[name].scale and found.shape == info.shape:
+                    self.notes.append(f"{line}; decoded by whatever made it, not compared")
+                else:
+                    yield line
+            elif not self.quick and _sha256(self.readers[self.where[name]], name) != _sha256(self.source_readers[self.source_where[name]], name):
+                yield f"{self.where[name]}: {name} is not bit-identical to the source's"
+            count += 1
+        scales = {claim.scale for claim in self.claims.values()}
+        for name, numbers in converted.items():
+            if None not in numbers:
+                yield from _some([f"{name}[{number}]" for number in range(self.source_tensors[name].shape[0]) if number not in numbers],
+                                 "there is nothing of the source's", "the expert was lost")
+        yield from _some(sorted(set(self.source_tensors) - covered - scales), "there is nothing of the source's", "it was lost")
+        self.counts["against_source"] = count
+
+    def _compare(self, label: str, module: str, scale: str, expert: int | None, name: str, number: int | None) -> Iterator[str]:
+        """SQNR of one matrix against the source's, over all rows; over four short runs of rows with `quick`."""
         import torch
 
         from kernels import mxfp4
 
-        if self.source is None:
-            return
-        readers, tensors, where = {}, {}, {}
-        for path in sorted(self.source.glob("*.safetensors")):
-            readers[path.name] = self._stack.enter_context(ShardReader(path))
-            for name, info in readers[path.name].header.tensors.items():
-                tensors[name], where[name] = info, path.name
-        claims = recognize(tensors, where, read_json(self.source / "config.json", "whatever made the source"))
-        count = 0
-        for module, info, scale in self.decodable():
-            match = EXPERT.match(module)
-            stacked = match and f"{match['layer']}.{match['projection']}.weight"
-            for expert in range(info.shape[0]) if len(info.shape) == 3 else (None,):
-                label = module if expert is None else f"{module}[{expert}]"
-                name, number = f"{module}.weight", expert
-                if name not in tensors and stacked in tensors:
-                    name, number = stacked, int(match["expert"])
-                if name not in tensors:
-                    yield f"{label}: the source has no {name}" + (f" and no {stacked}" if stacked else "")
-                    break
-                rows = info.shape[-2]
-                claim = claims[name]
-                step = claim.tile[0] if claim.tile else 1
-                end = min(rows, max(SAMPLED_ROWS, step))
-                weight = readers[where[name]].matrix_rows(name, number, 0, end)
-                if claim.scale:
-                    last = readers[where[claim.scale]]
-                    stored_scale = (last.tensor(claim.scale) if math.prod(last.info(claim.scale).shape) == 1
-                                    else last.matrix_rows(claim.scale, number, 0, -(-end // step)))
-                    weight = mxfp4.decode_block_fp8(weight, tile_scales(stored_scale, tuple(weight.shape), claim.tile), claim.tile)
-                weight = weight.double()
-                made = mxfp4.dequantize(self.readers[self.where[f"{module}.weight_packed"]].matrix_rows(f"{module}.weight_packed", expert, 0, end),
-                                        self.readers[self.where[scale]].matrix_rows(scale, expert, 0, end),
-                                        torch.float32, backend="reference").double()
-                if made.shape != weight.shape:
-                    yield f"{label}: decodes to {list(made.shape)}, the source's {name} has {list(weight.shape)}"
-                    continue
-                signal, error = weight.square().sum().item(), (weight - made).square().sum().item()
-                if error and (not signal or 10 * math.log10(signal / error) < LOWEST_SQNR_DB):
-                    ratio = 10 * math.log10(signal / error) if signal else -math.inf
-                    yield (f"{label}: has {ratio:.1f} dB SQNR against the source's {name}, less than {LOWEST_SQNR_DB:g}; it is "
-                           "another matrix, or its exponents are shifted")
-                count += 1
-        for name, info in self.tensors.items():
-            if name in tensors and not self.quick and tensors[name].dtype == info.dtype:
-                if _sha256(self.readers[self.where[name]], name) != _sha256(readers[where[name]], name):
-                    yield f"{self.where[name]}: {name} is not bit-identical to the source's"
-                count += 1
-        self.counts["against_source"] = count
+        claim, reader = self.claims[name], self.source_readers[self.source_where[name]]
+        rows, columns = self.source_tensors[name].shape[-2:]
+        step = claim.tile[0] if claim.tile else 1
+        height = max(step, ROWS_AT_ONCE // columns // step * step)
+        spans = [(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
+        if self.quick:
+            starts = sorted({rows * quarter // 4 // step * step for quarter in range(4)})
+            spans = [(begin, min(begin + SAMPLED_ROWS // 4, rows)) for begin in starts]
+        signal = error = 0.0
+        packed_name = f"{module}.weight_packed"
+        for begin, end in spans:
+            weight = reader.matrix_rows(name, number, begin, end)
+            if claim.scale:
+                last = self.source_readers[self.source_where[claim.scale]]
+                stored = (last.tensor(claim.scale) if math.prod(last.info(claim.scale).shape) == 1
+                          else last.matrix_rows(claim.scale, number, begin // step, -(-end // step)))
+                try:
+                    weight = mxfp4.decode_block_fp8(weight, tile_scales(stored, tuple(weight.shape), claim.tile), claim.tile)
+                except mxfp4.NonFiniteError as found:
+                    raise UserError(f"--source {self.source}: {name}: {found}; the source is damaged") from None
+            weight = weight.double()
+            made = mxfp4.dequantize(self.readers[self.where[packed_name]].matrix_rows(packed_name, expert, begin, end),
+                                    self.readers[self.where[scale]].matrix_rows(scale, expert, begin, end), torch.float32).double()
+            signal += weight.square().sum().item()
+            error += (weight - made).square().sum().item()
+        ratio = 10 * math.log10(signal / error) if 0 < signal < math.inf and 0 < error < math.inf else -math.inf
+        if error and not ratio >= LOWEST_SQNR_DB:  # NaN, too
+            yield (f"{label}: has {ratio:.1f} dB SQNR against the source's {name}, less than {LOWEST_SQNR_DB:g}; it is another matrix, or "
+                   "its exponents are shifted")
 
     CHECKS: tuple[tuple[str, str, Callable], ...] = (
         ("containers", "Shards are sound, no tensor is in two", containers),
         ("index", "The index names every tensor, its shard and the true size", index),
         ("pairs", "Packed weights and scales fit each other, no name is odd", pairs),
         ("experts", "Every layer has all its routed experts in one format", experts),
+        ("layers", "Every layer is there, with what its kind has", layers),
         ("scheme_arguments", "The config's groups say what is stored", scheme_arguments),
         ("coverage", "vLLM's matching gives every module its stored format", coverage),
         ("numbers", "Scales are numbers, blocks use their range", numbers),
@@ -374,18 +519,58 @@ class Checkup:
         """{"passed", "checks": [...], "notes": [...]}"""
         rows = []
         with self.opened():
+            self.open_source()
             for key, title, check in self.CHECKS:
+                faults = []
                 try:
-                    faults = list(check(self))
+                    for fault in check(self):
+                        faults.append(fault)
                 except (UserError, OSError) as error:
-                    faults = [str(error)]
+                    faults.append(str(error))
+                except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                    # a stranger's file of a form that nobody foresaw is a fault of the file, and must not hide the other checks
+                    faults.append(f"could not be checked, something has a form that it cannot have ({type(error).__name__}: {str(error)[:120]})")
                 rows.append({"check": key, "title": title, "passed": not faults, "count": self.counts.get(key), "faults": faults})
         return {"directory": str(self.directory), "passed": all(row["passed"] for row in rows), "checks": rows, "notes": self.notes}
 
 
+def _object(value: object, where: str) -> dict:
+    """The value, if it is a JSON object; UserError if not."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: is {'null' if value is None else type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _checked_section(section: object) -> dict:
+    """quantization_config, if it has the form of compressed-tensors; UserError for the first value of another type."""
+    where = "config.json: quantization_config"
+    if _object(section, where).get("quant_method") != "compressed-tensors":
+        raise UserError(f"{where}: quant_method is {section.get('quant_method')!r}; only compressed-tensors checkpoints are verified")
+    lists = [("ignore", section.get("ignore") or [])]
+    for name, group in _object(section.get("config_groups") or {}, f"{where}.config_groups").items():
+        _object(group, f"{where}.{name}")
+        _object(group.get("weights") or {}, f"{where}.{name}.weights")
+        if not isinstance(group.get("format") or "", str):
+            raise UserError(f"{where}.{name}.format: is {group['format']!r}, expected a name")
+        lists.append((f"{name}.targets", group.get("targets")))
+    for name, entries in lists:
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise UserError(f"{where}.{name}: is {str(entries)[:60]!r}, expected a list of names")
+        for entry in entries:
+            try:
+                re.compile(entry.removeprefix("re:") if entry.startswith("re:") else "")
+            except re.error as error:
+                raise UserError(f"{where}.{name}: {entry!r} is no regular expression: {error}") from None
+    return section
+
+
 def _scale_shape(info: TensorInfo, weights_per_element: int) -> tuple[int, ...]:
     """Shape of the block scales of a stored weight; a width that is no multiple of 32 gets one too many, which fits nothing."""
-    return (*info.shape[:-1], -(-info.shape[-1] * weights_per_element // 32))
+    return (*info.shape[:-1], -(-info.shape[-1] * weights_per_element // 32)) if info.shape else ()
 
 
 def _some(names: list[str], before: str, after: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """`mxforge plan`, `verify` and `config`: what a user types, what comes back, and that no damage on purpose gets through."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -91,6 +92,23 @@ TENSOR_DAMAGES = {
     "exponents_off_by_one": (shift_exponents, "numbers", "times as large as its siblings', half of which lie within"),
     "exponents_too_high": (lambda t: t.update({f"{LAYER}.3.gate_proj.weight_packed": t[f"{LAYER}.3.gate_proj.weight_packed"] & 0x99}),
                            "numbers", "no value of 3 or above"),
+    "packed_without_rows": (lambda t: t.update({f"{LAYER}.3.gate_proj.{p}": t[f"{LAYER}.3.gate_proj.{p}"][:0].clone()
+                                                for p in ("weight_packed", "weight_scale")}), "pairs", "which is no matrix"),
+    "packed_of_one_dimension": (lambda t: t.update({f"{LAYER}.3.gate_proj.{p}": t[f"{LAYER}.3.gate_proj.{p}"][0].clone()
+                                                    for p in ("weight_packed", "weight_scale")}), "pairs", "which is no matrix"),
+    "scales_out_of_range": (lambda t: [t[name].fill_(254) for name in t if name.endswith("weight_scale")], "numbers", "infinite"),
+    "packed_zeros": (lambda t: [t[name].zero_() for name in t if name.endswith("weight_packed")], "numbers", "nothing but zeros"),
+    "one_expert_twice": (lambda t: [t.update({f"{LAYER}.3.{n}": t[f"{LAYER}.4.{n}"].clone()})
+                                    for n in ("up_proj.weight_packed", "up_proj.weight_scale")], "numbers", "was written twice"),
+    "missing_q_proj": (lambda t: t.pop("model.layers.2.self_attn.q_proj.weight"), "layers", "there is no layer 2: self_attn.q_proj.weight"),
+    "missing_norm": (lambda t: t.pop("model.layers.2.input_layernorm.weight"), "layers", "there is no layer 2: input_layernorm"),
+    "no_experts_in_a_layer": (lambda t: [t.pop(name) for name in list(t) if f"{LAYER}." in name], "layers", "there is no layer 2: moe.experts"),
+    "layer_too_many": (lambda t: t.update({"model.layers.77.input_layernorm.weight": torch.ones(4)}), "layers", "there are tensors of layer 77"),
+    "nan_passed_through": (lambda t: t["model.layers.2.self_attn.q_proj.weight"].__setitem__((0, 0), math.nan), "numbers", "holds NaN"),
+    "zeros_passed_through": (lambda t: t["model.layers.2.self_attn.q_proj.weight"].zero_(), "numbers", "nothing but zeros"),
+    "both_layouts": (lambda t: t.update({f"model.layers.2.moe.gate_proj.{p}": torch.stack(
+        [t[f"{LAYER}.{e}.gate_proj.{p}"] for e in range(16)]) for p in ("weight_packed", "weight_scale")}), "experts", "stacked and expert by expert"),
+    "strange_names": (lambda t: t.update({"../../x.weight": torch.ones(2, 32)}), "pairs", "no engine asks for names like"),
     "attention_as_mxfp4": (lambda t: (t.pop("model.layers.2.self_attn.o_proj.weight"), t.update(
         {f"model.layers.2.self_attn.o_proj.{p}": t[f"{LAYER}.3.down_proj.{p}"].clone() for p in ("weight_packed", "weight_scale")})),
         "coverage", "no target claims it"),
@@ -100,7 +118,7 @@ TENSOR_DAMAGES = {
 def test_a_sound_release_passes_every_check_and_shows_one_page(converted, release):
     assert faults(release, source=TINY) == {}
     shown = mxforge("verify", converted.run_directory / "release", "--source", TINY)
-    assert shown.returncode == 0 and shown.stdout.count("pass") == 9 and len(shown.stdout.splitlines()) < 15, shown.stdout
+    assert shown.returncode == 0 and shown.stdout.count("pass") == 10 and len(shown.stdout.splitlines()) < 15, shown.stdout
 
 
 @pytest.mark.parametrize("name", TENSOR_DAMAGES)
@@ -121,7 +139,10 @@ def test_damaged_tensors_are_found_without_manifest_and_source(release, name):
     (lambda c: c["config_groups"]["group_0"].update(targets=[r"re:model\.layers\.\d+\.moe\..*"]), "coverage", "matches no module"),
     (lambda c: (c["config_groups"]["group_0"].update(targets=["Linear"]), c.update(ignore=["lm_head"])), "coverage", "vLLM would expect MXFP4"),
     (lambda c: c.update(ignore=[r"re:.*\.q_proj$"]), "coverage", "names only some of"),
-    (lambda c: c["ignore"].append("re:.*no_such_module"), "coverage", "matches no module of the model"),
+    (lambda c: c["config_groups"]["group_0"]["targets"].append("re:.*no_such_module"), "coverage", "matches no module of the model"),
+    (lambda c: c["config_groups"]["group_0"].update(format="mxfp8-quantized"), "coverage", "stored as mxfp4, but its group has format mxfp8"),
+    (lambda c: c["config_groups"]["group_0"].update(format="nvfp4-pack-quantized"), "coverage", "its group has format nvfp4"),
+    (lambda c: c["config_groups"]["group_0"]["weights"].update(dynamic=True), "scheme_arguments", "dynamic is True"),
     (lambda c: c["ignore"].append(r"re:.*experts\.0\.up_proj$"), "coverage", "find a scheme"),
 ])
 def test_configs_that_vllm_would_read_otherwise_are_found(release, action, check, words):
@@ -164,6 +185,12 @@ def test_unreadable_shards_are_found(release):
     (lambda t: swap(t, f"{LAYER}.3.gate_proj", f"{LAYER}.4.gate_proj"), f"{LAYER}.3.gate_proj.weight_packed", "dB SQNR"),
     (lambda t: t["model.norm.weight"].view(torch.uint8).__setitem__(0, t["model.norm.weight"].view(torch.uint8)[0] ^ 1),
      "model.norm.weight", "not bit-identical"),
+    (lambda t: t.pop("model.layers.2.self_attn.q_proj.weight"), "model.layers.2.self_attn.q_proj.weight", "there is nothing of the source's"),
+    (lambda t: t.update({"model.layers.2.self_attn.q_proj.weight": t["model.layers.2.self_attn.q_proj.weight"].float()}),
+     "model.layers.2.self_attn.q_proj.weight", "is F32"),
+    (lambda t: t[f"{LAYER}.3.down_proj.weight_packed"][40:100].zero_(), f"{LAYER}.3.down_proj.weight_packed", "dB SQNR"),
+    (lambda t: [t.pop(f"{LAYER}.3.gate_proj.{p}") for p in ("weight_packed", "weight_scale")],
+     f"{LAYER}.3.gate_proj.weight_packed", "the expert was lost"),
 ])
 def test_a_source_shows_what_the_codes_cannot(release, action, contains, words):
     change(release, action, contains)
@@ -177,6 +204,61 @@ def test_the_manifest_shows_any_changed_byte(converted, release):
     path = release / "tokenizer.json"
     path.write_bytes(path.read_bytes() + b" ")
     assert "not those of manifest.json" in faults(release)["manifest"][0]
+    manifest = json.loads((release / "manifest.json").read_text())
+    del manifest["files"]["tokenizer.json"]
+    (release / "manifest.json").write_text(json.dumps(manifest))
+    assert "does not list tokenizer.json" in faults(release)["manifest"][0]
+
+
+def test_a_source_that_is_none_is_named_and_not_blamed_on_the_release(release, tmp_path):
+    for source, words in ((release, "is a packed release itself"), (tmp_path, "holds no tensor")):
+        shown = mxforge("verify", release, "--source", source)
+        assert shown.returncode == 1 and f"--source {source}" in shown.stderr and words in shown.stderr, shown.stderr
+    damaged = tmp_path / "damaged"
+    shutil.copytree(TINY, damaged)
+    change(damaged, lambda t: t["model.layers.2.moe.gate_proj.weight_scale_inv"].fill_(math.nan), "model.layers.2.moe.gate_proj.weight", index=False)
+    assert any("the source is damaged" in fault for fault in faults(release, source=damaged)["against_source"])
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "[" * 100_000, '{"text_config": [1]}', '{"quantization_config": []}', *(
+    json.dumps({"quantization_config": {"quant_method": "compressed-tensors", **section}}) for section in (
+        {"config_groups": [1]}, {"config_groups": {"a": None}}, {"config_groups": {"a": {"targets": "Linear"}}},
+        {"config_groups": {"a": {"targets": ["re:("]}}}, {"config_groups": {"a": {"targets": ["x"], "weights": "x"}}},
+        {"config_groups": {"a": {"targets": ["x"], "format": ["x"]}}}, {"config_groups": {}, "ignore": 3}, {"ignore": [None]}))])
+def test_a_config_of_another_form_is_one_line(release, text):
+    (release / "config.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        Checkup(release)
+    assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("model.safetensors.index.json", "[]"), ("model.safetensors.index.json", '{"weight_map": [1], "metadata": 3}'),
+    ("manifest.json", "[]"), ("manifest.json", '{"files": [1]}'), ("manifest.json", '{"files": {"config.json": null}}')])
+def test_tables_of_another_form_are_faults(release, name, text):
+    (release / name).write_text(text)
+    assert faults(release, quick=True), name
+    before = (release / "config.json").read_bytes()
+    edit_config(release, lambda c: c["config_groups"]["group_0"].update(targets=["FusedMoE"]))
+    edited = (release / "config.json").read_bytes()
+    if name == "manifest.json" and text != '{"files": {"config.json": null}}':
+        assert mxforge("config", release).returncode == 1 and (release / "config.json").read_bytes() == edited != before
+
+
+def test_odd_counts_and_pipes_are_faults(release):
+    config = json.loads((release / "config.json").read_text())
+    for change_ in ({"num_hidden_layers": 7}, {"num_hidden_layers": True}, {"moe_num_experts": "16"}, {"moe_num_experts": 0}):
+        (release / "config.json").write_text(json.dumps({**config, "text_config": {**config["text_config"], **change_}}))
+        assert faults(release, quick=True), change_
+    (release / "config.json").write_text(json.dumps(config))
+    os.mkfifo(release / "model-00009.safetensors")
+    assert "is no regular file" in faults(release, quick=True)["containers"][0]
+
+
+def test_an_unused_ignore_is_a_note(release):
+    edit_config(release, lambda c: c["ignore"].append("re:.*no_such_module"))
+    result = Checkup(release, quick=True).run()
+    assert result["passed"] and any("no_such_module" in note for note in result["notes"])
 
 
 def test_a_fault_is_a_page_one_last_line_and_exit_status_1(release):
@@ -203,7 +285,7 @@ def test_config_makes_the_same_file_again_and_the_manifest_follows(converted, re
     assert (release / "config.json").read_bytes() == original and (release / "manifest.json").read_bytes() == manifest
     change(release, lambda t: t.pop(f"{LAYER}.5.down_proj.weight_scale"))
     refused = mxforge("config", release)
-    assert refused.returncode == 1 and "mend the weights first" in refused.stderr
+    assert refused.returncode == 1 and "mend that first" in refused.stderr
 
 
 EXPECTED = {"quantized_weights": 190_253_629_440, "release_tensor_bytes": 123_295_638_272, "source_tensor_bytes": 212_523_475_712,
@@ -247,4 +329,16 @@ def test_plan_of_a_hub_repository_resolves_its_revision_and_reads_headers_only(f
 def test_what_is_no_source_is_one_line():
     assert command_line.REPOSITORY.fullmatch("owner/name@refs/pr/1")["revision"] == "refs/pr/1"
     with pytest.raises(UserError, match="no hub repository"):
-        command_line.source_overrides("a/b/c")
+        command_line.settings_of("a/b/c", "mxfp4_experts", [], "results")
+    for override in ("source.path=/etc", "results=/x", "recipe=other", "+source.path=/etc"):
+        with pytest.raises(UserError, match="named by the command itself"):
+            command_line.settings_of(str(TINY), "mxfp4_experts", [override], "results")
+    with pytest.raises(UserError, match="choose one of"):
+        command_line.settings_of(str(TINY), "null", [], "results")
+
+
+@pytest.mark.parametrize("name", ["it's", "a${b}", "back\\slash\\", "a, [b] = {c}", "with space"])
+def test_plan_takes_any_directory_name(tmp_path, name):
+    shutil.copytree(TINY, tmp_path / name)
+    ran = mxforge("plan", tmp_path / name)
+    assert ran.returncode == 0 and "653 tensors in 6 shards" in ran.stdout, ran.stderr

@@ -365,6 +365,18 @@ def test_other_ways_to_store_the_same_model_convert_to_the_same_model(converted,
         assert torch.equal(ours, theirs)
 
 
+def test_one_expert_of_one_tile_is_not_taken_for_a_scale_of_the_whole_tensor():
+    info = {"w": {"shard": "a", "shape": [1, 64, 64]}, "s": {"shard": "a", "shape": [1, 1, 1]}}
+
+    class Reader:
+        def tensor(self, name):
+            return torch.full((1, 1, 1), 2.0)
+
+    scales = quantize_experts.TileScales(None, {"tensors": info}, "a", Reader())
+    rows = scales.rows({"scale": "s", "tile": [128, 128], "shape": [1, 64, 64]}, 0, 0, 64)
+    assert rows.shape == (1, 1) and rows.item() == 2.0
+
+
 @pytest.mark.parametrize("place", ["local", "hub"])
 def test_scales_in_another_shard_are_fetched_from_it(converted, tmp_path, monkeypatch, place):
     """All scales moved to a shard of their own, 3D and 2D experts: the same release, and nothing else of that shard moves."""

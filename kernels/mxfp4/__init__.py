@@ -120,6 +120,7 @@ def quantize(
         if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
             raise ValueError("importance has negative or non-finite elements")
     module = backend_module(backend, MODULES)
+    weight, importance = weight.detach(), None if importance is None else importance.detach()
     flat = weight.unsqueeze(0) if weight.dim() == 2 else weight
     scales = tile_scale.unsqueeze(0) if tile_scale is not None and weight.dim() == 2 else tile_scale
     try:

@@ -7,12 +7,13 @@ Every block, whatever its source, takes the same steps:
                   D(e0 + 1) - D(e0) = tent(u; 0.5, 0.25) + tent(u; 1.5, 0.25) - 4 max(0, u - 7)             for u < 8
                   D(e0 - 1) - D(e0) = 2 max(0, u - 3.5) - tent(u; 0.25, 0.125) / 2 - tent(u; 0.75, 0.125) / 2   for u <= 4.5
               where tent(u; c, h) = max(0, h - |u - c|): the two grids differ around c only. So e0 + 1 cannot win unless the
-              largest u exceeds 7, and e0 - 1 cannot unless it is below 4.47: beyond, it loses over 31/16 on the largest
-              element, and the other 31 gain at most 1/16 each. At most one of the two is looked at. The sums are float32, wrong by less than 4e-5 (32 terms up to 4, five levels of additions);
-              within DOUBT of zero, in practice for exact ties, `exact_change` decides by the float64 sums of the reference.
+              largest u exceeds 7, and e0 - 1 cannot unless it is below 4.47: above, it loses more than 31/16 on the largest
+              element, and the other 31 win back at most 1/16 each. At most one neighbour is evaluated. Its sum is float32
+              and wrong by less than 4e-5 (32 terms of at most 4, added in five levels); where it is within DOUBT of zero
+              (mostly exact ties), `exact_change` decides by the float64 sums of the reference.
     codes     how many of the seven midpoints a magnitude has passed
     sums      of w^2, (w - w_hat)^2 and w_hat^2 in float64: u - q is exact in float32 (q lies within a factor of two of u, or
-              is 0), so are the squares in float64
+              is 0), so are the squares in float64; u itself is exact unless below 2^-126, which only the sums could notice
 
 Block-FP8. All codes of a tile share one scale, so a tile has 127 magnitudes |w| = float32(code) * scale, rounded to float32,
 in the order of their codes. Tables per tile give e0 by code, and per exponent the codes at which the seven midpoints are
@@ -24,13 +25,14 @@ only temporary copy of the weights.
 
 Why vectors by hand: numba's own loops over 32 bytes with a decision for each block do not become vector instructions, and
 lookups in tables per weight reached 0.5 GB/s. LLVM maps 32 lanes to what the machine has; the order of every sum is written
-down here, so statistics do not depend on that either. All of it is in one file because numba's cache on disk notices a change
+down here, so statistics do not depend on the machine either. All of it is in one file because numba's cache on disk notices a change
 of the file that a kernel is in, and of no other.
 """
 
 import functools
 import operator
 import warnings
+from contextlib import contextmanager
 
 import numba
 import numpy as np
@@ -50,10 +52,10 @@ ZERO_BLOCK = OCTAVES - 1  # row of the tables for blocks of zeros, which belong 
 MAY_GO_UP, MAY_GO_DOWN = 64, 32  # added to a block's exponent index while it is not settled
 REFUSED = -1
 DOUBT = np.float32(1e-4)
-LARGEST_SCALE = 128.0  # of a tile that is converted through tables: scale * 2^120 must be a float32
+LARGEST_SCALE = 128.0  # a tensor with a tile scale from here on goes through panels: tables need scale * 2^120 in float32
 VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-HALF_STEP = (2.0 ** (np.arange(-160, 121) - 1.0)).astype(np.float32)  # [e + 160]; tables convert weights below 2^16
+HALF_STEP = (2.0 ** (np.arange(-160, 121) - 1.0)).astype(np.float32)  # [e + 160] is 2^(e - 1); tables need e from -127 to 15
 POWER = 2.0 ** np.arange(-160, 161)  # POWER[e + 160] is 2^e; a call of ldexp costs as much as half a block
 
 
@@ -254,14 +256,17 @@ def fold_pairs(typingctx, pairs):
 
 @intrinsic
 def add_squares(typingctx, sums, v):
-    """Adds the squares of a float32 vector to float64 sums of 8 lanes, in which the products are exact; lane i to i modulo 8."""
+    """Adds the squares of a float32 vector to float64 sums of 8 lanes, lane i to i modulo 8.
+
+    The products are exact in float64, so machines that fuse multiplication and addition and those that do not agree to the bit.
+    """
 
     def generate(context, builder, signature, args):
         value, wide = args[0], context.get_value_type(sums)
-        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(wide, [wide] * 3), f"llvm.fma.v{sums.lanes}f64")
+        multiply_add = cgutils.get_or_insert_function(builder.module, ir.FunctionType(wide, [wide] * 3), f"llvm.fmuladd.v{sums.lanes}f64")
         for begin in range(0, v.lanes, sums.lanes):
             part = builder.fpext(shuffled(builder, args[1], range(begin, begin + sums.lanes)), wide)
-            value = builder.call(fma, [part, part, value])
+            value = builder.call(multiply_add, [part, part, value])
         return value
 
     return sums(sums, v), generate
@@ -298,7 +303,7 @@ def power(e):
 def exponent_of(bits, rule):
     """Exponent of a block under a rule that looks at amax alone, e0 for mse; from amax's float32 bits.
 
-    Subnormal bits count as exponent -127 here; they end at -127 under every rule.
+    A subnormal amax counts as 2^-127 here, which is too much, but every rule ends at -127 there anyway.
     """
     e = np.int64(bits >> 23) - 129
     mantissa = bits & 0x7FFFFF
@@ -311,8 +316,8 @@ def exponent_of(bits, rule):
 def may_move(bits):
     """What of e0 + 1 and e0 - 1 could be better under mse, by amax's float32 bits: MAY_GO_UP, MAY_GO_DOWN or 0.
 
-    u = 4 * mantissa of amax, so u > 7 where the mantissa exceeds 1.75; u <= 4.5 where it is at most 1.125. Below 2^-125 u < 4
-    and the exponent is the least there is.
+    u = 4 * mantissa of amax, so u > 7 where the mantissa exceeds 1.75; u <= 4.5 where it is at most 1.125. Below 2^-125 e0 is
+    clamped to -127: u < 4, so e0 + 1 cannot win, and there is no e0 - 1. Up to 2^-124 e0 is -127, too, and may only rise.
     """
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     if exponent < 2:
@@ -482,7 +487,8 @@ def write_row(source, begin, blocks, shift, lowest, scale, weight, chosen, last,
         target = start >> np.uint64(5)
         source_codes = load(source, start)
         codes = source_codes & fill(np.uint8(127))
-        # -1 for each midpoint that a code has passed; the last three count 2, 2 and 4 halves
+        # each comparison gives -1 where a midpoint is passed; the code counts all seven once, the value in halves counts
+        # the first four once, the next two twice, the last four times
         ones = above(codes, fill(last[passed])) + above(codes, fill(last[passed + np.uint64(1)]))
         ones = ones + above(codes, fill(last[passed + np.uint64(2)])) + above(codes, fill(last[passed + np.uint64(3)]))
         twos = above(codes, fill(last[passed + np.uint64(4)])) + above(codes, fill(last[passed + np.uint64(5)]))
@@ -624,6 +630,22 @@ def table_shift(weight, tile_scale, tile, importance):
     return shift if float(tile_scale.max()) < LARGEST_SCALE else None
 
 
+@contextmanager
+def exact_subnormals():
+    """Turns off, for this thread and the block, a processor mode that takes subnormal float32 for zero.
+
+    torch.set_flush_denormal and libraries built for speed turn it on; small FP8 codes pass through subnormals here.
+    """
+    flushed = np.float32(1e-40) * np.float32(2.0**60) == 0
+    if flushed:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushed:
+            torch.set_flush_denormal(True)
+
+
 def quantize(weight, tile_scale, rule, tile, importance):
     """[E, out, in] -> packed, scale, signal, error, decoded; arguments checked by kernels.mxfp4.quantize."""
     experts, out, columns = weight.shape
@@ -635,15 +657,16 @@ def quantize(weight, tile_scale, rule, tile, importance):
     statistics = torch.zeros(experts, 3, dtype=torch.float64)
     number_of_rule = RULE_NUMBER[rule]
     shift = table_shift(weight, tile_scale, tile, importance)
-    for i in range(experts):
-        target = (packed[i].numpy().reshape(-1), scale[i].numpy().reshape(-1), statistics[i].numpy())
-        if shift is not None:
-            source = weight[i].view(torch.uint8).numpy().reshape(-1)
-            fine = fp8_matrix(source, out, columns, tile_scale[i].numpy(), tile[0], np.uint64(shift), code_values(), number_of_rule, *target)
-        else:
-            fine = by_panels(weight[i], None if tile_scale is None else tile_scale[i], number_of_rule, tile, importance, target)
-        if not fine:
-            refuse(weight, tile_scale, tile, i)
+    with exact_subnormals():
+        for i in range(experts):
+            target = (packed[i].numpy().reshape(-1), scale[i].numpy().reshape(-1), statistics[i].numpy())
+            if shift is not None:
+                source = weight[i].view(torch.uint8).numpy().reshape(-1)
+                fine = fp8_matrix(source, out, columns, tile_scale[i].numpy(), tile[0], np.uint64(shift), code_values(), number_of_rule, *target)
+            else:
+                fine = by_panels(weight[i], None if tile_scale is None else tile_scale[i], number_of_rule, tile, importance, target)
+            if not fine:
+                refuse(weight, tile_scale, tile, i)
     return packed, scale, *statistics.unbind(-1)
 
 
@@ -704,6 +727,8 @@ def value_table() -> np.ndarray:
 def dequantize(packed, scale, dtype):
     """Row panels through float32 bits; for other dtypes each panel is rounded by torch."""
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
+    if not packed.numel():
+        return torch.empty(shape, dtype=dtype)
     packed = packed.contiguous().reshape(-1, packed.shape[-1])
     scale = scale.contiguous().reshape(-1, scale.shape[-1])
     result = torch.empty(len(packed), shape[-1], dtype=dtype)

@@ -68,8 +68,8 @@ def read_json(path: Path, made_by: str) -> dict:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run {made_by} first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run {made_by} again") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({str(error)[:120]}): delete it and run {made_by} again") from None
 
 
 def sha256_file(path: Path, stop: threading.Event | None = None) -> str:

@@ -29,8 +29,8 @@ class ShardWriter:
     """`with ShardWriter(path, specs, metadata) as writer: writer.write(name, bytes_like)` for every tensor in order.
 
     A tensor may come in several pieces; it must be complete before the next one starts. A piece must stay unchanged until
-    the next `write` returns. A write that failed (a full disk) raises its OSError at the next `write` or at the end of the
-    `with`. After the `with`, `sha256`, `size` and `tensor_sha256` describe what was written.
+    the next `write` returns or the `with` ends. A write that failed (a full disk) raises its OSError at a later `write` or at
+    the end of the `with`. After the `with`, `sha256`, `size` and `tensor_sha256` describe what was written.
     """
 
     def __init__(self, path: Path, specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict | None):

@@ -29,7 +29,8 @@ DIALECTS = (block_fp8, mxfp8, channel_fp8, plain)  # more specific first
 def tile_scales(scale, shape: tuple[int, ...], tile: tuple[int, int]):
     """A stored scale tensor as the float tile scales of an FP8 weight (or some of its rows) of `shape`.
 
-    E8M0 bytes become their powers of two, one scale for the whole tensor one per row: kernels know float tiles only.
+    E8M0 bytes become their powers of two, a single scale for the whole tensor is repeated for each row: kernels know float tiles
+    only.
     Raises kernels.formats.NonFiniteError for E8M0 byte 255.
     """
     import torch

@@ -102,6 +102,32 @@ def test_source_memory_that_is_not_aligned_or_contiguous_converts_alike():
     compare("cpu", "cpu", wide[:, 160:], scale, name="not contiguous")
 
 
+def test_a_processor_mode_that_flushes_subnormals_changes_nothing_and_stays_on():
+    codes = torch.full((1, 32), 1, dtype=torch.uint8)  # the least subnormal code
+    codes[0, 0] = 16
+    truth = quantize(codes.view(torch.float8_e4m3fn), torch.ones(1, 1), backend="reference")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        made = quantize(codes.view(torch.float8_e4m3fn), torch.ones(1, 1))
+        assert float(torch.tensor(1e-40) * 2.0**60) == 0
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(made.scale, truth.scale) and torch.equal(made.packed, truth.packed) and made.error == truth.error
+
+
+def test_parameters_that_want_gradients_are_accepted():
+    weight = torch.nn.Parameter(torch.ones(1, 32))
+    made = quantize(weight, importance=torch.nn.Parameter(torch.ones(32)))
+    assert torch.equal(made.packed, quantize(weight, backend="reference").packed)
+
+
+def test_zero_columns_decode_to_zero_columns():
+    empty = torch.zeros(4, 0, dtype=torch.uint8)
+    for backend in ("reference", "cpu"):
+        assert dequantize(empty, empty, backend=backend).shape == (4, 0)
+
+
 def test_zero_rows_and_zero_experts_are_accepted():
     for shape in ((0, 64), (0, 8, 32), (2, 0, 32)):
         made = quantize(torch.zeros(shape))
