@@ -4,3 +4,9 @@ download, inspect_format, plan, quantize_experts, validate_gemm, assemble_releas
 serve_bench, report. Each is a plain function plus a `main()`, so that it runs alone, under pytest and in the DAG.
 Imports run one way: Snakefile -> stages.<node> -> stages.{checkpoint,dialects,schemes,serving} -> kernels.
 """
+
+import gc
+import sys
+
+if sys.argv[:1] == ["-m"]:  # a stage is being started; `exit_with_one_line` turns collection on again
+    gc.disable()  # torch and numba make objects by the hundred thousand on import that all live on: a fifth of the start

@@ -8,6 +8,7 @@ its traceback.
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Callable
 
@@ -21,6 +22,9 @@ def exit_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapper(*arguments, **keywords):
+        if not gc.isenabled():  # see stages/__init__.py; what was imported stays
+            gc.freeze()
+            gc.enable()
         try:
             return main(*arguments, **keywords)
         except UserError as error:

@@ -334,9 +334,9 @@ class Checkup:
                 packed, sampled = _sample(packed_reader, packed_name, expert, rows, exponents)
                 codes = torch.stack((packed & 7, (packed >> 4) & 7), -1).flatten(-2).unflatten(-1, (-1, 32)).amax(-1)
                 key = EXPERT.sub(r"\g<layer>.experts.*.\g<projection>", module) if expert is None else module
-                print_ = hashlib.sha256(packed.numpy().tobytes() + sampled.numpy().tobytes()).digest()
-                if bool(packed.any()) and seen.setdefault((key, print_), label) != label:
-                    yield f"{label}: holds the bytes of {seen[key, print_]}; one expert was written twice"
+                digest = hashlib.sha256(packed.numpy().tobytes() + sampled.numpy().tobytes()).digest()
+                if bool(packed.any()) and seen.setdefault((key, digest), label) != label:
+                    yield f"{label}: holds the bytes of {seen[key, digest]}; one expert was written twice"
                 used = codes[codes > 0]
                 low = float((used < HIGH_CODE).double().mean()) if used.numel() else 0.0
                 if low > UNUSED_BLOCKS:
@@ -455,7 +455,7 @@ class Checkup:
                     self.notes.append(f"{line}; decoded by whatever made it, not compared")
                 else:
                     yield line
-            elif not self.quick and _sha256(self.readers[self.where[name]], name) != _sha256(self.source_readers[self.source_where[name]], name):
+            elif not self.quick and self.readers[self.where[name]].sha256(name) != self.source_readers[self.source_where[name]].sha256(name):
                 yield f"{self.where[name]}: {name} is not bit-identical to the source's"
             count += 1
         scales = {claim.scale for claim in self.claims.values()}
@@ -588,13 +588,6 @@ def _sample(reader: ShardReader, name: str, expert: int | None, rows: int, expon
     spans = [(0, half), (max(half, rows - half), rows)]
     packed = torch.cat([reader.matrix_rows(name, expert, begin, end) for begin, end in spans if end > begin])
     return packed, torch.cat([exponents[begin:end] for begin, end in spans if end > begin])
-
-
-def _sha256(reader: ShardReader, name: str) -> str:
-    digest = hashlib.sha256()
-    for chunk in reader.chunks(name):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def print_result(result: dict) -> None:

@@ -6,7 +6,6 @@ fault named; verify.json is written either way, so that the report can show what
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -27,13 +26,6 @@ from stages.settings import Settings, load, stage_parser
 
 RELATIVE_TOLERANCE = 1e-9  # of sums of squares that two implementations add up in different orders
 DECODE_WEIGHTS = 4 << 20  # weights decoded at once while re-reading
-
-
-def _sha256(reader: ShardReader, name: str) -> str:
-    digest = hashlib.sha256()
-    for chunk in reader.chunks(name):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Verification:
@@ -104,9 +96,9 @@ class Verification:
                 for name, (planned_shard, output) in self.planned.items():
                     if planned_shard != shard or output.part != "weight":
                         continue
-                    digests = {self.receipts[shard]["tensors"][name], _sha256(self.readers[shard], name)}
+                    digests = {self.receipts[shard]["tensors"][name], self.readers[shard].sha256(name)}
                     if source is not None:
-                        digests.add(_sha256(source, output.source))
+                        digests.add(source.sha256(output.source))
                     if len(digests) != 1:
                         yield f"{shard}: {name} is not bit-identical to the source"
                     count += 1

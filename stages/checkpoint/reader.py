@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,13 @@ class ShardReader:
         buffers = [bytearray(min(CHUNK, info.nbytes)), bytearray(min(CHUNK, max(0, info.nbytes - CHUNK)))]
         for number, begin in enumerate(range(info.begin, info.end, CHUNK)):
             yield self._read(begin, min(begin + CHUNK, info.end), buffers[number % 2])
+
+    def sha256(self, name: str) -> str:
+        """sha256 of a tensor's bytes."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks(name):
+            digest.update(chunk)
+        return digest.hexdigest()
 
     def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Entries begin..end along the first dimension, as a tensor of its own memory."""
