@@ -25,10 +25,10 @@ from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import TORCH_DTYPES, ShardReader
 from stages.dialects import recognize, tile_scales
 from stages.dialects.roles import role_of
+from stages.download import INDEX
 from stages.errors import UserError
 from stages.schemes import vllm_rules
 
-INDEX = "model.safetensors.index.json"
 EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?P<expert>\d+)\.(?P<projection>[^.]+)$")
 EXPERT_COUNTS = ("moe_num_experts", "n_routed_experts", "num_local_experts", "num_experts")  # keys of config.json, by family
 SCALE_DTYPE = "torch.uint8"
@@ -134,7 +134,9 @@ class Checkup:
         """(module, packed weight, name of its scale) of every MXFP4 pair whose dtypes and shapes fit."""
         for module, (stored, info, scale) in self.modules().items():
             found = self.tensors.get(scale)
-            if stored == "mxfp4" and len(info.shape) in (2, 3) and math.prod(info.shape) and info.dtype == "U8" and found and (found.dtype, found.shape) == ("U8", _scale_shape(info, 2)):
+            is_matrix = len(info.shape) in (2, 3) and math.prod(info.shape)
+            if (stored == "mxfp4" and is_matrix and info.dtype == "U8" and found
+                    and (found.dtype, found.shape) == ("U8", _scale_shape(info, 2))):
                 yield module, info, scale
 
     def pairs(self) -> Iterator[str]:

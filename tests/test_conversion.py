@@ -184,7 +184,7 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
 
 
 def test_a_model_too_large_for_this_machine_is_reported_as_not_measured(converted, tmp_path):
-    settings = load([f"results={tmp_path}", f"source.path={TINY}", "evaluation.memory_gb=0.01"])
+    settings = load([f"results={tmp_path}", f"source.path={TINY}", "evaluation.memory_gb=0.01", "serving=none"])
     shutil.copytree(converted.source_directory, settings.source_directory)
     shutil.copytree(converted.run_directory, settings.run_directory)
     assert "exceed evaluation.memory_gb=0.01" in evaluate.run(settings)["not_measured"]
@@ -225,14 +225,20 @@ def test_bytes_do_not_depend_on_the_backend(converted, tmp_path):
     assert manifest_hash(settings) == manifest_hash(converted)
 
 
-def test_a_killed_conversion_leaves_no_partial_file_and_a_rerun_gives_the_same_bytes(converted, tmp_path):
-    """SIGKILL in the middle of a shard: no file under the final name, and the next run makes the same release."""
-    settings = load([f"results={tmp_path}", f"source.path={TINY}"])
+def ready_to_convert(converted, results: Path):
+    """Settings of a run of its own that is planned and has its second shard's source."""
+    settings = load([f"results={results}", f"source.path={TINY}"])
+    settings.run_directory.mkdir(parents=True)
     for name in ("inspect.json", "plan.json"):
-        settings.run_directory.mkdir(parents=True, exist_ok=True)
         shutil.copy(converted.run_directory / name, settings.run_directory / name)
     shutil.copytree(converted.source_directory, settings.source_directory)
     download.fetch_shard(settings, "model-00002.safetensors")
+    return settings
+
+
+def test_a_killed_conversion_leaves_no_partial_file_and_a_rerun_gives_the_same_bytes(converted, tmp_path):
+    """SIGKILL in the middle of a shard: no file under the final name, and the next run makes the same release."""
+    settings = ready_to_convert(converted, tmp_path)
     killer = ("import os, signal, sys\n"
               "from stages.checkpoint import writer\n"
               "write, count = writer.ShardWriter.write, [0]\n"
@@ -254,12 +260,7 @@ def test_a_killed_conversion_leaves_no_partial_file_and_a_rerun_gives_the_same_b
 
 def test_a_disk_that_fills_up_while_writing_is_one_line_and_leaves_nothing(converted, tmp_path):
     """A limit on the size of files stands for the full disk: `write` fails in the writer's thread."""
-    settings = load([f"results={tmp_path}", f"source.path={TINY}"])
-    settings.run_directory.mkdir(parents=True)
-    for name in ("inspect.json", "plan.json"):
-        shutil.copy(converted.run_directory / name, settings.run_directory / name)
-    shutil.copytree(converted.source_directory, settings.source_directory)
-    download.fetch_shard(settings, "model-00002.safetensors")
+    settings = ready_to_convert(converted, tmp_path)
     limited = ("import resource, sys\n"
                "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
                "from stages.quantize_experts import main\n"
