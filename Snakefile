@@ -7,7 +7,7 @@ from stages.serving.environment import PLUGIN, ingredients, marker_inputs, plugi
 from stages.settings import as_json, load, local_files, overrides_from, shards_of, text_path
 try:
     OVERRIDES = overrides_from(config)
-    S = load(OVERRIDES)
+    S = load(OVERRIDES, ask=True)
     SHARDS = [name.removesuffix(".safetensors") for name in shards_of(S.source)]
     TEXT = str(text_path(S))
 except UserError as error:

@@ -92,7 +92,7 @@ def run(settings: Settings) -> dict:
             weight_map.update(dict.fromkeys(plan["draft_scales"], draft_scales.SHARD))
             tensors.update(writer.tensor_sha256)
         section = plan["quantization_config"]
-        modules, faults = coverage(plan["tensors"], section, plan["text_layers"])
+        modules, faults = coverage(plan, section)
         if faults:
             raise UserError(f"the config would not fit the weights: {faults[0]}")
         write_json(building / "config.json", release_config(config, section))

@@ -40,7 +40,12 @@ def _total(sums: list[list]) -> tuple[float, float]:
 
 def sqnr(receipts: dict[str, dict]) -> dict:
     """SQNR per tensor, per expert, per layer and overall, from the receipts' exact sums (no second pass)."""
-    quantized = {name: sums for receipt in receipts.values() for name, sums in receipt["quantized"].items()}
+    quantized: dict[str, list] = {}
+    for receipt in receipts.values():
+        for name, sums in receipt["quantized"].items():
+            quantized.setdefault(name, []).extend(sums)  # the experts of a layer may lie in several shards
+    for sums in quantized.values():
+        sums.sort(key=lambda entry: entry[0] or 0)
     tensors = {name: {"layer": layer_of(name), "projection": projection_of(name), "sqnr_db": decibels(*_total(sums)),
                       "experts_db": [decibels(entry[1], entry[2]) for entry in sums]}
                for name, sums in sorted(quantized.items(), key=lambda item: (layer_of(item[0]) or 0, item[0]))}

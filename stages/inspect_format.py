@@ -45,8 +45,7 @@ def census(settings: Settings) -> dict:
     for name in sorted(tensors):
         info, claim = tensors[name], claims[name]
         entries[name] = {"shard": where[name], "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes,
-                         "role": role_of(name, layers), "dialect": claim.dialect, "scale": claim.scale,
-                         "tile": list(claim.tile) if claim.tile else None}
+                         "role": role_of(name, layers), **claim.as_entry()}
     by_role = Counter()
     for entry in entries.values():
         by_role[entry["role"]] += entry["bytes"]
@@ -54,6 +53,7 @@ def census(settings: Settings) -> dict:
         "source": settings.source.name,
         "architecture": (config.get("architectures") or [None])[0],
         "text_layers": layers,
+        "hidden_size": (config.get("text_config") or config).get("hidden_size"),
         "shards": files,
         "tensor_bytes": sum(entry["bytes"] for entry in entries.values()),
         "file_bytes": sum(file["file_size"] for file in files.values()),

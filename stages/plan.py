@@ -13,37 +13,41 @@ from collections import Counter
 
 from stages.checkpoint.files import human_bytes, read_json, render_json, write_json
 from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
-from stages.dialects.roles import ROLE_NAMES
+from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, projection_of
 from stages.download import check_disk
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
-from stages.schemes import SCHEMES, compressed_tensors, draft_scales, vllm_rules
-from stages.schemes.mxfp4 import Output
+from stages.schemes import SCHEMES, compressed_tensors, draft_scales, tensor_parallel, vllm_rules
+from stages.schemes.architectures import ARCHITECTURES, Architecture, architecture_of
+from stages.schemes.engines import engines
+from stages.schemes.kept import KEPT, group_of
+from stages.schemes.modules import Output, matrices, module_of
 from stages.settings import Settings, as_dict, load, stage_parser
 
 SHARD_METADATA = {"format": "pt"}  # the library's readers want to know the framework
-QUANTIZABLE_ROLES = tuple(compressed_tensors.TARGETS)
-TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+FLOATS = ("BF16", "F16", "F32")
 
 
 def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
     """Weight name -> scheme for everything that the recipe names; each role and pattern must match something."""
     chosen: dict[str, str] = {}
-    scales = {entry["scale"] for entry in tensors.values()}
+    named = {role for group in settings.recipe.groups for role in group.roles}
+    aliases = {"linear": QUANTIZABLE, "rest": tuple(role for role in QUANTIZABLE if role not in named)}
     for group in settings.recipe.groups:
         if group.scheme not in SCHEMES:
             raise UserError(f"recipe {settings.recipe.name}: scheme {group.scheme!r} is unknown; choose one of "
                             f"{', '.join(SCHEMES)}")
         for role in group.roles:
-            if role not in ROLE_NAMES:
+            if role not in (*ROLE_NAMES, *aliases):
                 raise UserError(f"recipe {settings.recipe.name}: role {role!r} is unknown; choose from "
-                                f"{', '.join(QUANTIZABLE_ROLES)}")
-        rules = [("role", role, lambda name, role=role: tensors[name]["role"] == role) for role in group.roles]
+                                f"{', '.join((*QUANTIZABLE, *aliases))}")
+        rules = [("role", role, lambda name, roles=aliases.get(role, (role,)): tensors[name]["role"] in roles)
+                 for role in group.roles]
         rules += [("pattern", pattern, lambda name, pattern=pattern: re.fullmatch(pattern, name) is not None)
                   for pattern in group.patterns]
         for kind, text, matches in rules:
-            names = [name for name in tensors if matches(name) and name not in scales
-                     and (kind == "pattern" or name.endswith(".weight"))]
+            names = [name for name, entry in tensors.items() if matches(name) and not entry["belongs_to"]
+                     and (kind == "pattern" or entry["matrix"] or name.endswith(".weight"))]
             if not names:
                 raise UserError(f"recipe {settings.recipe.name}: {kind} {text!r} matches no weight of "
                                 f"{settings.source.name}; its roles are "
@@ -55,54 +59,84 @@ def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
     return chosen
 
 
-def _check_weight(name: str, entry: dict, recipe: str) -> None:
+def _check_weight(name: str, entry: dict, recipe: str, layout: str, hidden_size: int | None) -> None:
+    """UserError for a weight that cannot become what the recipe makes of it."""
     where = f"{entry['shard']}: {name}"
-    if entry["role"] not in QUANTIZABLE_ROLES or len(entry["shape"]) not in (2, 3) or not name.endswith(".weight"):
-        raise UserError(f"{where} of shape {entry['shape']} and role {entry['role']} is no linear weight that the engine "
-                        f"can read quantized; recipe {recipe} must not name it")
-    if entry["dialect"] == "plain" and entry["dtype"] not in ("BF16", "F16", "F32"):
+    if entry["dialect"] == "plain" and entry["dtype"] not in FLOATS:
         raise UserError(f"{where} has dtype {entry['dtype']}, which is no floating-point weight; recipe {recipe} must "
                         "not name it")
-    inputs = entry["shape"][-1]
+    if entry["role"] not in QUANTIZABLE or not entry["matrix"]:
+        raise UserError(f"{where} of shape {entry['shape']} and role {entry['role']} is no linear weight that the engine "
+                        f"can read quantized; recipe {recipe} must not name it")
+    rows, inputs = entry["matrix"][-2:]
     if inputs % 32:
         raise UserError(f"{where}: its input dimension {inputs} is not a multiple of 32, the MXFP4 block; keep it as it "
                         "is in the recipe")
+    projection = projection_of(name)
+    if len(entry["matrix"]) == 3 and projection == "gate_up":
+        if layout == "stacked":
+            raise UserError(f"{where} holds gate and up in one tensor; recipe.layout=stacked would keep them so, which no engine reads "
+                            "in MXFP4; use recipe.layout=per_expert")
+        edge = 2 * entry["tile"][0] if entry["tile"] else 2
+        if rows % edge:
+            raise UserError(f"{where}: its {rows} rows are not two halves of whole tiles; gate and up cannot be told apart")
+    if len(entry["matrix"]) == 3 and hidden_size is not None and module_of(name).endswith((".experts.gate_up_proj", ".experts.down_proj")):
+        found = inputs if projection == "gate_up" else rows
+        if found != hidden_size:
+            raise UserError(f"{where} of shape {entry['shape']} should have {hidden_size} (hidden_size) {'inputs' if projection == 'gate_up' else 'outputs'} "
+                            "and has them elsewhere: it is stored transposed, [experts, in, out], which is not read")
+
+
+def _keep(name: str, entry: dict, recipe: str) -> str:
+    """Format in which a weight that the recipe leaves stays in the release; UserError where no engine could read it."""
+    if entry["dialect"] not in KEPT or len(entry["matrix"]) != 2 or set(entry["parts"]) - {"shape"} or module_of(name) + ".weight" != name:
+        raise UserError(f"{entry['shard']}: {name} is {entry['dialect']} and recipe {recipe} leaves it; a release that mixes "
+                        f"it with MXFP4 is not supported, name its role ({entry['role']}) in the recipe")
+    return KEPT[entry["dialect"]](entry)
 
 
 def decide(settings: Settings, census: dict) -> dict[str, dict]:
-    """Tensor name -> its census entry plus decision, scheme and reason."""
+    """Tensor name -> its census entry plus decision, scheme, reason, and the format that the release stores it in."""
     tensors = census["tensors"]
     chosen = _selected(settings, tensors)
     decided = {}
-    consumed = {}
     for name, scheme in chosen.items():
-        _check_weight(name, tensors[name], settings.recipe.name)
-        if tensors[name]["scale"]:
-            consumed[tensors[name]["scale"]] = name
+        _check_weight(name, tensors[name], settings.recipe.name, settings.recipe.layout, census["hidden_size"])
     for name, entry in tensors.items():
+        owner = entry["belongs_to"]
+        decision, scheme, stored, reason = "pass through", None, None, "not named by the recipe"
         if name in chosen:
-            decision, scheme, reason = "quantize", chosen[name], f"recipe {settings.recipe.name}"
-        elif name in consumed:
-            decision, scheme, reason = "drop", None, f"tile scale of {consumed[name]}, folded into its block scales"
-        else:
-            decision, scheme, reason = "pass through", None, "not named by the recipe"
-        if decision == "pass through" and entry["dialect"] != "plain":
-            raise UserError(f"{entry['shard']}: {name} is {entry['dialect']} and recipe {settings.recipe.name} leaves it; a "
-                            "release that mixes it with MXFP4 is not supported, name its role in the recipe")
-        decided[name] = {**entry, "decision": decision, "scheme": scheme, "reason": reason}
+            decision, scheme, stored, reason = "quantize", chosen[name], chosen[name], f"recipe {settings.recipe.name}"
+            if entry["dialect"] == scheme:
+                reason += f"; {scheme} already, its values stay"
+        elif owner in chosen:
+            decision, reason = "drop", f"belongs to {owner}, folded into its block scales"
+        elif owner or entry["dialect"] != "plain":
+            weight = owner or name
+            decision, stored = "keep", _keep(weight, tensors[weight], settings.recipe.name)
+            reason = "not named by the recipe; kept in its own format"
+        decided[name] = {**entry, "decision": decision, "scheme": scheme, "stored": stored, "reason": reason}
     return decided
+
+
+def outputs_of(name: str, entry: dict, layout: str) -> list[Output]:
+    """The release's tensors that a source tensor becomes."""
+    if entry["decision"] == "drop":
+        return []
+    if entry["scheme"]:
+        return SCHEMES[entry["scheme"]].outputs(name, tuple(entry["matrix"]), layout)
+    kept_scale = entry["decision"] == "keep" and entry["belongs_to"]
+    written = f"{module_of(entry['belongs_to'])}.weight_scale" if kept_scale else name
+    return [Output(written, entry["dtype"], tuple(entry["shape"]), name, "weight")]
 
 
 def outputs_of_shard(plan: dict, shard: str) -> list[Output]:
     """The release's tensors of one shard, in file order (dtype size descending, then name)."""
     found: dict[str, Output] = {}
     for name, entry in plan["tensors"].items():
-        if entry["shard"] != shard or entry["decision"] == "drop":
+        if entry["shard"] != shard:
             continue
-        shape = tuple(entry["shape"])
-        made = (SCHEMES[entry["scheme"]].outputs(name, shape, plan["layout"]) if entry["scheme"]
-                else [Output(name, entry["dtype"], shape, name, "weight")])
-        for output in made:
+        for output in outputs_of(name, entry, plan["layout"]):
             if output.name in found:
                 raise UserError(f"{shard}: {name} and {found[output.name].source} would both become {output.name}")
             found[output.name] = output
@@ -128,53 +162,65 @@ def release_config(source_config: dict, section: dict) -> dict:
     return {**config, "quantization_config": section}
 
 
-def linear_modules(tensors: dict) -> tuple[list[str], list[str], set[str]]:
-    """(2D linear modules, routed experts' modules, quantized modules) in checkpoint names, for the coverage proof."""
-    linears, experts, quantized = [], [], set()
+def linear_modules(tensors: dict) -> tuple[list[str], list[str], dict[str, str]]:
+    """(2D linear modules, routed experts' modules, module -> stored format) in the source's names, for the coverage proof."""
+    linears, experts, stored = [], [], {}
     for name, entry in tensors.items():
-        if entry["decision"] == "drop" or len(entry["shape"]) < 2 or not re.search(r"[._]weight$", name):
+        if not (entry["matrix"] or re.search(r"[._]weight$", name) and len(entry["shape"]) >= 2):
             continue
-        module = re.sub(r"[._]weight$", "", name)
-        (experts if entry["role"] == "routed_experts" else linears).append(module)
-        if entry["scheme"]:
-            quantized.add(module)
-    return linears, experts, quantized
+        module = module_of(name) if entry["matrix"] and not name.endswith("_weight") else re.sub(r"[._]weight$", "", name)
+        (experts if entry["role"] == "routed_experts" or ".experts." in module else linears).append(module)
+        if entry["stored"]:
+            stored[module] = entry["stored"]
+    return linears, experts, stored
 
 
-def coverage(tensors: dict, section: dict, text_layers: int) -> tuple[int, list[str]]:
-    """(number of runtime modules, faults): what vLLM's matching makes of the config."""
-    linears, experts, quantized = linear_modules(tensors)
-    modules = vllm_rules.runtime_modules(linears, experts, text_layers)
-    return len(modules), vllm_rules.coverage_faults(modules, section, quantized)
+def runtime_modules(plan: dict) -> list[vllm_rules.RuntimeModule]:
+    """The modules that vLLM builds for the source's model."""
+    linears, experts, _ = linear_modules(plan["tensors"])
+    return vllm_rules.runtime_modules(linears, experts, plan["text_layers"], architecture_of(plan["architecture"]))
 
 
-def tensor_parallel_notes(tensors: dict) -> list[dict]:
-    """For each tensor-parallel size: whether every split of a quantized weight is whole blocks of 32."""
-    rows = []
-    for size in TENSOR_PARALLEL_SIZES:
-        blocked = None
-        for name, entry in tensors.items():
-            if not entry["scheme"]:
-                continue
-            # gate, up, q, k, v, g are split by rows, down and o by columns; columns must stay whole blocks
-            split = entry["shape"][-1] if re.search(r"(down|o)_proj\.weight$", name) else None
-            if split is not None and split % (32 * size):
-                blocked = f"{name}: {split} inputs / {size} are not whole blocks of 32"
-                break
-        rows.append({"tensor_parallel": size, "fits": blocked is None, "reason": blocked})
-    return rows
+def coverage(plan: dict, section: dict) -> tuple[int, list[str]]:
+    """(number of runtime modules, faults): what vLLM's matching makes of a config for the planned tensors."""
+    modules = runtime_modules(plan)
+    formats = {module: group_of(stored)["format"] for module, stored in linear_modules(plan["tensors"])[2].items()}
+    return len(modules), vllm_rules.coverage_faults(modules, section, formats)
+
+
+def _known_architecture(name: str | None) -> Architecture:
+    """The row of an architecture that a release can be made for; UserError for any other."""
+    row = architecture_of(name)
+    if row is None:
+        known = ", ".join(name for row in ARCHITECTURES if not row.refused for name in row.names)
+        raise UserError(f"config.json: vLLM's module names for architecture {name!r} are not known, so that nothing could be proven of a "
+                        f"config for it; known are {known}; add a row to stages/schemes/architectures.py")
+    if row.refused:
+        raise UserError(f"config.json: {name} is not converted: {row.refused}")
+    return row
+
+
+def _expert_names(tensors: dict, layout: str) -> set[str]:
+    """Projections under which the release stores its routed experts."""
+    return {matrix.module.rpartition(".")[2] for name, entry in tensors.items() if entry["role"] == "routed_experts" and entry["matrix"]
+            and entry["stored"] for matrix in matrices(name, tuple(entry["matrix"]), layout)}
 
 
 def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
     """The content of plan.json."""
+    row = _known_architecture(census["architecture"])
     tensors = decide(settings, census)
     plan = {
-        "source": census["source"], "recipe": settings.recipe.name, "layout": settings.recipe.layout,
+        "source": census["source"], "architecture": census["architecture"], "recipe": settings.recipe.name, "layout": settings.recipe.layout,
         "exponent_rule": settings.recipe.exponent_rule, "text_layers": census["text_layers"],
         "recipe_settings": as_dict(settings.recipe), "tensors": tensors,
     }
-    section = compressed_tensors.quantization_config(tensors)
-    modules, faults = coverage(tensors, section, census["text_layers"])
+    experts = _expert_names(tensors, settings.recipe.layout)
+    if missing := experts - set(row.experts):
+        raise UserError(f"{census['architecture']}: vLLM loads its experts as {', '.join(row.experts)}, the release would have "
+                        f"{', '.join(sorted(missing))}")
+    section = compressed_tensors.quantization_config(runtime_modules(plan), linear_modules(tensors)[2], tuple(sorted(experts)))
+    modules, faults = coverage(plan, section)
     if faults:
         raise UserError(f"recipe {settings.recipe.name}: vLLM could not serve the release: {faults[0]}"
                         + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
@@ -203,7 +249,7 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "runtime_modules": modules,
         "shards": shards,
         "decisions": dict(Counter(entry["decision"] for entry in tensors.values())),
-        "quantized_weights": sum(math.prod(entry["shape"]) for entry in quantized),
+        "quantized_weights": sum(math.prod(entry["matrix"]) for entry in quantized),
         "source_tensor_bytes": census["tensor_bytes"],
         "release_tensor_bytes": tensor_bytes,
         "release_shard_file_bytes": sum(shard["file_bytes"] for shard in shards.values()) + scale_bytes + scale_header,
@@ -211,24 +257,24 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "release_config_bytes": len(render_json(release_config(source_config, section)).encode()),
         "release_tensors": len(weight_map),
         "disk_peak_bytes": sum(shard["file_bytes"] for shard in shards.values()) + passing,
-        "tensor_parallel": tensor_parallel_notes(tensors),
+        "tensor_parallel": tensor_parallel.notes(tensors),
     }
+    plan["engines"] = engines(plan)
     return plan
 
 
 def by_role(plan: dict) -> list[dict]:
     """What happens to each role: tensors, parameters (without scales), bytes before and after."""
-    scales = {entry["scale"] for entry in plan["tensors"].values()}
     rows: dict[tuple[str, str], dict] = {}
     for name, entry in plan["tensors"].items():
         key = (entry["role"], entry["scheme"] or entry["decision"])
         row = rows.setdefault(key, {"role": key[0], "decision": key[1], "tensors": 0, "parameters": 0, "before": 0, "after": 0})
         if entry["decision"] == "quantize":
-            row["after"] += sum(math.prod(o.shape) for o in SCHEMES[entry["scheme"]].outputs(name, tuple(entry["shape"]), "stacked"))
-        elif entry["decision"] == "pass through":
+            row["after"] += math.prod(entry["matrix"]) * SCHEMES[entry["scheme"]].BYTES_PER_BLOCK // 32
+        elif entry["decision"] != "drop":
             row["after"] += entry["bytes"]
         row["tensors"] += 1
-        row["parameters"] += 0 if name in scales else math.prod(entry["shape"])
+        row["parameters"] += 0 if entry["belongs_to"] else math.prod(entry["matrix"] or entry["shape"])
         row["before"] += entry["bytes"]
     return [rows[key] for key in sorted(rows)]
 
@@ -237,17 +283,21 @@ def print_plan(plan: dict) -> None:
     """The plan on one screen: what happens to each role, sizes before and after."""
     form = "{:16} {:13} {:>8} {:>17} {:>12} {:>12}".format
     print(form("role", "decision", "tensors", "parameters", "before", "after"))
-    for row in by_role(plan):
+    rows = by_role(plan)
+    for row in rows:
         print(form(row["role"], row["decision"], row["tensors"], f"{row['parameters']:,}", human_bytes(row["before"]),
                    human_bytes(row["after"])))
-    print(form("total", "", len(plan["tensors"]), f"{sum(row['parameters'] for row in by_role(plan)):,}",
+    print(form("total", "", len(plan["tensors"]), f"{sum(row['parameters'] for row in rows):,}",
                human_bytes(plan["source_tensor_bytes"]), human_bytes(plan["release_tensor_bytes"])))
     print(f"release: {plan['release_tensors']} tensors in {len(plan['shards'])} shards, "
           f"{human_bytes(plan['release_shard_file_bytes'])} of shard files; disk peak about "
           f"{human_bytes(plan['disk_peak_bytes'])}; config claims {plan['runtime_modules']} vLLM modules rightly")
+    for engine in plan["engines"]:
+        print(f"{engine['engine']}: {engine['loads']}; {'; '.join(engine['how'])}")
+    print("tensor parallel: " + ", ".join(str(row["tensor_parallel"]) for row in plan["tensor_parallel"] if row["fits"] and row["marlin"]))
     for row in plan["tensor_parallel"]:
-        if not row["fits"]:
-            print(f"note: tensor parallel {row['tensor_parallel']}: {row['reason']}")
+        if row["reason"]:
+            print(f"note: tensor parallel {row['tensor_parallel']}{'' if row['fits'] else ' is out'}: {row['reason']}")
 
 
 def run(settings: Settings) -> dict:

@@ -26,16 +26,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from kernels.fp8 import NonFiniteError
 from stages.checkpoint.files import human_bytes, sha256_file, write_json
 from stages.checkpoint.reader import TORCH_DTYPES, ShardReader
 from stages.checkpoint.writer import ShardWriter
-from stages.dialects import tile_scales
+from stages.dialects import Claim, Tensors, stored_rows
 from stages.download import check_disk, read_tensor_bytes
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import SHARD_METADATA, outputs_of_shard, read_plan, specs_of
+from stages.schemes import SCHEMES
+from stages.schemes.modules import Matrix
 from stages.settings import Settings, load, stage_parser
 
 PANEL_WEIGHTS = 8 << 20  # weights quantized at once; a whole expert of Step-3.7 (1280 x 4096) fits
+NO_TILE = (1, 1)  # of weights that come without tile scales
+NO_TILE = (1, 1)  # of weights that come without tile scales
 MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # mallopt's parameter and its value in bytes
 REPORT_SECONDS = 10.0  # between progress lines where the output is no terminal
 
@@ -84,42 +89,54 @@ def keep_memory_steady() -> None:
 def plan_hash(plan: dict, shard: str) -> str:
     """sha256 over everything in the plan that determines this shard's bytes, scales in other shards among it."""
     entries = {name: entry for name, entry in plan["tensors"].items() if entry["shard"] == shard}
-    entries |= {entry["scale"]: plan["tensors"][entry["scale"]] for entry in entries.values() if entry["scheme"] and entry["scale"]}
+    for entry in list(entries.values()):
+        if entry["scheme"]:
+            entries |= {name: plan["tensors"][name] for name in Claim.from_entry(entry).companions().values()}
     part = {"layout": plan["layout"], "exponent_rule": plan["exponent_rule"], "tensors": entries}
     return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
 
 
-class TileScales:
-    """Tile scales of a shard's weights, from the shard itself or from the one that holds them.
+class Loose:
+    """A tensor that came whole into memory, with the methods of ShardReader that dialects use."""
 
-    A scale in another shard is read whole, from the local source or by a range request to the hub at the pinned revision, into
-    memory; one is kept, because the panels of a weight ask for the same. Where headers.json does not fit what comes, the size
-    of the file differs and the hub's answer is refused.
+    def __init__(self, tensor):
+        self._tensor = tensor
+
+    def tensor(self, name: str):
+        """All of it."""
+        return self._tensor
+
+    def matrix_rows(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None):
+        """Rows begin..end of one matrix, as ShardReader gives them."""
+        matrix = self._tensor if expert is None else self._tensor[expert]
+        return matrix[begin:end].flatten(1).contiguous()
+
+
+class Places:
+    """Where the tensors lie that a shard's weights need: in the shard itself, or a scale in another one.
+
+    A tensor of another shard is read whole, from the local source or by a range request to the hub at the pinned revision,
+    into memory; those of one weight are kept, because its panels ask for the same. Where headers.json does not fit what comes,
+    the size of the file differs and the hub's answer is refused.
     """
 
     def __init__(self, settings: Settings, plan: dict, shard: str, reader: ShardReader):
         self._settings, self._plan, self._shard, self._reader = settings, plan, shard, reader
-        self._kept: tuple[str, object] = ("", None)
+        self._kept: dict[str, Loose] = {}
 
-    def rows(self, entry: dict, expert: int | None, begin: int, end: int):
-        """Float scales [tile rows, tile columns] of rows begin..end of a matrix; begin lies on a tile's edge."""
-        name, tile = entry["scale"], tuple(entry["tile"])
-        first, last, shape = begin // tile[0], -(-end // tile[0]), (end - begin, entry["shape"][-1])
+    def __call__(self, name: str) -> ShardReader | Loose:
         stored = self._plan["tensors"][name]
-        whole_tensor = math.prod(stored["shape"]) == 1
-        if stored["shard"] == self._shard and not whole_tensor:
-            return tile_scales(self._reader.matrix_rows(name, expert, first, last), shape, tile)
-        if self._kept[0] != name:
-            self._kept = (name, self._whole(name, stored))
-        scale = self._kept[1]
-        scale = scale.reshape(1, 1) if whole_tensor else (scale if expert is None else scale[expert])[first:last]
-        return tile_scales(scale, shape, tile)
+        if stored["shard"] == self._shard:
+            return self._reader
+        if name not in self._kept:
+            self._kept = {kept: tensor for kept, tensor in self._kept.items()
+                          if self._plan["tensors"][kept]["belongs_to"] == stored["belongs_to"]}
+            self._kept[name] = Loose(self._fetched(name, stored))
+        return self._kept[name]
 
-    def _whole(self, name: str, stored: dict):
+    def _fetched(self, name: str, stored: dict):
         import torch
 
-        if stored["shard"] == self._shard:
-            return self._reader.tensor(name)
         if self._settings.source.path:
             with ShardReader(Path(self._settings.source.path) / stored["shard"]) as other:
                 return other.tensor(name)
@@ -130,7 +147,7 @@ class TileScales:
 class Quantizer:
     """Quantizes matrices of one shard and keeps their sums for the receipt."""
 
-    def __init__(self, reader: ShardReader, scales: TileScales, plan: dict, shard: str, backend: str, progress: ProgressReport):
+    def __init__(self, places: Places, plan: dict, shard: str, backend: str, progress: ProgressReport):
         import torch
 
         from kernels import mxfp4
@@ -141,49 +158,57 @@ class Quantizer:
         # compiles or loads the kernel before the clock starts
         mxfp4.quantize(torch.zeros(1, 32).to(torch.float8_e4m3fn), torch.ones(1, 1), backend=backend)
         self._device = "cuda" if backend == "cuda" and torch.cuda.is_available() else "cpu"
-        self._mxfp4, self._reader, self._plan, self._shard = mxfp4, reader, plan, shard
-        self._backend, self._progress, self._scales = backend, progress, scales
-        largest = max((math.prod(entry["shape"][-2:]) * entry["bytes"] // math.prod(entry["shape"])
+        self._tensors, self._plan, self._shard = Tensors(places), plan, shard
+        self._backend, self._progress = backend, progress
+        largest = max((entry["bytes"] // (entry["matrix"][0] if len(entry["matrix"]) == 3 else 1)
                        for entry in plan["tensors"].values() if entry["shard"] == shard and entry["scheme"]), default=0)
         self._buffer = bytearray(min(largest, 4 * PANEL_WEIGHTS))
-        self.sums: dict[str, list[list]] = {}  # source tensor -> [expert or None, signal, error, decoded]
+        self.sums: dict[str, list[list]] = {}  # group -> [number of the expert or None, signal, error, decoded]
 
-    def panels(self, source: str, expert: int | None):
-        """Yields (packed, scale) of consecutive row panels of a matrix; adds its sums to the receipt."""
+    def panels(self, source: str, matrix: Matrix, expert: int | None):
+        """Yields (codes, scale) of consecutive row panels of a matrix; adds its sums to the receipt."""
+        rows = range(*matrix.rows)
         entry = self._plan["tensors"][source]
-        rows, columns = entry["shape"][-2:]
-        step = max(1, PANEL_WEIGHTS // columns)
-        if entry["tile"]:
-            step = max(entry["tile"][0], step // entry["tile"][0] * entry["tile"][0])
+        claim, scheme = Claim.from_entry(entry), SCHEMES[entry["scheme"]]
+        height = max(1, PANEL_WEIGHTS // claim.matrix[-1]) // rows.step
+        if claim.tile:
+            height = max(claim.tile[0], height // claim.tile[0] * claim.tile[0])
         total = [0.0, 0.0, 0.0]
-        for begin in range(0, rows, step):
-            end = min(begin + step, rows)
-            weight = self._reader.matrix_rows(source, expert, begin, end, self._buffer)
+        for position in range(0, len(rows), max(1, height)):
+            panel = rows[position:position + max(1, height)]
+            begin, end = panel[0], panel[-1] + 1
             try:
-                scale = self._scales.rows(entry, expert, begin, end) if entry["scale"] else None
-                made = self._mxfp4.quantize(
-                    weight.to(self._device), scale if scale is None else scale.to(self._device), rule=self._plan["exponent_rule"],
-                    tile=tuple(entry["tile"] or (128, 128)), backend=self._backend)
-            except self._mxfp4.NonFiniteError as error:
-                index = list(error.index)
-                name = source
-                if error.what != "weight":
-                    name, index[0] = entry["scale"], index[0] + begin // entry["tile"][0]
-                else:
-                    index[0] += begin
-                if expert is not None:
-                    index.insert(0, expert)
-                raise UserError(f"{self._plan['tensors'][name]['shard']}: {name}{index} is {error.value}, no number that a weight can be made of; the "
-                                "source is damaged, get that shard again") from None
-            for position, value in enumerate((made.signal, made.error, made.decoded)):
-                total[position] += float(value)
-            self._progress.advance(weight.nbytes)
-            yield made.packed.cpu(), made.scale.cpu()
-        self.sums.setdefault(source, []).append([expert, *total])
+                weight, scale = stored_rows(self._tensors, source, claim, expert, begin, end, self._buffer)
+                size = weight.nbytes
+                weight, scale = (part if part is None else part[::rows.step].contiguous().to(self._device) for part in (weight, scale))
+                codes, scales, sums = scheme.quantize(weight, scale, claim.tile or NO_TILE, self._plan["exponent_rule"], self._backend)
+            except NonFiniteError as error:
+                raise self._unusable(source, claim, expert, begin, error) from None
+            for number, value in enumerate(sums):
+                total[number] += value
+            self._progress.advance(size // rows.step)
+            yield codes.cpu(), scales.cpu()
+        number = expert if matrix.number is None else matrix.number
+        self.sums.setdefault(matrix.group, []).append([number, *total])
+
+    def _unusable(self, source: str, claim: Claim, expert: int | None, begin: int, error: NonFiniteError) -> UserError:
+        """The line that names the number of the source that no weight can be made of."""
+        name, index = source, list(error.index)
+        if error.what == "tensor scale":
+            name = claim.parts["tensor_scale"]
+        else:
+            if error.what != "weight":
+                name, begin = claim.scale, begin // claim.tile[0]
+            index[0] += begin
+            index = index if expert is None else [expert, *index]
+        return UserError(f"{self._plan['tensors'][name]['shard']}: {name}{index} is {error.value}, no number that a weight can be "
+                         "made of; the source is damaged, get that shard again")
 
 
 def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
     """Converts one shard and returns its receipt (also written beside the output)."""
+    import torch
+
     source_path = settings.shard_directory / shard
     if not source_path.exists():
         raise UserError(f"{source_path} is missing: run download --shard {shard} first")
@@ -205,26 +230,25 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
                                     f"{entry['dtype']} {entry['shape']} when it was inspected; run inspect_format again")
         progress = ProgressReport(shard, promised["source_bytes"])
         stack.callback(progress.close)
-        quantizer = Quantizer(reader, TileScales(settings, plan, shard, reader), plan, shard, settings.device.backend, progress)
+        quantizer = Quantizer(Places(settings, plan, shard, reader), plan, shard, settings.device.backend, progress)
         start = time.monotonic()
         source_sha256 = hashing.submit(sha256_file, source_path, stop)
-        pending: dict[str, list] = {}  # scale bytes wait until their packed twin is written
+        pending: dict[Matrix, list] = {}  # scale bytes wait until their codes are written
         with ShardWriter(target, specs_of(outputs), SHARD_METADATA) as writer:
             for output in outputs:
                 if output.part == "weight":
                     for chunk in reader.chunks(output.source):
                         writer.write(output.name, chunk)
                         progress.advance(len(chunk))
-                elif output.part == "packed":
-                    scales = pending.setdefault(output.name.replace("weight_packed", "weight_scale"), [])
-                    shape = plan["tensors"][output.source]["shape"]
-                    stacked = len(shape) == 3 and output.expert is None
-                    for expert in range(shape[0]) if stacked else [output.expert]:
-                        for packed, scale in quantizer.panels(output.source, expert):
-                            writer.write(output.name, packed.numpy())
-                            scales.append(scale)
+                elif output.part == "codes":
+                    shape, matrix = plan["tensors"][output.source]["matrix"], output.matrix
+                    stacked = len(shape) == 3 and matrix.expert is None
+                    for expert in range(shape[0]) if stacked else [matrix.expert]:
+                        for codes, scale in quantizer.panels(output.source, matrix, expert):
+                            writer.write(output.name, codes.view(torch.uint8).numpy())
+                            pending.setdefault(matrix, []).append(scale)
                 else:
-                    for scale in pending.pop(output.name):
+                    for scale in pending.pop(output.matrix):
                         writer.write(output.name, scale.numpy())
         source_digest = source_sha256.result()
     assert writer.size == promised["file_bytes"], f"{shard}: {writer.size} bytes, planned {promised['file_bytes']}"

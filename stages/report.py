@@ -22,8 +22,7 @@ from omegaconf import OmegaConf
 from stages.assemble_release import read_receipts
 from stages.checkpoint.files import human_bytes, read_json, write_json, write_text
 from stages.errors import exit_with_one_line
-from stages.plan import read_plan
-from stages.schemes import SCHEMES
+from stages.plan import by_role, read_plan
 from stages.serving.commands import client_example, serve_commands
 from stages.serving.plots import serving_plot
 from stages.settings import Settings, load, stage_parser
@@ -107,20 +106,10 @@ def expert_plot(noise: dict) -> str:
 
 def role_rows(plan: dict) -> list[dict]:
     """What happened to each role: decision, tensors, bytes before and after."""
-    rows: dict[tuple[str, str], dict] = {}
-    for name, entry in plan["tensors"].items():
-        what = f"quantized to {entry['scheme']}" if entry["scheme"] else {
-            "drop": "folded into the block scales", "pass through": "unchanged"}[entry["decision"]]
-        row = rows.setdefault((entry["role"], what), {"role": entry["role"].replace("_", " "), "what": what, "tensors": 0,
-                                                      "before": 0, "after": 0})
-        row["tensors"] += 1
-        row["before"] += entry["bytes"]
-        if entry["scheme"]:
-            made = SCHEMES[entry["scheme"]].outputs(name, tuple(entry["shape"]), "stacked")
-            row["after"] += sum(math.prod(output.shape) for output in made)
-        elif entry["decision"] == "pass through":
-            row["after"] += entry["bytes"]
-    return sorted(rows.values(), key=lambda row: -row["before"])
+    words = {"drop": "folded into the block scales", "pass through": "unchanged", "keep": "kept in its own FP8"}
+    rows = [{**row, "role": row["role"].replace("_", " "), "what": words.get(row["decision"], f"quantized to {row['decision']}")}
+            for row in by_role(plan)]
+    return sorted(rows, key=lambda row: -row["before"])
 
 
 def facts(settings: Settings) -> dict:

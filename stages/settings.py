@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stages.checkpoint.files import read_json, write_json
 from stages.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -35,8 +36,9 @@ class SourceSettings:
     name: str | None = None  # names results/<name>/; a local directory without one takes its own name
     path: str | None = None  # a local checkpoint directory; relative paths start at the working directory
     repository: str | None = None  # owner/name on the hub
-    revision: str | None = None  # a commit hash: what is converted must be nameable afterwards
-    shards: list[str] = field(default_factory=list)  # shard file names of a hub source, known before the first byte
+    revision: str | None = None  # a commit hash: what is converted must be nameable afterwards; null: that of the main branch
+    # when the workflow first runs, which it records in results/<name>/source/revision.json and then keeps to
+    shards: list[str] = field(default_factory=list)  # shard file names of a hub source with a revision
     license: str | None = None  # licence of the weights, for the model card
 
 
@@ -44,8 +46,9 @@ class SourceSettings:
 class GroupSettings:
     """What one scheme applies to: every tensor whose role is listed or whose name matches a pattern."""
 
-    scheme: str = "mxfp4"
-    roles: list[str] = field(default_factory=list)  # routed_experts, shared_experts, attention, dense_mlp, ...
+    scheme: str = "mxfp4"  # mxfp4 | mxfp8
+    roles: list[str] = field(default_factory=list)  # routed_experts, shared_experts, attention, dense_mlp, ...; linear: all of
+    # these that the model has; rest: those of them that the recipe names nowhere else
     patterns: list[str] = field(default_factory=list)  # regular expressions, matched against whole tensor names
 
 
@@ -187,9 +190,10 @@ def _one_line(error: Exception) -> str:
     return "conf: " + (f"{key.group(1)}: " if key else "") + " ".join(keep[:2])
 
 
-def load(overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+def load(overrides: list[str] | tuple[str, ...] = (), ask: bool = False) -> Settings:
     """Composes conf/ with Hydra overrides (`recipe=...`, `source.path=...`) and checks it against the schema.
 
+    ask: let the hub say, once, at which revision a source stands that names none.
     Raises UserError with one line for a misspelt key, an unknown choice or a value of the wrong type.
     """
     GlobalHydra.instance().clear()
@@ -202,7 +206,25 @@ def load(overrides: list[str] | tuple[str, ...] = ()) -> Settings:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from None
     _check(settings)
+    if settings.source.repository and not settings.source.revision:
+        _pin(settings, ask)
     return settings
+
+
+def _pin(settings: Settings, ask: bool) -> None:
+    """Fills in the revision and the shards that a hub source without them was first converted at."""
+    source, record = settings.source, settings.source_directory / "revision.json"
+    found = read_json(record, "snakemake") if record.exists() else None
+    if found is None or found.get("repository") != source.repository:
+        if not ask:
+            raise UserError(f"{record} is missing: {source.repository} was given without a revision, which snakemake looks up and records when "
+                            "it starts; or set source.revision and source.shards")
+        from stages.download import resolve
+
+        revision, shards = resolve(source.repository, None)
+        found = {"repository": source.repository, "revision": revision, "shards": shards}
+        write_json(record, found)
+    source.revision, source.shards = found["revision"], found["shards"]
 
 
 def _check(settings: Settings) -> None:
@@ -210,10 +232,10 @@ def _check(settings: Settings) -> None:
     if bool(source.path) == bool(source.repository):
         raise UserError("conf: a source is either a local directory (source.path=DIRECTORY) or a hub repository "
                         f"(source.repository=OWNER/NAME); got path {source.path!r}, repository {source.repository!r}")
-    if source.repository and not re.fullmatch(r"[0-9a-f]{40}", source.revision or ""):
+    if source.repository and source.revision is not None and not re.fullmatch(r"[0-9a-f]{40}", source.revision):
         raise UserError(f"conf: source.revision must be the 40-digit commit hash of {source.repository}, not "
                         f"{source.revision!r}: a branch name can mean other bytes tomorrow")
-    if source.repository and not source.shards:
+    if source.repository and source.revision and not source.shards:
         raise UserError(f"conf: list the shard files of {source.repository} in source.shards=[...]: the workflow must "
                         "know them before the first byte")
     if source.name is None:

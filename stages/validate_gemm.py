@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from stages.assemble_release import read_receipts
 from stages.checkpoint.files import write_json
 from stages.checkpoint.reader import ShardReader
-from stages.dialects import tile_scales
+from stages.dialects import Claim, Tensors, decoded_rows
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import outputs_of_shard, read_plan
 from stages.settings import Settings, load, stage_parser
@@ -37,45 +38,48 @@ def signal_to_noise_db(measured: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def _samples(settings: Settings, plan: dict, shard: str) -> list[dict]:
-    """Pairs (packed, scale) of the shard to multiply with: each {"source", "experts": [(expert, packed, scale)]}."""
-    pairs: dict[str, list] = {}
-    outputs = outputs_of_shard(plan, shard)
-    scales = {(o.source, o.expert): o.name for o in outputs if o.part == "scale"}
+    """MXFP4 weights of the shard to multiply with: {"group", "members": [(number, codes, scale, Output)]} each."""
+    groups: dict[str, list] = {}
+    outputs = [output for output in outputs_of_shard(plan, shard) if output.matrix and plan["tensors"][output.source]["scheme"] == "mxfp4"]
+    scales = {output.matrix: output.name for output in outputs if output.part == "scale"}
     for output in outputs:
-        if output.part == "packed":
-            pairs.setdefault(output.source, []).append((output.expert, output.name, scales[output.source, output.expert]))
-    chosen = sorted(pairs)[:: max(1, len(pairs) // settings.evaluation.gemm_tensors)][:settings.evaluation.gemm_tensors]
-    return [{"source": source, "pairs": sorted(pairs[source], key=lambda pair: pair[0] or 0)} for source in chosen]
+        if output.part == "codes":
+            groups.setdefault(output.matrix.group, []).append((output.matrix.number or 0, output.name, scales[output.matrix], output))
+    chosen = sorted(groups)[:: max(1, len(groups) // settings.evaluation.gemm_tensors)][:settings.evaluation.gemm_tensors]
+    return [{"group": group, "members": sorted(groups[group], key=lambda member: member[0])[:MAXIMUM_EXPERTS]} for group in chosen]
 
 
-def _quantized_experts(reader: ShardReader, pairs: list, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(packed [experts, out, in/2], scale [experts, out, in/32]) of at most `limit` experts."""
-    if len(pairs) == 1:
-        _, packed, scale = pairs[0]
-        if len(reader.info(packed).shape) == 2:
-            return reader.tensor(packed).unsqueeze(0), reader.tensor(scale).unsqueeze(0)
-        return reader.rows(packed, 0, limit), reader.rows(scale, 0, limit)
-    return (torch.stack([reader.tensor(packed) for _, packed, _ in pairs[:limit]]),
-            torch.stack([reader.tensor(scale) for _, _, scale in pairs[:limit]]))
+def _quantized_experts(reader: ShardReader, members: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """(packed [experts, out, in/2], scale [experts, out, in/32]) of at most MAXIMUM_EXPERTS experts."""
+    stacked = len(reader.info(members[0][1]).shape) == 3
+    return tuple(reader.rows(members[0][part], 0, MAXIMUM_EXPERTS) if stacked else
+                 torch.stack([reader.tensor(member[part]) for member in members]) for part in (1, 2))
 
 
-def _source_experts(settings: Settings, plan: dict, shard: str, source: str, experts: int) -> torch.Tensor | None:
+def _source_experts(settings: Settings, plan: dict, members: list, experts: int) -> torch.Tensor | None:
     """The same weights as the source stores them, float64 [experts, out, in]; None where the source is gone."""
-    from kernels.mxfp4 import decode_block_fp8
-
-    path = Path(settings.source.path) / shard if settings.source.path else None
-    if path is None or not path.exists():
+    directory = Path(settings.source.path) if settings.source.path else None
+    sources = {output.source for _, _, _, output in members}
+    if directory is None or not all((directory / plan["tensors"][name]["shard"]).exists() for name in sources):
         return None
-    entry = plan["tensors"][source]
-    with ShardReader(path) as reader:
-        weight = reader.tensor(source).unsqueeze(0) if len(entry["shape"]) == 2 else reader.rows(source, 0, experts)
-    if not entry["scale"]:
-        return weight.double()
-    with ShardReader(path.with_name(plan["tensors"][entry["scale"]]["shard"])) as reader:
-        name = entry["scale"]
-        scale = reader.tensor(name).unsqueeze(0) if len(entry["shape"]) == 2 else reader.rows(name, 0, experts)
-    tile = tuple(entry["tile"])
-    return decode_block_fp8(weight, tile_scales(scale, weight.shape, tile).expand(*weight.shape[:-2], -1, -1), tile).double()
+    with ExitStack() as stack:
+        readers: dict[str, ShardReader] = {}
+
+        def place(name: str) -> ShardReader:
+            shard = plan["tensors"][name]["shard"]
+            if shard not in readers:
+                readers[shard] = stack.enter_context(ShardReader(directory / shard))
+            return readers[shard]
+
+        def decoded(output, expert: int | None) -> torch.Tensor:
+            rows = range(*output.matrix.rows)
+            claim = Claim.from_entry(plan["tensors"][output.source])
+            return decoded_rows(Tensors(place), output.source, claim, expert, rows[0], rows[-1] + 1)[::rows.step].double()
+
+        output = members[0][3]
+        if len(members) == 1 and len(plan["tensors"][output.source]["matrix"]) == 3 and output.matrix.expert is None:
+            return torch.stack([decoded(output, expert) for expert in range(experts)])
+        return torch.stack([decoded(output, output.matrix.expert) for _, _, _, output in members])
 
 
 def _offsets(experts: int, tokens: int) -> torch.Tensor:
@@ -91,9 +95,9 @@ def check_tensor(settings: Settings, plan: dict, shard: str, sample: dict, backe
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
     with ShardReader(settings.run_directory / "shards" / shard) as reader:
-        packed, scale = _quantized_experts(reader, sample["pairs"], MAXIMUM_EXPERTS)
+        packed, scale = _quantized_experts(reader, sample["members"])
     experts, tokens = len(packed), settings.evaluation.gemm_tokens
-    source = _source_experts(settings, plan, shard, sample["source"], experts)
+    source = _source_experts(settings, plan, sample["members"], experts)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, packed.shape[-1] * 2, generator=generator).to(torch.bfloat16)
     offsets = _offsets(experts, tokens)
@@ -113,7 +117,7 @@ def check_tensor(settings: Settings, plan: dict, shard: str, sample: dict, backe
             "grouped_experts": gemm.grouped_linear(place(x), place(p), place(s), place(offsets), backend=backend),
         }
         for path, y in made.items():
-            row = {"shard": shard, "tensor": sample["source"], "path": path,
+            row = {"shard": shard, "tensor": sample["group"], "path": path,
                    "backend": "triton-interpreter" if backend == "cuda" and interpreted else backend,
                    "experts": experts if path != "linear" else 1, "tokens": tokens, "shape": [p.shape[1], x.shape[1]]}
             for question, weights in truths.items():

@@ -18,16 +18,21 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 
+from kernels.fp8 import NonFiniteError
 from stages.checkpoint.files import read_json, sha256_file
 from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import TORCH_DTYPES, ShardReader
-from stages.dialects import recognize, tile_scales
+from stages.dialects import Tensors, decoded_rows, recognize
+from stages.dialects.block_fp8 import declared_weights
 from stages.dialects.roles import role_of
 from stages.download import INDEX
 from stages.errors import UserError
-from stages.schemes import vllm_rules
+from stages.schemes import SCHEMES, vllm_rules
+from stages.schemes.architectures import UNKNOWN, architecture_of
+from stages.schemes.modules import matrices
 
 EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?P<expert>\d+)\.(?P<projection>[^.]+)$")
 EXPERT_COUNTS = ("moe_num_experts", "n_routed_experts", "num_local_experts", "num_experts")  # keys of config.json, by family
@@ -35,13 +40,15 @@ SCALE_DTYPE = "torch.uint8"
 ARGUMENTS = {  # format -> what its group's `weights` must say
     "mxfp4-pack-quantized": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True},
     "mxfp8-quantized": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True},
+    "float-quantized": {"num_bits": 8, "type": "float", "symmetric": True},
 }
 LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?P<tail>.+)$", re.S)
-FORMATS = {"mxfp4": "mxfp4-pack-quantized", "mxfp8": "mxfp8-quantized"}  # how tensors are stored -> format
+FORMATS = {"mxfp4": "mxfp4-pack-quantized", "mxfp8": "mxfp8-quantized", "fp8": "float-quantized"}  # how tensors are stored -> format
+BLOCKS = {"mxfp4": 2, "mxfp8": 1}  # stored with a byte per 32 weights: how many weights an element of the codes holds
 SAMPLED_ROWS = 32  # of each matrix, for the numbers
 MOST_LAYERS = 10_000
 ROWS_AT_ONCE = 4 << 20  # weights decoded at once in a comparison
-HIGH_CODE = 5  # of E2M1: every rule puts a block's largest element at 3 or above
+HIGH_CODES = {"mxfp4": (5, "3"), "mxfp8": (0x70, "128")}  # every rule puts a block's largest element at this code or above
 UNUSED_BLOCKS = 0.02  # share of blocks whose largest code may be lower; 0 under the rules, some for clipped weights
 APART = 0.75  # |log2| of a matrix's root mean square over its siblings' median, from which it is called apart ...
 SPREADS = 8  # ... and a fault where it is so many times the median distance of its siblings, too
@@ -118,31 +125,41 @@ class Checkup:
             yield f"{INDEX}: total_size is {claimed!r}, the tensors have {total} bytes"
         self.counts["index"] = len(listed)
 
+    @cached_property
     def modules(self) -> dict[str, tuple[str, TensorInfo, str | None]]:
-        """Module name -> (stored as, its weight's header entry, name of its scale): mxfp4, mxfp8 or plain."""
+        """Module name -> (stored as, its weight's header entry, name of its scale): mxfp4, mxfp8, fp8 or plain."""
         found = {}
         for name, info in self.tensors.items():
             if name.endswith(".weight_packed"):
                 stem = name.removesuffix("_packed")
                 found[stem.removesuffix(".weight")] = ("mxfp4", info, f"{stem}_scale")
             elif re.search(r"[._]weight$", name) and len(info.shape) >= 2:
-                scaled = info.dtype == "F8_E4M3" and f"{name}_scale" in self.tensors
-                found[re.sub(r"[._]weight$", "", name)] = ("mxfp8" if scaled else "plain", info, f"{name}_scale" if scaled else None)
+                scale = self.tensors.get(f"{name}_scale") if info.dtype == "F8_E4M3" else None
+                kind = "plain" if scale is None else "mxfp8" if scale.dtype == "U8" else "fp8"
+                found[re.sub(r"[._]weight$", "", name)] = (kind, info, None if scale is None else f"{name}_scale")
         return found
 
-    def decodable(self) -> Iterator[tuple[str, TensorInfo, str]]:
-        """(module, packed weight, name of its scale) of every MXFP4 pair whose dtypes and shapes fit."""
-        for module, (stored, info, scale) in self.modules().items():
+    def decodable(self) -> Iterator[tuple[str, str, TensorInfo, str, str]]:
+        """(module, stored as, codes' header entry, their name, name of their scale) of every MXFP4 or MXFP8 pair that fits."""
+        for module, (stored, info, scale) in self.modules.items():
             found = self.tensors.get(scale)
-            is_matrix = len(info.shape) in (2, 3) and math.prod(info.shape)
-            if (stored == "mxfp4" and is_matrix and info.dtype == "U8" and found
-                    and (found.dtype, found.shape) == ("U8", _scale_shape(info, 2))):
-                yield module, info, scale
+            if (stored in BLOCKS and len(info.shape) in (2, 3) and math.prod(info.shape) and found
+                    and info.dtype == ("U8" if stored == "mxfp4" else "F8_E4M3")
+                    and (found.dtype, found.shape) == ("U8", _scale_shape(info, BLOCKS[stored]))):
+                yield module, stored, info, f"{module}.{SCHEMES[stored].CODES}", scale
+
+    def _fits(self, info: TensorInfo, scale: TensorInfo) -> bool:
+        """Whether float scales are those of an FP8 weight: per tensor, per channel, or per tile as a group declares."""
+        shapes = [(*info.shape[:-1], 1), *(((), (1,), (1, 1)) if len(info.shape) == 2 else ())]
+        for weights in declared_weights({"quantization_config": self.section}):
+            if isinstance(block := weights.get("block_structure"), list) and len(block) == 2 and all(map(_is_count, block)):
+                shapes.append((*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], block))))
+        return scale.dtype in ("F32", "BF16", "F16") and scale.shape in shapes
 
     def pairs(self) -> Iterator[str]:
         """Packed weights and scales come in pairs whose dtypes and shapes fit."""
         claimed = set()
-        for module, (stored, info, scale) in self.modules().items():
+        for module, (stored, info, scale) in self.modules.items():
             if stored == "plain":
                 if info.dtype.startswith("F8"):
                     yield f"{module}: its weight is {info.dtype}, but has no weight_scale; its values are lost"
@@ -158,7 +175,12 @@ class Checkup:
             if scale not in self.tensors:
                 yield f"{self.where[name]}: {name} has no {scale}; an engine leaves the scale uninitialized"
                 continue
-            expected = _scale_shape(info, 2 if stored == "mxfp4" else 1)
+            if stored == "fp8":
+                if not self._fits(info, self.tensors[scale]):
+                    yield (f"{self.where[scale]}: {scale} is {self.tensors[scale].dtype} {list(self.tensors[scale].shape)}, which is no scale "
+                           f"per tensor, per channel or per declared block of {name} {list(info.shape)}")
+                continue
+            expected = _scale_shape(info, BLOCKS[stored])
             if (self.tensors[scale].dtype, self.tensors[scale].shape) != ("U8", expected):
                 yield (f"{self.where[scale]}: {scale} is {self.tensors[scale].dtype} {list(self.tensors[scale].shape)}, expected U8 "
                        f"{list(expected)} for {name} {list(info.shape)}")
@@ -182,7 +204,7 @@ class Checkup:
         groups: dict[tuple[str, str], dict[int, tuple]] = defaultdict(dict)
         formats: dict[str, set] = defaultdict(set)
         both: list[tuple[str, str, str]] = []
-        for module, (stored, info, _) in self.modules().items():
+        for module, (stored, info, _) in self.modules.items():
             if match := EXPERT.match(module):
                 groups[match["layer"], match["projection"]][int(match["expert"])] = (stored, info.shape)
                 formats[match["layer"]].add(stored)
@@ -260,7 +282,7 @@ class Checkup:
             for key, value in ARGUMENTS[form].items():
                 if weights.get(key) != value:
                     yield f"config.json: {name}.weights.{key} is {weights.get(key)!r}, {form} needs {value!r}"
-            if weights.get("scale_dtype") != SCALE_DTYPE:
+            if form != "float-quantized" and weights.get("scale_dtype") != SCALE_DTYPE:
                 line = (f"config.json: {name}.weights.scale_dtype is {weights.get('scale_dtype')!r}, not {SCALE_DTYPE!r}; "
                         + ("vLLM does not take it for MXFP8" if form == "mxfp8-quantized" else "compressed-tensors takes its scales for floats"))
                 yield line
@@ -275,43 +297,28 @@ class Checkup:
         layers = self.text.get("num_hidden_layers")
         if not _is_count(layers):
             return  # `layers` says so
-        known = self.architecture in vllm_rules.ARCHITECTURES
+        row = architecture_of(self.architecture)
+        known = row is not None
         if not known:
             self.notes.append(f"config.json: the runtime names of {self.architecture} are not known here; they are taken to be the "
                               "checkpoint's")
-        linears, experts, quantized = [], [], set()
-        for module, (stored, info, _) in self.modules().items():
+        linears, experts, formats = [], [], {}
+        for module, (stored, info, _) in self.modules.items():
             routed = EXPERT.match(module) or (len(info.shape) == 3 and role_of(f"{module}.weight", layers) == "routed_experts")
             if routed:
                 experts.append(module)
-            elif known or len(info.shape) == 2:
+            elif len(info.shape) == 2 or known and len(info.shape) < 5:
                 linears.append(module)
             if stored != "plain":
-                quantized.add(module)
-        modules = vllm_rules.runtime_modules(linears, experts, layers, self.architecture)
+                formats[module] = FORMATS[stored]
+        modules = vllm_rules.runtime_modules(linears, experts, layers, row or UNKNOWN)
         unused = {f"{entry}: matches no module of the model" for entry in self.section.get("ignore") or []}
-        for fault in vllm_rules.coverage_faults(modules, self.section, quantized):
+        for fault in vllm_rules.coverage_faults(modules, self.section, formats):
             if fault in unused:
                 self.notes.append(f"config.json: ignore {fault}")
             else:
                 yield fault
-        yield from self._formats(modules)
         self.counts["coverage"] = len(modules)
-
-    def _formats(self, modules: list) -> Iterator[str]:
-        """Modules that are claimed by a group of another format than they are stored in."""
-        stored = {module: kind for module, (kind, _, _) in self.modules().items()}
-        groups = self.section.get("config_groups") or {}
-        formats = {target: group.get("format") or self.section.get("format") for group in groups.values() for target in group["targets"]}
-        for module in modules:
-            try:
-                target = vllm_rules.scheme_target(module, list(formats), list(self.section.get("ignore") or []))
-            except ValueError:
-                continue
-            form = formats.get(target, formats.get("Linear"))
-            for kind in {stored[member] for member in module.members} - {"plain"} if target else ():
-                if form != FORMATS[kind]:
-                    yield f"{module.name}: stored as {kind}, but its group has format {form}"
 
     # -- the numbers
 
@@ -319,13 +326,10 @@ class Checkup:
         """Scales are numbers, blocks use their range, no matrix stands apart from its siblings."""
         import torch
 
-        from kernels import mxfp4
-
         sizes: dict[str, dict[str, float]] = defaultdict(dict)
         seen: dict[tuple[str, bytes], str] = {}
-        for module, info, scale in self.decodable():
-            packed_name = f"{module}.weight_packed"
-            packed_reader, scale_reader = self.readers[self.where[packed_name]], self.readers[self.where[scale]]
+        for module, stored, info, codes_name, scale in self.decodable():
+            codes_reader, scale_reader = self.readers[self.where[codes_name]], self.readers[self.where[scale]]
             for expert in range(info.shape[0]) if len(info.shape) == 3 else (None,):
                 label = module if expert is None else f"{module}[{expert}]"
                 rows = info.shape[-2]
@@ -333,18 +337,21 @@ class Checkup:
                 if bool((exponents == 255).any()):
                     yield f"{self.where[scale]}: {label}: a block scale is 255, which means NaN"
                     continue
-                packed, sampled = _sample(packed_reader, packed_name, expert, rows, exponents)
-                codes = torch.stack((packed & 7, (packed >> 4) & 7), -1).flatten(-2).unflatten(-1, (-1, 32)).amax(-1)
+                codes, sampled = _sample(codes_reader, codes_name, expert, rows, exponents)
+                raw = codes.view(torch.uint8)
                 key = EXPERT.sub(r"\g<layer>.experts.*.\g<projection>", module) if expert is None else module
-                digest = hashlib.sha256(packed.numpy().tobytes() + sampled.numpy().tobytes()).digest()
-                if bool(packed.any()) and seen.setdefault((key, digest), label) != label:
+                digest = hashlib.sha256(raw.numpy().tobytes() + sampled.numpy().tobytes()).digest()
+                if bool(raw.any()) and seen.setdefault((key, digest), label) != label:
                     yield f"{label}: holds the bytes of {seen[key, digest]}; one expert was written twice"
-                used = codes[codes > 0]
-                low = float((used < HIGH_CODE).double().mean()) if used.numel() else 0.0
+                low, (_, high) = _unused(raw, stored), HIGH_CODES[stored]
                 if low > UNUSED_BLOCKS:
-                    yield (f"{self.where[packed_name]}: {label}: {100 * low:.1f} % of its blocks have no value of 3 or above; "
+                    yield (f"{self.where[codes_name]}: {label}: {100 * low:.1f} % of its blocks have no value of {high} or above; "
                            "exponents are too high, or the bytes are of another format")
-                weight = mxfp4.dequantize(packed, sampled, torch.float32, backend="reference").double()
+                try:
+                    weight = SCHEMES[stored].dequantize(codes, sampled).double()
+                except NonFiniteError as error:
+                    yield f"{self.where[codes_name]}: {label}: {error}"
+                    continue
                 size = weight.square().mean().sqrt().item()
                 if not math.isfinite(size):
                     yield f"{label}: decodes to infinite weights; its block scales are out of range"
@@ -413,90 +420,90 @@ class Checkup:
                 self.source_tensors[name], self.source_where[name] = info, path.name
         if not self.source_tensors:
             raise UserError(f"--source {self.source}: holds no tensor; name the checkpoint that the release was made from")
-        if any(name.endswith("weight_packed") for name in self.source_tensors):
-            raise UserError(f"--source {self.source}: is a packed release itself; name the checkpoint that the release was made from")
         config = _object(read_json(self.source / "config.json", "whatever made the source"), f"{self.source}/config.json")
         self.claims = recognize(self.source_tensors, self.source_where, config)
+        if any(name.endswith("weight_packed") and claim.dialect == "mxfp4" for name, claim in self.claims.items()):
+            raise UserError(f"--source {self.source}: is a packed release itself; name the checkpoint that the release was made from")
+        self.source_places = Tensors(lambda name: self.source_readers[self.source_where[name]])
+        self.origins = {}  # module of a release, in either layout -> (source weight, its Matrix)
+        for name, claim in self.claims.items():
+            for layout in ("stacked", "per_expert") if claim.matrix else ():
+                self.origins |= {matrix.module: (name, matrix) for matrix in matrices(name, claim.matrix, layout)}
 
     def against_source(self) -> Iterator[str]:
         """Quantized matrices are the source's to LOWEST_SQNR_DB, everything else is bit-identical, and nothing is missing."""
         if self.source is None:
             return
-        count, covered, converted = 0, set(), defaultdict(set)
-        for module, info, scale in self.decodable():
-            match = EXPERT.match(module)
+        count, converted, compared = 0, defaultdict(set), set()
+        for module, stored, info, codes, scale in self.decodable():
+            compared.add(module)
             for expert in range(info.shape[0]) if len(info.shape) == 3 else (None,):
                 label = module if expert is None else f"{module}[{expert}]"
-                candidates = [(f"{module}.weight", expert)]
-                if match:
-                    candidates.append((f"{match['layer']}.{match['projection']}.weight", int(match["expert"])))
-                elif expert is not None:
-                    prefix, _, projection = module.rpartition(".")
-                    candidates.append((f"{prefix}.experts.{expert}.{projection}.weight", None))
-                name, number = next((pair for pair in candidates if pair[0] in self.source_tensors), (None, None))
-                if name is None:
-                    yield f"{label}: the source has no {' and no '.join(pair[0] for pair in candidates)}"
+                prefix, _, projection = module.rpartition(".")
+                found = self.origins.get(module) or self.origins.get(f"{prefix}.experts.{expert}.{projection}")
+                if found is None:
+                    yield f"{label}: the source has no weight that becomes it"
                     break
-                covered.add(name)
-                converted[name].add(number)
-                shape = self.source_tensors[name].shape
-                if (shape[-2:] != (info.shape[-2], 2 * info.shape[-1]) or len(shape) != (2 if number is None else 3)
-                        or (number is not None and number >= shape[0])):
-                    yield f"{label}: decodes to {[info.shape[-2], 2 * info.shape[-1]]}, the source's {name} has {list(shape)}"
+                name, matrix = found
+                number = matrix.expert if expert is None or matrix.module != module else expert
+                shape = self.claims[name].matrix
+                made = (info.shape[-2], BLOCKS[stored] * info.shape[-1])
+                if (len(range(*matrix.rows)), shape[-1]) != made or (number is not None and number >= shape[0]) or (number is None) != (len(shape) == 2):
+                    yield f"{label}: decodes to {list(made)}, the source's {name} has {list(shape)}"
                     continue
-                yield from self._compare(label, module, scale, expert, name, number)
+                converted[name].add((number, matrix.rows))
+                yield from self._compare(label, stored, codes, scale, expert, name, number, range(*matrix.rows))
                 count += 1
+        covered = set(converted)
         for name, info in self.tensors.items():
-            found = self.source_tensors.get(name)
-            if found is None:
+            origin = name if name in self.source_tensors else f"{name}_inv" if name.endswith("weight_scale") else None
+            found = self.source_tensors.get(origin)
+            same = found is not None and (found.dtype, found.shape) == (info.dtype, info.shape)
+            if found is None or (not same and re.sub(r"\.weight(_scale)?$", "", name) in compared):
                 continue
-            covered.add(name)
-            if (found.dtype, found.shape) != (info.dtype, info.shape):
+            covered.add(origin)
+            if not same:
                 line = f"{name}: is {info.dtype} {list(info.shape)}, the source's is {found.dtype} {list(found.shape)}"
-                if self.claims[name].scale and found.shape == info.shape:
+                if self.claims[origin].scale and found.shape == info.shape:
                     self.notes.append(f"{line}; decoded by whatever made it, not compared")
                 else:
                     yield line
-            elif not self.quick and self.readers[self.where[name]].sha256(name) != self.source_readers[self.source_where[name]].sha256(name):
+            elif not self.quick and self.readers[self.where[name]].sha256(name) != self.source_readers[self.source_where[origin]].sha256(origin):
                 yield f"{self.where[name]}: {name} is not bit-identical to the source's"
             count += 1
-        scales = {claim.scale for claim in self.claims.values()}
+        companions = {name for name, claim in self.claims.items() if claim.belongs_to}
         for name, numbers in converted.items():
-            if None not in numbers:
-                yield from _some([f"{name}[{number}]" for number in range(self.source_tensors[name].shape[0]) if number not in numbers],
-                                 "there is nothing of the source's", "the expert was lost")
-        yield from _some(sorted(set(self.source_tensors) - covered - scales), "there is nothing of the source's", "it was lost")
+            wanted = {(matrix.expert, matrix.rows) for matrix in matrices(name, self.claims[name].matrix, "per_expert")}
+            if len(self.claims[name].matrix) == 3 and {rows for _, rows in numbers} != {rows for _, rows in wanted}:
+                wanted = {(number, (0, self.claims[name].matrix[1], 1)) for number in range(self.claims[name].matrix[0])}
+            yield from _some([f"{name}[{number}]" for number, _ in sorted(wanted - numbers, key=str)], "there is nothing of the source's",
+                             "the expert was lost")
+        yield from _some(sorted(set(self.source_tensors) - covered - companions), "there is nothing of the source's", "it was lost")
         self.counts["against_source"] = count
 
-    def _compare(self, label: str, module: str, scale: str, expert: int | None, name: str, number: int | None) -> Iterator[str]:
-        """SQNR of one matrix against the source's, over all rows; over four short runs of rows with `quick`."""
-        import torch
-
-        from kernels import mxfp4
-
-        claim, reader = self.claims[name], self.source_readers[self.source_where[name]]
-        rows, columns = self.source_tensors[name].shape[-2:]
+    def _compare(self, label: str, stored: str, codes: str, scale: str, expert: int | None, name: str, number: int | None,
+                 rows: range) -> Iterator[str]:
+        """SQNR of one matrix against rows of the source's, over all of them; over four short runs of rows with `quick`."""
+        claim = self.claims[name]
         step = claim.tile[0] if claim.tile else 1
-        height = max(step, ROWS_AT_ONCE // columns // step * step)
-        spans = [(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
+        height = max(step, ROWS_AT_ONCE // claim.matrix[-1] // step * step)
+        spans = [(begin, min(begin + height, len(rows))) for begin in range(0, len(rows), height)]
         if self.quick:
-            starts = sorted({rows * quarter // 4 // step * step for quarter in range(4)})
-            spans = [(begin, min(begin + SAMPLED_ROWS // 4, rows)) for begin in starts]
+            starts = sorted({len(rows) * quarter // 4 // step * step for quarter in range(4)})
+            spans = [(begin, min(begin + SAMPLED_ROWS // 4, len(rows))) for begin in starts]
         signal = error = 0.0
-        packed_name = f"{module}.weight_packed"
         for begin, end in spans:
-            weight = reader.matrix_rows(name, number, begin, end)
-            if claim.scale:
-                last = self.source_readers[self.source_where[claim.scale]]
-                stored = (last.tensor(claim.scale) if math.prod(last.info(claim.scale).shape) == 1
-                          else last.matrix_rows(claim.scale, number, begin // step, -(-end // step)))
-                try:
-                    weight = mxfp4.decode_block_fp8(weight, tile_scales(stored, tuple(weight.shape), claim.tile), claim.tile)
-                except mxfp4.NonFiniteError as found:
-                    raise UserError(f"--source {self.source}: {name}: {found}; the source is damaged") from None
-            weight = weight.double()
-            made = mxfp4.dequantize(self.readers[self.where[packed_name]].matrix_rows(packed_name, expert, begin, end),
-                                    self.readers[self.where[scale]].matrix_rows(scale, expert, begin, end), torch.float32).double()
+            panel = rows[begin:end]
+            try:
+                weight = decoded_rows(self.source_places, name, claim, number, panel[0], panel[-1] + 1)[::rows.step].double()
+            except NonFiniteError as found:
+                raise UserError(f"--source {self.source}: {name}: {found}; the source is damaged") from None
+            try:
+                made = SCHEMES[stored].dequantize(self.readers[self.where[codes]].matrix_rows(codes, expert, begin, end),
+                                                  self.readers[self.where[scale]].matrix_rows(scale, expert, begin, end)).double()
+            except NonFiniteError as found:
+                yield f"{label}: {found}"
+                return
             signal += weight.square().sum().item()
             error += (weight - made).square().sum().item()
         ratio = 10 * math.log10(signal / error) if 0 < signal < math.inf and 0 < error < math.inf else -math.inf
@@ -580,6 +587,16 @@ def _some(names: list[str], before: str, after: str) -> Iterator[str]:
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield f"{before} {names[0]}{more}" + (f"; {after}" if after else "")
+
+
+def _unused(codes, stored: str) -> float:
+    """Share of the blocks with any value that hold none of HIGH_CODES or above; codes uint8 [rows, bytes]."""
+    import torch
+
+    values = codes & 0x7F if stored == "mxfp8" else torch.stack((codes & 7, (codes >> 4) & 7), -1).flatten(-2)
+    largest = values.unflatten(-1, (-1, 32)).amax(-1)
+    used = largest[largest > 0]
+    return float((used < HIGH_CODES[stored][0]).double().mean()) if used.numel() else 0.0
 
 
 def _sample(reader: ShardReader, name: str, expert: int | None, rows: int, exponents):

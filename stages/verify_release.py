@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
 from stages.assemble_release import INDEX, auxiliary_files, read_receipts
 from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.checkpoint.reader import ShardReader
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.plan import coverage, index_json, outputs_of_shard, read_plan, release_config
-from stages.schemes import draft_scales
-from stages.schemes.mxfp4 import Output
+from stages.schemes import SCHEMES, draft_scales
+from stages.schemes.modules import Output
 from stages.settings import Settings, load, stage_parser
 
 RELATIVE_TOLERANCE = 1e-9  # of sums of squares that two implementations add up in different orders
@@ -116,34 +114,32 @@ class Verification:
         """Every quantized tensor, decoded from disk by the reference, has the energy that was measured, and its SQNR
         is above the floor: swapped names, swapped shards and scales off by one all change the energy."""
         floor = self.settings.release.minimum_sqnr_db
-        names = {(output.source, output.expert, output.part): name for name, (_, output) in self.planned.items()}
+        names = {(o.matrix.group, o.matrix.number, o.part): (name, shard, o) for name, (shard, o) in self.planned.items() if o.matrix}
         count = 0
         for shard in self.plan["shards"]:
-            for source, sums in self.receipts[shard]["quantized"].items():
-                for expert, signal, error, decoded in sums:
-                    split = (source, expert, "packed") in names
-                    packed, scale = (names[source, expert if split else None, part] for part in ("packed", "scale"))
-                    energy = self._energy(shard, packed, scale, None if split else expert)
+            for group, sums in self.receipts[shard]["quantized"].items():
+                for number, signal, error, decoded in sums:
+                    single = (group, number, "codes") in names
+                    (codes, _, output), (scale, _, _) = (names[group, number if single else None, part] for part in ("codes", "scale"))
+                    energy = self._energy(shard, codes, scale, None if single else number, output.source)
                     if not math.isclose(energy, decoded, rel_tol=RELATIVE_TOLERANCE):
-                        yield (f"{shard}: {packed} decodes to a sum of squares of {energy!r}, measured were {decoded!r} "
+                        yield (f"{shard}: {codes} decodes to a sum of squares of {energy!r}, measured were {decoded!r} "
                                "when it was quantized")
                     if error and 10 * math.log10(signal / error) < floor:
-                        yield (f"{shard}: {packed} has {10 * math.log10(signal / error):.2f} dB SQNR, below the floor of "
+                        yield (f"{shard}: {codes} has {10 * math.log10(signal / error):.2f} dB SQNR, below the floor of "
                                f"{floor} dB (release.minimum_sqnr_db)")
                     count += 1
         self.checked["quantized"] = count
 
-    def _energy(self, shard: str, packed_name: str, scale_name: str, expert: int | None) -> float:
-        from kernels import mxfp4
-
-        reader = self.readers[shard]
-        rows, half = reader.info(packed_name).shape[-2:]
-        total, step = 0.0, max(1, DECODE_WEIGHTS // (2 * half))
+    def _energy(self, shard: str, codes_name: str, scale_name: str, expert: int | None, source: str) -> float:
+        scheme, reader = SCHEMES[self.plan["tensors"][source]["scheme"]], self.readers[shard]
+        rows, width = reader.info(codes_name).shape[-2:]
+        total, step = 0.0, max(1, DECODE_WEIGHTS // (2 * width))
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
-            packed = reader.matrix_rows(packed_name, expert, begin, end)
+            codes = reader.matrix_rows(codes_name, expert, begin, end)
             scale = reader.matrix_rows(scale_name, expert, begin, end)
-            total += mxfp4.dequantize(packed, scale, torch.float32, backend="reference").double().square().sum().item()
+            total += scheme.dequantize(codes, scale).double().square().sum().item()
         return total
 
     def config(self) -> Iterator[str]:
@@ -152,8 +148,7 @@ class Verification:
         section = self.plan["quantization_config"]
         if json.dumps(found) != json.dumps(release_config(read_config(self.settings), section)):
             yield "config.json: differs from the source's in more than quantization_config"
-        modules, faults = coverage(self.plan["tensors"], found.get("quantization_config") or section,
-                                   self.plan["text_layers"])
+        modules, faults = coverage(self.plan, found.get("quantization_config") or section)
         yield from faults
         self.checked["config"] = modules
 

@@ -34,7 +34,7 @@ def convert(*overrides: str):
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
     """The tiny model under the default recipe: verified release and all results before evaluation."""
-    return convert(f"results={tmp_path_factory.mktemp('results')}", f"source.path={TINY}")
+    return convert(f"results={tmp_path_factory.mktemp('results')}", f"source.path={TINY}", "serving=none")
 
 
 @pytest.fixture

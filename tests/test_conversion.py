@@ -19,6 +19,7 @@ from stages import (download, evaluate, inspect_format, plan, quantize_experts, 
                     verify_release)
 from stages.checkpoint.files import read_json
 from stages.checkpoint.header import render_header, sorted_specs
+from stages.dialects import Claim, Tensors, stored_rows
 from stages.errors import UserError
 from stages.models import step37
 from stages.settings import load
@@ -367,15 +368,10 @@ def test_other_ways_to_store_the_same_model_convert_to_the_same_model(converted,
 
 
 def test_one_expert_of_one_tile_is_not_taken_for_a_scale_of_the_whole_tensor():
-    info = {"w": {"shard": "a", "shape": [1, 64, 64]}, "s": {"shard": "a", "shape": [1, 1, 1]}}
-
-    class Reader:
-        def tensor(self, name):
-            return torch.full((1, 1, 1), 2.0)
-
-    scales = quantize_experts.TileScales(None, {"tensors": info}, "a", Reader())
-    rows = scales.rows({"scale": "s", "tile": [128, 128], "shape": [1, 64, 64]}, 0, 0, 64)
-    assert rows.shape == (1, 1) and rows.item() == 2.0
+    stored = {"w": torch.ones(1, 64, 64).to(torch.float8_e4m3fn), "s": torch.full((1, 1, 1), 2.0)}
+    claim = Claim("block_fp8", "s", (128, 128), (1, 64, 64))
+    _, scale = stored_rows(Tensors(lambda name: quantize_experts.Loose(stored[name])), "w", claim, 0, 0, 64)
+    assert scale.shape == (1, 1) and scale.item() == 2.0
 
 
 @pytest.mark.parametrize("place", ["local", "hub"])

@@ -19,6 +19,8 @@ def test_simulation_agrees_with_vllm_on_ten_thousand_random_cases():
         pytest.skip("needs vLLM, here or in the serving environment: make serve-env")
     ran = subprocess.run([python, "-m", "tests.vllm_matching"], cwd=PROJECT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    seen = json.loads(ran.stdout.splitlines()[-1])
+    shown = json.loads(ran.stdout.splitlines()[-1])
+    seen, names = shown["outcomes"], shown["names"]
+    assert len(names) > 10 and min(names["Qwen3_5MoeForConditionalGeneration"], names["Step3p7ForConditionalGeneration"]) > 400, names
     assert sum(seen.values()) == 10_000
     assert min(seen.values()) > 50, f"the cases do not reach every outcome: {seen}"

@@ -120,9 +120,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(finished, tmp_path):
 
 @pytest.mark.parametrize(("source", "recipe"), [
     *(("step37_tiny", recipe) for recipe in choices("recipe")),
-    *((source, "mxfp4_experts") for source in choices("source") if source not in ("local", "hub", "step37_tiny")),
+    ("step37_fp8", "mxfp4_experts"), ("step37_bf16", "mxfp4_experts"),
 ])
-def test_every_recipe_and_every_source_dry_runs(tmp_path, source, recipe):
+def test_every_recipe_and_every_pinned_source_dry_runs(tmp_path, source, recipe):
     ran = snakemake(workdir(tmp_path / "dry"), "-n", "--quiet", "all", "--config", f"source={source}", f"recipe={recipe}")
     assert ran.returncode == 0, ran.stdout + ran.stderr
 

@@ -1,4 +1,5 @@
-"""Random names and configs for the simulation of vLLM's matching and for vLLM's own functions.
+"""Random names and configs for the simulation of vLLM's matching and for vLLM's own functions; names of real checkpoints for
+the table of architectures and for vLLM's own model classes.
 
     python -m tests.vllm_matching        in an environment with vLLM: prints how often each outcome was seen, as JSON
 """
@@ -8,6 +9,12 @@ import random
 import re
 
 from stages.schemes import vllm_rules
+from stages.schemes.architectures import ARCHITECTURES, CLASSES, STANDARD, architecture_of, runtime_name
+from stages.schemes.kept import group_of
+from stages.schemes.modules import module_of
+from stages.schemes.vllm_rules import named_parts
+from tests import step37_flash
+from tests.meta_checkpoints import FAMILIES, Family
 
 PREFIX = "language_model.model.layers"
 NAMES = [f"{PREFIX}.{layer}.{tail}" for layer in (0, 3, 17, 44) for tail in (
@@ -29,7 +36,7 @@ ENTRIES = [r"re:.*", r"re:.*\.moe\.experts\.\d+\..*", r"re:.*\.moe\.experts\.\d+
 def class_of(name):
     if ".experts." in name:
         return vllm_rules.ROUTED_EXPERTS
-    return next(found for pattern, found in vllm_rules.CLASSES if re.match(pattern, name))
+    return next(found for pattern, found in CLASSES if re.match(pattern, name))
 
 
 def compare(count: int) -> dict[str, int]:
@@ -37,13 +44,13 @@ def compare(count: int) -> dict[str, int]:
     from vllm.model_executor.layers.quantization.compressed_tensors import utils
 
     draw = random.Random(0)
-    mapping = {whole: list(parts) for whole, parts in vllm_rules.FUSED.items()}
+    mapping = {whole: list(parts) for whole, parts in STANDARD.items()}
     seen = {"ignored": 0, "raises": 0, "matched": 0, "none": 0}
     for _ in range(count):
         name = draw.choice(NAMES)
         entries = draw.sample(ENTRIES, draw.randint(0, 4))
         fused = name.startswith("language_model.")
-        module = vllm_rules.RuntimeModule(name, class_of(name), (), fused)
+        module = vllm_rules.RuntimeModule(name, class_of(name), (), STANDARD.get(name.rpartition(".")[2], ()) if fused else ())
         theirs_mapping = mapping if fused else {}
         try:
             theirs = utils.should_ignore_layer(name, ignore=entries, fused_mapping=theirs_mapping)
@@ -61,5 +68,76 @@ def compare(count: int) -> dict[str, int]:
     return seen
 
 
+def vllm_class(name: str):
+    """vLLM's class of an architecture."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    return ModelRegistry._try_load_model_cls(name)
+
+
+def compare_architectures() -> dict[str, int]:
+    """Architecture -> number of names that vLLM's mapper and the table map alike; AssertionError, with the name, where not."""
+    checked = {}
+    for row in ARCHITECTURES:
+        for architecture in row.names:
+            cls = vllm_class(architecture)
+            if cls is None:
+                continue  # a model for other devices than this
+            packed = dict(getattr(cls, "packed_modules_mapping", None) or {})
+            ours = {whole: list(named_parts(row.merged[whole])) for whole in row.visible}
+            for whole, parts in ours.items():
+                if whole in packed:  # others are set when a model is built
+                    assert packed[whole] == parts, (architecture, whole, packed[whole], parts)
+            hidden = {whole for whole in packed if whole in row.merged} - set(ours)
+            assert not hidden, (architecture, hidden)
+            checked[architecture] = _compare_names(architecture, cls, row)
+    return checked
+
+
+def _compare_names(architecture: str, cls, row) -> int:
+    """Names of the family's tensors, mapped by vLLM's class and by the table."""
+    mapper = getattr(cls, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        assert all(module == runtime_name(module, row, 10**9) for module in ("model.layers.3.self_attn.q_proj", "lm_head")) \
+            or architecture.startswith(("Step", "MiniMaxM2")), architecture
+        return 0
+    mapper, count = mapper.get_rename_mapper(), 0
+    step = Family("", step37_flash.config(True), lambda: {name: entry for shard in step37_flash.tensors().values() for name, entry in shard.items()})
+    for family in (*FAMILIES.values(), step):
+        if architecture not in family.config["architectures"]:
+            continue
+        layers = (family.config.get("text_config") or family.config)["num_hidden_layers"]
+        for name, (_, shape) in family.tensors().items():
+            module = module_of(name)
+            layer = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
+            if len(shape) < 2 or not name.endswith(".weight") or module.startswith("mtp.") or (layer and int(layer[1]) >= layers):
+                continue
+            theirs = mapper._map_name(module + ".")  # a module's name stands for all that begins with it
+            if theirs is not None and not re.search(r"\.experts\.|\.share_expert\.|\.c_fc$|\.c_proj$", module):  # inner models rename these
+                assert theirs.rstrip(".") == runtime_name(module, row, layers), (architecture, module, theirs)
+                count += 1
+    return count
+
+
+def compare_groups() -> dict[str, str]:
+    """Stored format -> vLLM's test that takes its group's arguments; AssertionError where it takes them for another."""
+    from vllm.model_executor.layers.quantization.compressed_tensors import utils
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    found = {}
+    for stored in ("mxfp4", "mxfp8", "fp8 128x128", "fp8 per channel", "fp8 per tensor"):
+        group = {"targets": ["re:.*"], **group_of(stored)}
+        section = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {"group_0": group}, "ignore": []}
+        config = CompressedTensorsConfig.from_config(section)
+        made = config.target_scheme_map["re:.*"]
+        weights, activations = made["weights"], made["input_activations"]
+        tests = {"mxfp4": config._is_mxfp4(weights), "mxfp8": config._is_mxfp8(weights), "fp8": config._is_fp8_w8a8(weights, activations)}
+        assert [name for name, holds in tests.items() if holds] == [stored.split()[0]], (stored, tests)
+        assert stored.startswith("mx") or utils.is_activation_quantization_format(made["format"]), made["format"]
+        found[stored] = stored.split()[0]
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps(compare(10_000)))
+    assert architecture_of("GptOssForCausalLM").refused
+    print(json.dumps({"names": compare_architectures(), "groups": compare_groups(), "outcomes": compare(10_000)}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,15 +86,17 @@ class ShardReader:
 
     def matrix_rows(self, name: str, expert: int | None, begin: int, end: int,
                     buffer: bytearray | None = None) -> torch.Tensor:
-        """Rows begin..end of a 2D tensor, or of matrix `expert` of a 3D tensor; shape [end - begin, in].
+        """Rows begin..end of a 2D tensor, or of matrix `expert` of a tensor that has experts first; shape [end - begin, in].
 
-        With `buffer` the tensor lies in it, where it fits, and is valid until the buffer is used again.
+        What follows the rows' dimension is one row (gpt-oss stores blocks of a row in a dimension of their own). With
+        `buffer` the tensor lies in it, where it fits, and is valid until the buffer is used again.
         """
         info = self.info(name)
-        rows, columns = info.shape[-2:]
-        stride = info.nbytes // (rows * columns * (info.shape[0] if expert is not None else 1)) * columns
+        experts, rows = info.shape[:2] if expert is not None else (1, info.shape[0])
+        stride = info.nbytes // (experts * rows)
         start = info.begin + ((expert or 0) * rows + begin) * stride
-        return self._tensor(name, self._read(start, start + (end - begin) * stride, buffer), (end - begin, columns))
+        raw = self._read(start, start + (end - begin) * stride, buffer)
+        return self._tensor(name, raw, (end - begin, math.prod(info.shape[1 if expert is None else 2:])))
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor."""

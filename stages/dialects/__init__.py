@@ -1,47 +1,31 @@
 """How sources store weights: one file per dialect, one table that recognizes them, one table of tensor roles.
 
-A dialect is recognized from the headers of all shards, tensor by tensor, and cross-checked with config.json; the first
-row that claims a tensor wins. Adding a dialect is adding a file and a row.
+A dialect is recognized from the headers of all shards, weight by weight, and cross-checked with config.json; the first
+row that claims a tensor wins, and brings the scales that belong to it. Adding a dialect is adding a file and a row.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from stages.checkpoint.header import TensorInfo
-from stages.dialects import block_fp8, channel_fp8, mxfp8, plain
+from stages.dialects import block_fp8, channel_fp8, int4, mxfp4, mxfp8, nvfp4, plain
+from stages.dialects.block_fp8 import declared
+from stages.dialects.claim import Claim, Tensors, decoded, decoded_rows, stored_rows
 from stages.errors import UserError
 
+__all__ = ["DIALECTS", "Claim", "Tensors", "by_name", "decoded", "decoded_rows", "recognize", "stored_rows"]
 
-@dataclass(frozen=True)
-class Claim:
-    """How one weight is stored: by which dialect, with which scale tensor, under which tile."""
-
-    dialect: str
-    scale: str | None = None
-    tile: tuple[int, int] | None = None
+DIALECTS = (block_fp8, mxfp8, channel_fp8, mxfp4, nvfp4, int4, plain)  # more specific first
+SCALE = re.compile(r".*(_scale_inv|weight_scale|weight_scale_2|weight_global_scale|weight_zero_point|weight_shape|weight_packed|weight_g_idx"
+                   r"|proj_scales|proj_blocks)")
+_BY_NAME = {dialect.NAME: dialect for dialect in DIALECTS}
 
 
-DIALECTS = (block_fp8, mxfp8, channel_fp8, plain)  # more specific first
-
-
-def tile_scales(scale, shape: tuple[int, ...], tile: tuple[int, int]):
-    """A stored scale tensor as the float tile scales of an FP8 weight (or some of its rows) of `shape`.
-
-    E8M0 bytes become their powers of two, a single scale for the whole tensor is repeated for each row: kernels know float tiles
-    only.
-    Raises kernels.formats.NonFiniteError for E8M0 byte 255.
-    """
-    import torch
-
-    from kernels.formats import e8m0_to_float
-
-    if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
-        scale = e8m0_to_float(scale)
-    if tile[0] == 1 and scale.numel() == 1:
-        return scale.reshape(1, 1).expand(shape[-2], 1).contiguous()
-    return scale
+def by_name(name: str):
+    """The module of a dialect."""
+    return _BY_NAME[name]
 
 
 def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], config: dict) -> dict[str, Claim]:
@@ -52,14 +36,57 @@ def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], confi
     """
     claims: dict[str, Claim] = {}
     for name, info in tensors.items():
-        for dialect in DIALECTS:
-            claimed = dialect.claim(name, info, tensors, where, config)
-            if claimed is not None:
-                claims[name] = Claim(*claimed)
-                break
-        else:
-            raise UserError(f"{where[name]}: tensor {name} has dtype {info.dtype} and shape {list(info.shape)}, which no "
-                            f"dialect here reads ({', '.join(d.NAME for d in DIALECTS)}); it would be converted wrongly")
+        claimed = next(filter(None, (dialect.claim(name, info, tensors, where, config) for dialect in DIALECTS)), None)
+        if claimed is not None:
+            claims[name] = claimed
+    for name, claimed in list(claims.items()):
+        for companion in claimed.companions().values():
+            if (other := claims.get(companion)) and other.belongs_to:
+                raise UserError(f"{where[companion]}: {companion} would belong to {other.belongs_to} and to {name}; rename one of them")
+            claims[companion] = Claim(claimed.dialect, belongs_to=name)
+    for name, info in tensors.items():
+        claimed = claims.get(name)
+        if claimed is None:
+            raise UserError(f"{where[name]}: {_unknown(name, info, tensors)}")
+        if claimed.dialect == plain.NAME and SCALE.fullmatch(name):
+            raise UserError(f"{where[name]}: {_lone(name, info, tensors)}")
     for dialect in DIALECTS:
-        dialect.check_config([name for name, claim in claims.items() if claim.dialect == dialect.NAME], config)
+        _check_config(dialect, [name for name, claimed in claims.items() if claimed.dialect == dialect.NAME], config)
     return claims
+
+
+def _unknown(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:
+    """Why a tensor that no dialect claims cannot be read."""
+    if SCALE.fullmatch(name) or info.dtype == "F8_E8M0":
+        return _lone(name, info, tensors)
+    if info.dtype == "F8_E4M3":
+        return (f"FP8 tensor {name} has no scale {name}_scale_inv in any shard; without it its values are unknown, get the complete "
+                "checkpoint")
+    return (f"tensor {name} has dtype {info.dtype} and shape {list(info.shape)}, which no dialect here reads "
+            f"({', '.join(_BY_NAME)}); it would be converted wrongly")
+
+
+def _lone(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:
+    """Why a scale or a packed weight that belongs to nothing cannot be read."""
+    weight = re.sub(r"(_scale_inv|_scale_2|_global_scale|_scale|_scales|_zero_point|_shape|_packed|_blocks|_g_idx)$", "", name)
+    if name.endswith(("_packed", "_blocks")):
+        return f"packed weight {name} has no scale in any shard; the checkpoint is incomplete, download it again"
+    found = next((other for other in (weight, f"{weight}_packed", f"{weight}_blocks", re.sub(r"scale$", "weight", name))
+                  if other in tensors and other != name), None)
+    if found is None:
+        return f"scale {name} has no weight {weight} in any shard; the checkpoint is incomplete, download it again"
+    return (f"{found} is {tensors[found].dtype} {list(tensors[found].shape)} and {name} is {info.dtype} {list(info.shape)}, which "
+            f"together no dialect here reads ({', '.join(_BY_NAME)})")
+
+
+def _check_config(dialect, names: list[str], config: dict) -> None:
+    """config.json must declare a method that stores the dialect, and must not declare FP8 where there is none."""
+    method = declared(config).get("quant_method")
+    if names and dialect.METHODS is not None and method not in dialect.METHODS:
+        label = {"block_fp8": "block-FP8 tensors", "channel_fp8": "FP8 weights and scales (per channel or tensor)"}.get(
+            dialect.NAME, f"{dialect.NAME.upper()} weights and scales")
+        raise UserError(f"config.json declares quant_method {method!r}, but the headers hold {len(names)} {label}, {names[0]} first; "
+                        "restore the original config.json")
+    if dialect is block_fp8 and method == "fp8" and not names:
+        raise UserError("config.json declares quant_method 'fp8', but no shard holds an FP8 tensor; shards are missing "
+                        "or config.json is of another checkpoint")

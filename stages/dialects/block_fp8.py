@@ -1,63 +1,88 @@
-"""Block FP8: float8_e4m3fn codes and one float scale per tile, `weight` beside `weight_scale_inv`.
+"""Block FP8: float8_e4m3fn codes and one scale per tile of, mostly, 128x128.
 
-    w[r, c] = float32(weight[r, c]) * float32(weight_scale_inv[r // tile_rows, c // tile_columns])
+    w[r, c] = float32(weight[r, c]) * float32(scale[r // tile_rows, c // tile_columns])
 
-Despite its name the stored scale multiplies. 2D and 3D (experts first) are the same, the last two dimensions count;
-edges may be ragged. The tile is what config.json declares (128x128 when it is silent), and the two shapes must agree
-with it: a disagreement names both instead of guessing.
+Despite its name `weight_scale_inv` multiplies. 2D and 3D (experts first) are the same, the last two dimensions count; edges
+may be ragged. The tile is what config.json declares (128x128 when it is silent), and the two shapes must agree with it: a
+disagreement names both instead of guessing.
+
+    weight + weight_scale_inv  F32, BF16, F16   quant_method fp8
+    weight + weight_scale      F32, BF16, F16   compressed-tensors, strategy block
+    weight + scale             F8_E8M0          DeepSeek-V4
 """
 
 from __future__ import annotations
 
+from stages.dialects.claim import Claim
 from stages.errors import UserError
 
 NAME = "block_fp8"
-SUFFIX = "_scale_inv"
-SCALE_DTYPES = ("F32", "BF16", "F16")
+METHODS = ("fp8", "compressed-tensors")
+FLOATS = ("F32", "BF16", "F16")
+SCALE_DTYPES = (*FLOATS, "F8_E8M0")
+DEFAULT_TILE = (128, 128)
 
 
 def declared(config: dict) -> dict:
     """The quantization_config, at the top or in text_config; empty where there is none."""
-    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    section = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    return section if isinstance(section, dict) else {}
+
+
+def declared_weights(config: dict) -> list[dict]:
+    """The `weights` of each compressed-tensors group."""
+    groups = declared(config).get("config_groups") or {}
+    return [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
+
+
+def declared_tile(config: dict) -> tuple[int, int] | None:
+    """Rows and columns of a tile by config.json, None where it declares none."""
+    blocks = [declared(config).get("weight_block_size"), *(weights.get("block_structure") for weights in declared_weights(config))]
+    found = next((block for block in blocks if block), None)
+    if found is None:
+        return None
+    if not isinstance(found, list) or len(found) != 2 or not all(type(edge) is int and edge > 0 for edge in found):
+        raise UserError(f"config.json: the block size is {found!r}, expected two whole numbers above 0; restore the original config.json")
+    return tuple(found)
+
+
+def scale_of(name: str) -> list[str]:
+    """Names that the scale of FP8 weight `name` may have."""
+    return [f"{name}_scale_inv", f"{name}_scale", *([f"{name.removesuffix('weight')}scale"] if name.endswith(".weight") else [])]
 
 
 def claim(name, info, tensors, where, config):
-    """Claims FP8 weights that have a scale, and those scales."""
-    if name.endswith(SUFFIX) and info.dtype in SCALE_DTYPES:
-        weight = tensors.get(name.removesuffix(SUFFIX))
-        if weight is None:
-            raise UserError(f"{where[name]}: scale {name} has no weight {name.removesuffix(SUFFIX)} in any shard; the "
-                            "checkpoint is incomplete, download it again")
-        if weight.dtype == "F8_E4M3":
-            return NAME, None, None
+    """Claims FP8 weights with tile scales."""
     if info.dtype != "F8_E4M3":
         return None
-    scale_name = name + SUFFIX
-    scale = tensors.get(scale_name)
-    other = scale or tensors.get(name + "_scale")
-    if other is not None and (scale is None or scale.dtype == "U8"):
+    scale_name = next((candidate for candidate in scale_of(name) if candidate in tensors), None)
+    if scale_name is None:
+        return None
+    scale, tile = tensors[scale_name], declared_tile(config)
+    if scale.dtype == "U8" or (scale_name.endswith("weight_scale") and tile is None):
         return None  # MXFP8, or scales per channel or tensor
-    if scale is None:
-        raise UserError(f"{where[name]}: FP8 tensor {name} has no scale {scale_name} in any shard; without it its values "
-                        "are unknown, get the complete checkpoint")
     if scale.dtype not in SCALE_DTYPES:
         raise UserError(f"{where[scale_name]}: scale {scale_name} has dtype {scale.dtype}, expected one of "
                         f"{', '.join(SCALE_DTYPES)}; this is another dialect than block FP8 and is not read yet")
-    tile = tuple(int(edge) for edge in declared(config).get("weight_block_size") or (128, 128))
+    tile = tile or DEFAULT_TILE
     expected = (*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], tile)))
     if len(info.shape) < 2 or scale.shape != expected:
+        if scale_name.endswith("weight_scale") and (scale.shape == (*info.shape[:-1], 1) or scale.shape in ((), (1,), (1, 1))):
+            return None  # another group of the same checkpoint, per channel or tensor
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, but tiles of "
                         f"{list(tile)} (config.json) cut {name} of shape {list(info.shape)} into {list(expected)}; the "
                         "scale or config.json is of another checkpoint")
-    return NAME, scale_name, tile
+    return Claim(NAME, scale_name, tile, info.shape)
 
 
-def check_config(names, config) -> None:
-    """config.json must declare quant_method fp8 exactly when the headers show block FP8."""
-    method = declared(config).get("quant_method")
-    if names and method != "fp8":
-        raise UserError(f"config.json declares quant_method {method!r}, but the headers hold {len(names)} block-FP8 "
-                        f"tensors, {names[0]} first; restore the original config.json")
-    if method == "fp8" and not names:
-        raise UserError("config.json declares quant_method 'fp8', but no shard holds an FP8 tensor; shards are missing "
-                        "or config.json is of another checkpoint")
+def rows(tensors, name, claim, expert, begin, end, buffer=None):
+    """Codes, and the float scales of their tiles; also for MXFP8 and for scales per channel or tensor."""
+    import torch
+
+    from kernels.formats import e8m0_to_float
+
+    codes = tensors.matrix_rows(name, expert, begin, end, buffer)
+    if claim.one_scale:
+        return codes, tensors.tensor(claim.scale).reshape(1, 1).expand(end - begin, 1).contiguous()
+    scale = tensors.matrix_rows(claim.scale, expert, begin // claim.tile[0], -(-end // claim.tile[0]))
+    return codes, e8m0_to_float(scale) if scale.dtype in (torch.uint8, torch.float8_e8m0fnu) else scale

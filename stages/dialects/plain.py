@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
+from stages.dialects.claim import Claim
+
 NAME = "plain"
+METHODS = None  # plain tensors occur in every checkpoint
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 PASS_DTYPES = (*WEIGHT_DTYPES, "F64", "BOOL", "I8", "I16", "I32", "I64")
+FUSED_EXPERTS = re.compile(r".*\.experts\.(gate_up|gate|up|down)_proj")
 
 
 def claim(name, info, tensors, where, config):
-    """Claims every tensor that stores its own values."""
-    return (NAME, None, None) if info.dtype in PASS_DTYPES else None
+    """Claims every tensor that stores its own values; matrices named as weights can be quantized."""
+    if info.dtype not in PASS_DTYPES:
+        return None
+    is_matrix = len(info.shape) in (2, 3) and (name.endswith("weight") or FUSED_EXPERTS.fullmatch(name))
+    return Claim(NAME, matrix=info.shape if is_matrix and info.dtype in WEIGHT_DTYPES else None)
 
 
-def check_config(names, config) -> None:
-    """Nothing to check: plain tensors occur in every checkpoint."""
+def rows(tensors, name, claim, expert, begin, end, buffer=None):
+    """The rows themselves."""
+    return tensors.matrix_rows(name, expert, begin, end, buffer), None

@@ -1,8 +1,9 @@
-"""What a tensor is for: one table per family of names, first matching row wins.
+r"""What a tensor is for: one table for all families of names, first matching row wins.
 
 The same model is published under several prefixes (`model.layers.`, `model.language_model.layers.`,
-`language_model.model.layers.`), so the text prefix is part of every pattern. Layers past `num_hidden_layers` are
-multi-token-prediction layers whatever they look like: no recipe reaches them by naming `attention`.
+`language_model.model.layers.`, plain `layers.`), so the text prefix is part of every pattern; families differ in what they
+call the block of experts (`moe`, `mlp`, `block_sparse_moe`, `ffn`) and its projections (`gate_proj` or `w1`). Layers past
+`num_hidden_layers` are multi-token-prediction layers whatever they look like: no recipe reaches them by naming `attention`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 
 from stages.errors import UserError
 
-_TEXT = r"(?:model\.language_model|language_model\.model|model)\."
+_TEXT = r"(?:model\.language_model\.|language_model\.model\.|model\.|(?=layers\.|embed\.|norm\.|head\.))"
 _LAYER = _TEXT + r"layers\.(?P<layer>\d+)\."
-_SCALES = r"(?:_scale(?:_inv)?)?"
-_LINEAR = r"(?P<projection>gate|up|down)_proj\.weight" + _SCALES
+_BLOCK = r"(?:moe|mlp|block_sparse_moe|ffn|feed_forward)\."
+# what a linear weight may be stored as: the weight, its scales, its bias
+_STORED = r"(?:[._](?:weight|scale|blocks|scales|bias|packed)[a-z0-9_]*|\.(?:input|output)_(?:global_)?scale)?"
+_MLP = r"(?P<projection>(?:gate_up|gate|up|down)_proj|w[123])" + _STORED
 
 
 @dataclass(frozen=True)
@@ -27,21 +30,25 @@ class Role:
 
 
 ROLES = (
-    Role("routed_experts", _LAYER + r"moe\.(?:experts\.\d+\.)?" + _LINEAR),
-    Role("shared_experts", _LAYER + r"share_expert\." + _LINEAR),
-    Role("router", _LAYER + r"moe\.(?:gate\.weight|router_bias)"),
-    Role("dense_mlp", _LAYER + r"mlp\." + _LINEAR),
-    Role("attention", _LAYER + r"self_attn\.(?P<projection>[qkvog])_proj\.weight" + _SCALES),
-    Role("norms", _LAYER + r"(?:self_attn\.[qk]_norm|input_layernorm|post_attention_layernorm)\.weight"),
+    Role("routed_experts", _LAYER + _BLOCK + r"experts\.(?:\d+\.)?" + _MLP),
+    Role("routed_experts", _LAYER + r"moe\." + _MLP),  # Step-3.7 stacks them without `experts`
+    Role("shared_experts", _LAYER + rf"(?:{_BLOCK})?share(?:d)?_experts?\." + _MLP),
+    Role("router", _LAYER + _BLOCK + r"(?:gate|router|shared_expert_gate)\.(?:weight|bias|e_score_correction_bias|tid2eid)"),
+    Role("router", _LAYER + _BLOCK + r"(?:router_bias|e_score_correction_bias)"),
+    Role("dense_mlp", _LAYER + r"mlp\." + _MLP),
+    Role("attention", _LAYER + r"(?:self_attn|attn)\.(?P<projection>[a-z_]+_proj(?:_with_mqa)?|w[qkvo]\w*)" + _STORED),
+    Role("linear_attention", _LAYER + r"linear_attn\.(?P<projection>in_proj_\w+?|out_proj)" + _STORED),
+    Role("norms", _LAYER + r"(?:[a-z_]+\.)?[a-z_]*norm\.(?:weight|bias)"),
     Role("norms", _TEXT + r"norm\.weight"),
-    Role("embeddings", _TEXT + r"embed_tokens\.weight"),
-    Role("lm_head", r"(?:language_model\.)?lm_head\.weight"),
-    Role("vision", r"(?:model\.)?vision_model\..*"),
-    Role("projector", r"(?:model\.)?vit_large_projector\..*"),
-    Role("mtp", _LAYER + r".*"),
+    Role("embeddings", _TEXT + r"embed(?:_tokens)?\.weight"),
+    Role("lm_head", r"(?:language_model\.)?(?:model\.)?(?:lm_)?head\.weight"),
+    Role("vision", r"(?:model\.)?(?:vision_model|vision_tower|visual|encoder)\..*"),
+    Role("projector", r"(?:model\.)?(?:vit_large_projector|multi_modal_projector|mm_projector|patch_merge_mlp)\..*"),
+    Role("mtp", r"(?:model\.|language_model\.)*mtp(?:_layers)?\..*"),
     Role("other", r".*"),
 )
 ROLE_NAMES = tuple(dict.fromkeys(role.name for role in ROLES))
+QUANTIZABLE = ("routed_experts", "shared_experts", "dense_mlp", "attention", "linear_attention")  # linear weights of the text model
 _COMPILED = tuple((role.name, re.compile(role.pattern)) for role in ROLES)
 
 
@@ -70,8 +77,9 @@ def role_of(name: str, layers: int) -> str:
 
 
 def projection_of(name: str) -> str | None:
-    """`gate`, `up`, `down`, `q`, ... of a linear weight; None for other tensors."""
+    """`gate`, `w1`, `q`, ... of a linear weight; None for other tensors."""
     for _, pattern in _COMPILED:
         if match := pattern.fullmatch(name):
-            return match.groupdict().get("projection")
+            projection = match.groupdict().get("projection")
+            return projection and projection.removesuffix("_proj")
     return None

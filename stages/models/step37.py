@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from kernels import mxfp4
 from stages.checkpoint.reader import ShardReader
-from stages.dialects import recognize, tile_scales
+from stages.dialects import Tensors, decoded, recognize
 from stages.dialects.roles import hidden_layers, layer_of
 from stages.errors import UserError
 from stages.schemes.draft_scales import NAME as DRAFT_SCALE
+from stages.schemes.modules import module_of
 
 PER_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+\.weight)")
 
@@ -40,34 +40,24 @@ def expanded_tensors(directory: Path, dtype: torch.dtype) -> Iterator[tuple[str,
         readers = [stack.enter_context(ShardReader(path)) for path in shards]
         tensors = {name: info for reader in readers for name, info in reader.header.tensors.items()}
         owner = {name: reader for reader in readers for name in reader.header.tensors}
-        packed = {name for name in tensors if name.endswith(".weight_packed")}
-        scales = {name.replace("weight_packed", "weight_scale") for name in packed}
-        plain = {name: info for name, info in tensors.items() if name not in packed | scales}
-        source_config = config if not packed else {**config, "quantization_config": None}
-        claims = recognize(plain, {name: owner[name].path.name for name in plain}, source_config)
+        claims = recognize(tensors, {name: owner[name].path.name for name in tensors}, config)
+        places = Tensors(owner.__getitem__)
 
         def value(name: str) -> torch.Tensor:
-            reader = owner.get(name)
-            if reader is None:
-                reader = owner[name + "_packed"]
-                return mxfp4.dequantize(reader.tensor(name + "_packed"),
-                                        owner[name + "_scale"].tensor(name + "_scale"), dtype)
-            if claims[name].scale:
-                scale = owner[claims[name].scale].tensor(claims[name].scale)
-                codes, tile = reader.tensor(name), claims[name].tile
-                return mxfp4.decode_block_fp8(codes, tile_scales(scale, codes.shape, tile), tile).to(dtype)
-            tensor = reader.tensor(name)
+            if claims[name].dialect != "plain":
+                return decoded(places, name, claims[name]).to(dtype)
+            tensor = owner[name].tensor(name)
             return tensor if tensor.dtype == torch.float32 else tensor.to(dtype)
 
-        source_scales = {claim.scale for claim in claims.values()}
-        weights = [name for name in plain if name not in source_scales and not DRAFT_SCALE.fullmatch(name)]
-        weights += [name.removesuffix("_packed") for name in packed]
         experts: dict[str, dict[int, str]] = {}
-        for name in sorted(weights):
-            if match := PER_EXPERT.fullmatch(name):
+        for name in sorted(tensors):
+            if claims[name].belongs_to or DRAFT_SCALE.fullmatch(name):
+                continue
+            published = name if claims[name].dialect == "plain" else f"{module_of(name)}.weight"
+            if match := PER_EXPERT.fullmatch(published):
                 experts.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = name
             else:
-                yield name, value(name)
+                yield published, value(name)
         for name, members in experts.items():
             yield name, torch.stack([value(members[expert]) for expert in sorted(members)])
 

@@ -1,5 +1,5 @@
 """How releases store weights, and what the engine demands of their names and config. One row per output scheme."""
 
-from stages.schemes import mxfp4
+from stages.schemes import mxfp4, mxfp8
 
-SCHEMES = {mxfp4.NAME: mxfp4}
+SCHEMES = {mxfp4.NAME: mxfp4, mxfp8.NAME: mxfp8}

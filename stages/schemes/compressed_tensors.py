@@ -1,65 +1,85 @@
-"""The `quantization_config` of a release: compressed-tensors, format `mixed-precision`, weight-only MXFP4.
+"""The `quantization_config` of a release: compressed-tensors, format `mixed-precision`, one group per stored format.
 
-Targets are regular expressions over vLLM's runtime names (they begin with `language_model.`, fuse q, k, v and gate, up,
-and call the shared expert `moe.share_expert`), anchored at both ends so that they hit nothing else. `ignore` names what
-stays as it is, for engines that want every linear module explained. Both are checked against a simulation of vLLM's
-matching (vllm_rules) when the release is assembled and again when it is verified.
+Targets are regular expressions over vLLM's runtime names (which merge q, k, v and gate, up, and rename what they like),
+anchored at both ends so that they hit nothing else; the names of the parts go along for engines that do not merge. They are
+derived from the very modules that they must hit: a layer's number becomes `\\d+` where all layers agree. `ignore` names what
+stays as it is, for engines that want every linear module explained. Both are checked against a simulation of vLLM's matching
+(vllm_rules) by the plan, when the release is assembled, and again when it is verified.
 """
 
 from __future__ import annotations
 
-from stages.dialects.roles import layer_of
-from stages.schemes import SCHEMES
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
-# role -> tail of the runtime names of its modules, `{layers}` replaced by the layers concerned
-TARGETS = {
-    "routed_experts": r"re:.*\.layers\.{layers}\.moe\.experts\.\d+\.(gate_proj|up_proj|down_proj)$",
-    "shared_experts": r"re:.*\.layers\.{layers}\.moe\.share_expert\.(gate_up_proj|gate_proj|up_proj|down_proj)$",
-    "attention": r"re:.*\.layers\.{layers}\.self_attn\.(qkv_proj|q_proj|k_proj|v_proj|o_proj|g_proj)$",
-    "dense_mlp": r"re:.*\.layers\.{layers}\.mlp\.(gate_up_proj|gate_proj|up_proj|down_proj)$",
-}
-# ... and of what stays unquantized, when the model has such tensors
-IGNORES = {
-    **TARGETS,
-    "router": r"re:.*\.moe\.gate$",
-    "lm_head": r"re:.*lm_head$",
-    "mtp": r"re:.*\.(mtp_block|shared_head|eh_proj)(\..*)?$",
-    "vision": r"re:.*vision_model\..*",
-    "projector": r"re:.*vit_large_projector$",
-}
+from stages.schemes.architectures import EMBEDDING
+from stages.schemes.kept import group_of
+from stages.schemes.vllm_rules import ROUTED_EXPERTS, RuntimeModule, named_parts
+
+LAYER = re.compile(r"(?:.*\.)?(model|mtp)\.layers\.(\d+)\.(.*)")
+TEXT_ROOTS = ("", "model", "language_model")  # what may stand before modules outside the layers, lm_head above all
+ORDER = ("qkv_proj", "q_proj", "k_proj", "v_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
-def _layers(numbers: set[int], all_numbers: set[int]) -> str:
-    return r"\d+" if numbers == all_numbers else "(" + "|".join(map(str, sorted(numbers))) + ")"
+def _leaves(module: RuntimeModule, row_experts: tuple[str, ...]) -> tuple[str, list[str]]:
+    """(name up to the leaf, leaves) under which a module can be named."""
+    if module.class_name == ROUTED_EXPERTS:
+        return module.name + r".\d+", list(dict.fromkeys((*module.probes, *row_experts)))
+    prefix, _, leaf = module.name.rpartition(".")
+    parts = named_parts(member.rpartition(".")[2] for member in module.members) if len(module.members) > 1 else ()
+    return prefix, list(dict.fromkeys([leaf, *module.parts, *parts]))
 
 
-def quantization_config(tensors: dict) -> dict:
-    """Config section for a plan's tensors: name -> {role, decision, scheme, ...}."""
-    layers: dict[tuple[str, str | None], set[int]] = {}
-    present: dict[str, set[int]] = {}
-    for name, entry in tensors.items():
-        if not name.endswith("weight") and entry["role"] in TARGETS:
-            continue  # scales
-        layer = layer_of(name)
-        layers.setdefault((entry["role"], entry["scheme"]), set()).add(layer)
-        present.setdefault(entry["role"], set()).add(layer)
-    groups: dict[str, dict] = {}
-    for (role, scheme), numbers in sorted(layers.items(), key=lambda item: (item[0][0], item[0][1] or "")):
-        if scheme is not None:
-            target = TARGETS[role].replace("{layers}", _layers(numbers, present[role]))
-            groups.setdefault(scheme, {"targets": [], "weights": dict(SCHEMES[scheme].WEIGHTS),
-                                       "input_activations": None, "output_activations": None,
-                                       "format": SCHEMES[scheme].FORMAT})["targets"].append(target)
-    ignore = []
-    for role, pattern in IGNORES.items():
-        numbers = layers.get((role, None))
-        if numbers:
-            ignore.append(pattern.replace("{layers}", _layers(numbers, present[role]) if "{layers}" in pattern else ""))
+def _escaped(name: str) -> str:
+    return name.replace(".", r"\.").replace(r"\.\d+", r"\.\d+")
+
+
+def _pattern(root: str, tail: str, layers: set[int], every: set[int], leaves: Iterable[str]) -> str:
+    """`re:` of modules: in some layers of root `model` or `mtp`, or (no layers) below whatever `root` says."""
+    ordered = sorted(leaves, key=lambda leaf: (ORDER.index(leaf) if leaf in ORDER else len(ORDER), leaf))
+    leaf = ordered[0] if len(ordered) == 1 else f"({'|'.join(ordered)})"
+    if not layers:
+        return f"re:.*{leaf}$" if root in TEXT_ROOTS else rf"re:(.*\.)?{_escaped(root)}\.{leaf}$"
+    numbers = r"\d+" if layers == every else f"({'|'.join(map(str, sorted(layers)))})"
+    return rf"re:.*{root}\.layers\.{numbers}\.{_escaped(tail)}{leaf}$"
+
+
+def quantization_config(modules: Iterable[RuntimeModule], stored: Mapping[str, str | None], experts: tuple[str, ...]) -> dict:
+    """Config section of a release.
+
+    modules: as vLLM builds them. stored: the release's module -> format that it is stored in (`mxfp4`, `fp8 128x128`, ...).
+    experts: projections under which the release stores routed experts.
+    """
+    found: dict[tuple[str, str, str], dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))  # (root, tail, leaf) -> format -> layers
+    towers: dict[str, set[str]] = defaultdict(set)  # whatever stands beside the text model -> formats in it
+    for module in modules:
+        form = stored.get(module.members[0]) or ""
+        prefix, leaves = _leaves(module, experts)
+        match = LAYER.match(f"{prefix}.")
+        tower = match is None and prefix.split(".")[0] not in (*TEXT_ROOTS, "mtp")
+        if tower:
+            towers[prefix.split(".")[0]].add(form)
+        if not form and (tower or (match is None and module.class_name in (None, EMBEDDING))):
+            continue
+        for leaf in leaves:
+            where = (match[1], match[3], leaf) if match else (prefix, "", leaf)
+            found[where][form] |= {int(match[2])} if match else set()
+    grouped: dict[tuple, list[str]] = defaultdict(list)
+    for (root, tail, leaf), forms in found.items():
+        every = frozenset(set.union(*forms.values()))
+        for form, numbers in forms.items():
+            grouped[form, root, tail, frozenset(numbers), every].append(leaf)
+    patterns: dict[str, list[str]] = defaultdict(list)
+    for (form, root, tail, numbers, every), leaves in sorted(grouped.items(), key=lambda item: (*item[0][:3], sorted(item[0][3]))):
+        patterns[form].append(_pattern(root, tail, set(numbers), set(every), leaves))
+    ignore = patterns.pop("", []) + [rf"re:.*{prefix}\..*" for prefix, forms in sorted(towers.items()) if forms == {""}]
+    groups = {f"group_{index}": {"targets": targets, **group_of(form)} for index, (form, targets) in enumerate(sorted(patterns.items()))}
     return {
         "quant_method": "compressed-tensors",
         "format": "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": {f"group_{index}": group for index, group in enumerate(groups.values())},
+        "config_groups": groups,
         "ignore": ignore,
         "kv_cache_scheme": None,
     }

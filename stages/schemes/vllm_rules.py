@@ -11,7 +11,7 @@ The rules (vLLM 0.32), for a module's runtime name:
    plain target need only occur in, in any case.
 3. The routed experts of a layer are one module, probed as the gate, up and down projection of expert 0, which must all find
    the same scheme. A target `Linear` stands for `RoutedExperts`, too.
-4. The vision tower and the draft layers are built without the mapping of fused modules: only their own names count.
+4. Where a model is built before its mapping of merged modules is set, only its modules' own names count (architectures.py).
 """
 
 from __future__ import annotations
@@ -20,31 +20,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from stages.schemes.architectures import CLASSES, SWIGLU, Architecture, runtime_name
+
 ROUTED_EXPERTS = "RoutedExperts"
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-ARCHITECTURES = ("Step3p7ForConditionalGeneration", "Step3p5ForCausalLM")  # whose runtime names the tables below give
-
-# checkpoint prefix -> runtime prefix, first match wins; then the shared expert moves under `moe`
-PREFIXES = (
-    ("model.vision_model.", "vision_model."), ("vision_model.", "vision_model."),
-    ("model.vit_large_projector", "vit_large_projector"), ("vit_large_projector", "vit_large_projector"),
-    ("model.language_model.", "language_model.model."), ("language_model.", "language_model."),
-    ("model.", "language_model.model."), ("lm_head", "language_model.lm_head"),
-)
-SUBSTITUTIONS = (
-    (r"\.share_expert\.", ".moe.share_expert."), (r"\.attn\.in_proj$", ".attn.qkv_proj"),
-    (r"\.mlp\.c_fc$", ".mlp.fc1"), (r"\.mlp\.c_proj$", ".mlp.fc2"),
-)
-# tail of a runtime name -> the class that vLLM builds, which class-name targets are compared with; None: no quantization
-# config reaches the module, so that it is never quantized
-CLASSES = (
-    (r".*\.(moe|mlp|ffn|block_sparse_moe)\.gate$", None), (r".*\.eh_proj$", None), (r".*embed_tokens$", None), (r".*\.conv1$", None),
-    (r".*vit_downsampler\d$", None),
-    (r".*(lm_head|shared_head\.head)$", "ParallelLMHead"), (r".*qkv_proj$", "QKVParallelLinear"),
-    (r".*gate_up_proj$", "MergedColumnParallelLinear"), (r".*(o_proj|out_proj|down_proj|fc2)$", "RowParallelLinear"),
-    (r".*", "ColumnParallelLinear"),
-)
+EXPERT_BLOCK = re.compile(r"(\.(?:moe|mlp|ffn|block_sparse_moe|feed_forward))\..*$")
 
 
 @dataclass(frozen=True)
@@ -54,66 +33,48 @@ class RuntimeModule:
     name: str
     class_name: str | None
     members: tuple[str, ...]
-    fused: bool = False  # built with the mapping of fused modules
+    parts: tuple[str, ...] = ()  # leaves of a merged module that targets and ignores may name, too
+    probes: tuple[str, ...] = SWIGLU  # of routed experts: the projections that are looked up
 
     def shards(self) -> list[str]:
-        """Names of the parts of a fused module, as targets and ignores may name them; empty for others."""
-        prefix, _, leaf = self.name.rpartition(".")
-        return [f"{prefix}.{part}" for part in FUSED.get(leaf, ())] if self.fused else []
+        """Names of the parts of a merged module, as targets and ignores may name them; empty for others."""
+        prefix = self.name.rpartition(".")[0]
+        return [f"{prefix}.{part}" for part in self.parts]
 
     def names(self) -> list[str]:
         """All names by which a target or an ignore entry can reach the module."""
         if self.class_name == ROUTED_EXPERTS:
-            return [f"{self.name}.0.{projection}_proj" for projection in ("gate", "up", "down")]
+            return [f"{self.name}.0.{projection}" for projection in self.probes]
         return [self.name, *self.shards()]
 
 
-def runtime_name(module: str, text_layers: int) -> str:
-    """Checkpoint module name (no `.weight`) -> vLLM's name of it, before fusing."""
-    layer = re.match(r"(?:model\.language_model|language_model\.model|model)\.layers\.(\d+)\.(.*)", module)
-    if layer and int(layer.group(1)) >= text_layers:  # the draft model has names of its own and no mapper
-        rest = layer.group(2)
-        rest = re.sub(r"^transformer\.shared_head\.output$", "shared_head.head", rest)
-        if not rest.startswith(("shared_head", "eh_proj")):
-            rest = f"mtp_block.{rest}"
-        return f"model.layers.{layer.group(1)}.{rest}"
-    for old, new in PREFIXES:
-        if module.startswith(old):
-            module = new + module[len(old):]
-            break
-    for pattern, replacement in SUBSTITUTIONS:
-        module = re.sub(pattern, replacement, module)
-    return module
-
-
-def runtime_modules(linears: Iterable[str], routed_experts: Iterable[str], text_layers: int,
-                    architecture: str | None = ARCHITECTURES[0]) -> list[RuntimeModule]:
+def runtime_modules(linears: Iterable[str], routed_experts: Iterable[str], text_layers: int, row: Architecture) -> list[RuntimeModule]:
     """Modules that vLLM builds from the checkpoint's linear modules.
 
     `linears`: 2D modules; `routed_experts`: the experts' projections, as `...moe.gate_proj` or `...experts.7.gate_proj`.
-    For an architecture that ARCHITECTURES does not name, runtime names are taken to be the checkpoint's.
     """
-    known = architecture in ARCHITECTURES
-
-    def name_of(module: str) -> str:
-        return runtime_name(module, text_layers) if known else module
-
+    whole_of = {part: whole for whole, parts in row.merged.items() for part in parts}
     members: dict[str, list[str]] = {}
     for module in linears:
-        name = name_of(module)
-        prefix, _, leaf = name.rpartition(".")
-        whole = next((whole for whole, parts in FUSED.items() if leaf in parts), leaf)
+        prefix, _, leaf = runtime_name(module, row, text_layers).rpartition(".")
+        whole = whole_of.get(leaf, leaf)
         members.setdefault(f"{prefix}.{whole}" if prefix else whole, []).append(module)
     result = []
     for name, parts in members.items():
-        class_name = next(found for pattern, found in CLASSES if re.match(pattern, name))
-        text = not known or name.startswith("language_model.")  # the draft's names begin with model.layers, the tower's with vision_model
-        result.append(RuntimeModule(name, class_name, tuple(parts), fused=text))
+        leaf = name.rpartition(".")[2]
+        class_name = None if re.match(row.never, name) else next(found for pattern, found in CLASSES if re.match(pattern, name))
+        seen = leaf in row.visible and not re.match(row.unseen, name)
+        result.append(RuntimeModule(name, class_name, tuple(parts), named_parts(row.merged[leaf]) if seen else ()))
     layers: dict[str, list[str]] = {}
     for module in routed_experts:
-        layers.setdefault(re.sub(r"(\.(?:moe|mlp|ffn|block_sparse_moe|feed_forward))\..*$", r"\1.experts", name_of(module)), []).append(module)
-    result += [RuntimeModule(name, ROUTED_EXPERTS, tuple(parts), fused=True) for name, parts in layers.items()]
+        layers.setdefault(EXPERT_BLOCK.sub(r"\1.experts", runtime_name(module, row, text_layers)), []).append(module)
+    result += [RuntimeModule(name, ROUTED_EXPERTS, tuple(parts), probes=row.probes) for name, parts in layers.items()]
     return result
+
+
+def named_parts(parts: Iterable[str]) -> tuple[str, ...]:
+    """Of what is merged, the leaves that the mapping of packed modules names: an indexer's projections go along unnamed."""
+    return tuple(part for part in parts if not part.startswith("index_"))
 
 
 def _matches(value: str, entry: str) -> bool:
@@ -162,31 +123,44 @@ def scheme_target(module: RuntimeModule, targets: list[str], ignore: list[str]) 
     return found[0]
 
 
-def coverage_faults(modules: Iterable[RuntimeModule], quantization_config: Mapping, quantized: set[str]) -> list[str]:
+def formats_of(section: Mapping) -> dict[str, str | None]:
+    """Target -> format of the group that claims by it; later groups overwrite earlier ones, as in vLLM."""
+    groups = (section.get("config_groups") or {}).values()
+    return {target: group.get("format") or section.get("format") for group in groups for target in group["targets"]}
+
+
+def coverage_faults(modules: Iterable[RuntimeModule], section: Mapping, stored: Mapping[str, str]) -> list[str]:
     """Every disagreement between what is stored and what vLLM will expect; an empty list is the proof.
 
-    `quantized` holds the checkpoint modules (as in `RuntimeModule.members`) that the release stores in MXFP4.
+    section: the quantization_config. stored: checkpoint module (as in `RuntimeModule.members`) -> format, for what is quantized.
     """
-    targets = [target for group in quantization_config["config_groups"].values() for target in group["targets"]]
-    ignore = list(quantization_config.get("ignore") or [])
+    formats = formats_of(section)
+    targets, ignore = list(formats), list(section.get("ignore") or [])
     faults, used = [], set()
     for module in modules:
         names = [*module.names(), *([module.class_name] if module.class_name else [])]
         used.update(entry for entry in (*targets, *ignore) if any(_matches(name, entry) for name in names)
                     or (module.class_name and entry.lower() in module.class_name.lower()))
-        stored = [member in quantized for member in module.members]
-        if any(stored) and not all(stored):
-            missing = next(m for m, s in zip(module.members, stored) if not s)
-            faults.append(f"{module.name}: one format is needed for all its parts, but {missing} is not quantized")
+        kinds = {stored.get(member) for member in module.members}
+        if len(kinds) > 1:
+            odd = next(m for m in module.members if stored.get(m) != stored.get(module.members[0]))
+            faults.append(f"{module.name}: one format is needed for all its parts, but {odd} is "
+                          + (f"{stored[odd]}, {module.members[0]} is not" if odd in stored else "not quantized"))
             continue
+        kind = kinds.pop()
         try:
             target = scheme_target(module, targets, ignore)
         except ValueError as error:
             faults.append(f"{module.name}: {error}")
             continue
-        if all(stored) and target is None:
-            faults.append(f"{module.name}: stored as MXFP4, but no target claims it; vLLM would leave it uninitialized")
-        elif not any(stored) and target is not None:
-            faults.append(f"{module.name}: stored unquantized, but target {target} claims it; vLLM would expect MXFP4")
+        form = formats.get(target, formats.get("Linear")) if target else None
+        if kind and module.class_name is None:
+            faults.append(f"{module.name}: stored as {kind}, but vLLM never reads it quantized")
+        elif kind and target is None:
+            faults.append(f"{module.name}: stored as {kind}, but no target claims it; vLLM would leave it uninitialized")
+        elif kind is None and target is not None:
+            faults.append(f"{module.name}: stored unquantized, but target {target} claims it; vLLM would expect {form}")
+        elif kind != form:
+            faults.append(f"{module.name}: stored as {kind}, but its group has format {form}")
     faults += [f"{entry}: matches no module of the model" for entry in (*targets, *ignore) if entry not in used]
     return faults

@@ -1,0 +1,109 @@
+"""What vLLM calls the modules of a model: one row per architecture of config.json, read from vLLM 0.32's model code.
+
+A config that quantizes is matched against runtime names, which are not the checkpoint's: prefixes are mapped, projections
+are merged, draft layers get names of their own, and some modules never see the config. An architecture that has no row is
+not converted, because nothing could be proven of its config.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+QKV = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+GATE_UP = {"gate_up_proj": ("gate_proj", "up_proj")}
+STANDARD = {**QKV, **GATE_UP}
+SWIGLU, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+EMBEDDING = "VocabParallelEmbedding"
+DRAFT_LAYER = re.compile(r"(?:model\.language_model|language_model\.model|model)\.layers\.(\d+)\.(.*)")
+
+# leaf of a runtime name -> the class that vLLM builds, which class-name targets are compared with
+CLASSES = (
+    (r".*embed_tokens$", EMBEDDING), (r".*(lm_head|shared_head\.head|\.head)$", "ParallelLMHead"),
+    (r".*(qkv_proj|qkv)$", "QKVParallelLinear"), (r".*(gate_up_proj|in_proj_qkvz|in_proj_ba)$", "MergedColumnParallelLinear"),
+    (r".*fused_qkv_a_proj$", "DeepSeekV2FusedQkvAProjLinear"), (r".*(kv_a_proj_with_mqa|shared_expert_gate)$", "ReplicatedLinear"),
+    (r".*\.gate$", "GateLinear"), (r".*(o_proj|out_proj|down_proj|fc2)$", "RowParallelLinear"), (r".*", "ColumnParallelLinear"),
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of one family of models in vLLM."""
+
+    names: tuple[str, ...]  # as config.json spells them
+    renames: tuple[tuple[str, str], ...] = ()  # regular expressions, checkpoint module -> runtime name, applied in order
+    merged: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: STANDARD)  # runtime leaf -> the checkpoint's leaves
+    visible: tuple[str, ...] = ("qkv_proj", "gate_up_proj")  # merged leaves whose parts the config may name, too
+    unseen: str = r"(?!)"  # modules that know nothing of `visible`: only their own names count
+    never: str = r"(?!)"  # modules that no quantization config reaches
+    draft: tuple[tuple[str, str], ...] = ()  # renames of what follows `layers.N.` in layers past num_hidden_layers
+    probes: tuple[str, ...] = SWIGLU  # projections of expert 0 whose targets decide for all experts
+    experts: tuple[str, ...] = SWIGLU  # projections under which the checkpoint must store experts to be loaded
+    cautions: tuple[str, ...] = ()  # what a user of the release must know
+    refused: str | None = None  # why a release of it would not load
+
+
+_NEVER = r".*\.(mlp|moe|block_sparse_moe)\.(gate|router|shared_expert_gate)$|.*\.eh_proj$|.*\.conv1d?$"
+_DEEPSEEK = {**STANDARD, "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
+_QWEN_LINEAR = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
+_MINIMAX = {"qkv_proj": ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"), **GATE_UP}
+
+ARCHITECTURES = (
+    Architecture(
+        ("Step3p7ForConditionalGeneration", "Step3p5ForCausalLM"),
+        renames=((r"^model\.vision_model\.", "vision_model."), (r"^model\.vit_large_projector", "vit_large_projector"),
+                 (r"^model\.language_model\.(?!model\.)", "language_model.model."), (r"^model\.", "language_model.model."),
+                 (r"^lm_head", "language_model.lm_head"), (r"\.share_expert\.", ".moe.share_expert."),
+                 (r"\.attn\.in_proj$", ".attn.qkv_proj"), (r"\.mlp\.c_fc$", ".mlp.fc1"), (r"\.mlp\.c_proj$", ".mlp.fc2")),
+        unseen=r"model\.layers\.|vision_model\.|vit_large_projector",  # drafts and tower are built before the mapping is set
+        never=_NEVER + r"|.*embed_tokens$|.*vit_downsampler\d$",
+        draft=((r"^transformer\.shared_head\.output$", "shared_head.head"), (r"^(?!shared_head|eh_proj)", "mtp_block."))),
+    Architecture(
+        ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"), merged=_DEEPSEEK,
+        visible=("gate_up_proj", "fused_qkv_a_proj"), never=_NEVER + r"|.*\.indexer\.(wk|weights_proj)$",
+        draft=((r"^shared_head\.head$", "head"),)),
+    Architecture(("KimiK25ForConditionalGeneration",), merged=_DEEPSEEK, visible=("gate_up_proj", "fused_qkv_a_proj"),
+                 renames=((r"^language_model\.layers\.", "language_model.model.layers."),),
+                 never=_NEVER + r"|(vision_tower|mm_projector)\..*"),
+    Architecture(("Qwen3MoeForCausalLM",), visible=("qkv_proj",), never=r".*\.shared_expert_gate$"),  # its router sees the config
+    Architecture(
+        ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration"), merged={**STANDARD, **_QWEN_LINEAR},
+        renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),
+                 (r"^model\.language_model\.", "language_model.model.")),
+        visible=("qkv_proj", "gate_up_proj", "in_proj_qkvz", "in_proj_ba"),
+        never=_NEVER + r"|visual\.(pos_embed|patch_embed).*"),
+    Architecture(("Glm4MoeForCausalLM",), never=_NEVER, draft=((r"^shared_head\.head$", "head"),)),
+    Architecture(("MiniMaxM2ForCausalLM",), renames=((r"\.block_sparse_moe\.experts\.", ".mlp.experts."),), visible=("qkv_proj",),
+                 never=_NEVER, probes=MIXTRAL, experts=MIXTRAL),
+    Architecture(
+        ("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM"), merged=_MINIMAX, experts=MIXTRAL,
+        renames=((r"^multi_modal_projector\.", "vision_tower.multi_modal_projector."),
+                 (r"^patch_merge_mlp\.", "vision_tower.patch_merge_mlp."), (r"\.mlp\.fc(\d)$", r".fc\1")),
+        never=_NEVER.replace(r".*\.eh_proj$|", ""),
+        cautions=("its experts limit their activations; whether vLLM passes the limits on to MXFP4 experts is open (vllm#51028)",)),
+    Architecture(("MixtralForCausalLM",), visible=("qkv_proj",), never=_NEVER, probes=MIXTRAL, experts=MIXTRAL),
+    Architecture(("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")),
+    Architecture(("GptOssForCausalLM",), renames=((r"\.self_attn\.", ".attn."),), visible=("qkv_proj",), never=_NEVER + "|lm_head",
+                 refused="vLLM loads its experts in gpt-oss's own MXFP4 layout only, which the published checkpoint has: serve that as it is"),
+)
+UNKNOWN = Architecture(())  # names are taken to be the checkpoint's
+_BY_NAME = {name: row for row in ARCHITECTURES for name in row.names}
+
+
+def architecture_of(name: str | None) -> Architecture | None:
+    """The row of an architecture, None where there is none."""
+    return _BY_NAME.get(name)
+
+
+def runtime_name(module: str, row: Architecture, text_layers: int) -> str:
+    """Checkpoint module name (no `.weight`) -> vLLM's name of it, before merging."""
+    layer = DRAFT_LAYER.match(module)
+    if layer and int(layer.group(1)) >= text_layers:  # draft models have names of their own and no mapper
+        rest = layer.group(2)
+        for pattern, replacement in row.draft:
+            rest = re.sub(pattern, replacement, rest)
+        return f"model.layers.{layer.group(1)}.{rest}"
+    for pattern, replacement in row.renames:
+        module = re.sub(pattern, replacement, module)
+    return module

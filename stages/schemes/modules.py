@@ -1,0 +1,77 @@
+"""What a release calls the modules that a source weight becomes, and which rows of it each takes.
+
+Sources store routed experts one by one or stacked, gate and up apart or fused into one matrix; engines read them expert by
+expert, gate and up apart. Two layouts of a release: `per_expert`, the publishers', and `stacked`, 3D as the source stores it.
+The bytes are the same.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<number>\d+)\.(?P<projection>[^.]+)")
+SUFFIX = re.compile(r"(?:\.weight|\.weight_packed|_blocks)$")
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj")}  # fused projection of stacked experts -> the halves of its rows
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a release: module name without `.weight`, expert number or None, rows of the source as in range()."""
+
+    module: str
+    expert: int | None
+    rows: tuple[int, int, int]
+    group: str  # stacked name of the weights that its SQNR is reported with: one for all experts of a projection
+    number: int | None  # of the expert in its group; None for other weights, and for a 3D matrix, which holds them all
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the release: where its bytes come from, and what part of the quantized pair it is."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: str
+    part: str  # weight (passes through) | codes | scale (both made here) | constant
+    matrix: Matrix | None = None
+
+
+def module_of(name: str) -> str:
+    """Module name of a source weight."""
+    return SUFFIX.sub("", name)
+
+
+def matrices(name: str, shape: tuple[int, ...], layout: str) -> list[Matrix]:
+    """The release's matrices made from source weight `name` of shape [out, in] or [experts, out, in].
+
+    Rows of a fused gate_up_proj lie one behind the other, gate first; gpt-oss (`_blocks`) interleaves them.
+    """
+    module, rows = module_of(name), shape[-2]
+    if len(shape) == 2 or layout == "stacked":
+        single = EXPERT.fullmatch(module) if len(shape) == 2 else None
+        group = f"{single['prefix']}.{single['projection']}.weight" if single else name
+        return [Matrix(module, None, (0, rows, 1), group, int(single["number"]) if single else None)]
+    prefix, projection = re.fullmatch(r"(.*)\.([^.]+)", module).groups()
+    experts = prefix if prefix.endswith(".experts") else f"{prefix}.experts"
+    parts = FUSED.get(projection, (projection,))
+    if len(parts) == 1:
+        spans = [(0, rows, 1)]
+    elif name.endswith("_blocks"):
+        spans = [(0, rows, 2), (1, rows, 2)]
+    else:
+        spans = [(0, rows // 2, 1), (rows // 2, rows, 1)]
+    return [Matrix(f"{experts}.{expert}.{part}", expert, span, name if len(parts) == 1 else f"{prefix}.{part}.weight", expert)
+            for expert in range(shape[0]) for part, span in zip(parts, spans)]
+
+
+def pair(name: str, shape: tuple[int, ...], layout: str, suffixes: tuple[str, str], dtypes: tuple[str, str],
+         columns: tuple[int, int]) -> list[Output]:
+    """Outputs of a scheme that stores codes and scales: for each matrix one tensor [out, columns] of either."""
+    result = []
+    for matrix in matrices(name, shape, layout):
+        leading = tuple(shape[:-1]) if matrix.expert is None else (len(range(*matrix.rows)),)
+        for part, suffix, dtype, width in zip(("codes", "scale"), suffixes, dtypes, columns):
+            result.append(Output(f"{matrix.module}.{suffix}", dtype, (*leading, width), name, part, matrix))
+    return result

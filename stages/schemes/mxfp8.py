@@ -1,0 +1,38 @@
+"""MXFP8 in compressed-tensors: `weight` F8_E4M3 [out, in] and `weight_scale` U8 [out, in/32] per linear weight.
+
+Twice the bytes of MXFP4 and about 31 dB: for what must not lose more. The exponent is the least at which nothing saturates,
+whatever rule the recipe names for MXFP4.
+"""
+
+from __future__ import annotations
+
+from stages.schemes.modules import Output, pair
+
+NAME = "mxfp8"
+FORMAT = "mxfp8-quantized"
+CODES = "weight"
+BLOCK = 32
+BYTES_PER_BLOCK = 32 + 1
+WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": BLOCK, "symmetric": True,
+           "dynamic": False, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+ACTIVATIONS = None
+
+
+def outputs(name: str, shape: tuple[int, ...], layout: str) -> list[Output]:
+    """The release's tensors made from source weight `name` of shape [out, in] or [experts, out, in]."""
+    return pair(name, shape, layout, (CODES, "weight_scale"), ("F8_E4M3", "U8"), (shape[-1], shape[-1] // BLOCK))
+
+
+def quantize(weight, tile_scale, tile, rule, backend):
+    """Rows in float, or FP8 codes and their tile scales -> (codes, scale, [signal, error, decoded])."""
+    from kernels.formats import decode_block_fp8, encode_mxfp8
+
+    made = encode_mxfp8(weight if tile_scale is None else decode_block_fp8(weight, tile_scale, tile))
+    return made.codes, made.scale, [float(made.signal), float(made.error), float(made.decoded)]
+
+
+def dequantize(codes, scale):
+    """Codes and scales of the release -> float32."""
+    from kernels.formats import decode_mxfp8
+
+    return decode_mxfp8(codes, scale)

@@ -1,0 +1,57 @@
+"""How many ranks a release can be split over, by what vLLM 0.32's linear and expert layers demand of each rank's share.
+
+    blocks   a rank's share of the inputs must be whole blocks of 32 (MXFP4, MXFP8): scales are cut with them
+    tiles    FP8 blocks: a rank's inputs and each output partition must be whole blocks of 128
+    Marlin   vLLM's kernels for MXFP4 experts on Hopper and Ampere do not pad: 64 inputs at a time where the outputs are whole
+             128s, or the other way round; expert parallelism has no such limit
+"""
+
+from __future__ import annotations
+
+from stages.dialects.roles import projection_of
+
+SIZES = (1, 2, 4, 8, 16)
+REPEATED = ("k", "v", "q_a", "kv_a_proj_with_mqa")  # every rank has all of them, where there are fewer heads than ranks at least
+FIRST = ("q", "gate", "w1")  # lie before others in a merged module: whole blocks even where nothing is split
+BY_INPUTS = ("down", "w2", "o", "out")  # row-parallel: each rank has a part of the inputs; all others split their outputs
+
+
+def _fault(name: str, entry: dict, size: int) -> tuple[str, str] | None:
+    """(kind, reason) for which one stored weight cannot be split over `size` ranks."""
+    rows, inputs = entry["matrix"][-2:]
+    by_inputs = projection_of(name) in BY_INPUTS
+    if projection_of(name) in REPEATED:
+        return None
+    split = inputs if by_inputs else rows
+    side = "inputs" if by_inputs else "outputs"
+    if split % size:
+        return "blocks", f"{name}: {split} {side} do not divide by {size}"
+    if not entry["stored"]:
+        return None
+    share = split // size
+    if entry["stored"].startswith("fp8 ") and "x" in entry["stored"]:
+        if size == 1 and projection_of(name) not in FIRST:
+            return None
+        edge = entry["tile"][1 if by_inputs else 0]
+        return ("tiles", f"{name}: {split} {side} / {size} are not whole FP8 blocks of {edge}") if share % edge else None
+    if entry["stored"].startswith("mx") and by_inputs and share % 32:
+        return "blocks", f"{name}: {split} inputs / {size} are not whole blocks of 32"
+    if entry["stored"] == "mxfp4" and entry["role"] == "routed_experts" and by_inputs and not (
+            (rows % 128 == 0 and share % 64 == 0) or (rows % 64 == 0 and share % 128 == 0)):
+        return "Marlin", f"{name}: {split} inputs / {size} = {share} are not whole 64s, as vLLM's Marlin kernels want; use expert parallelism"
+    return None
+
+
+def notes(tensors: dict) -> list[dict]:
+    """For each number of ranks: {"tensor_parallel", "fits", "marlin", "reason"}; one line of reason, that of the first weight."""
+    result = []
+    shapes: dict[tuple, tuple[str, dict]] = {}  # one weight of each kind is enough
+    for name, entry in tensors.items():
+        if entry["matrix"] and entry["role"] in ("routed_experts", "shared_experts", "dense_mlp", "attention") and entry["decision"] != "drop":
+            shapes.setdefault((entry["role"], projection_of(name), entry["stored"], tuple(entry["matrix"][-2:])), (name, entry))
+    for size in SIZES:
+        faults = [fault for name, entry in shapes.values() if (entry["stored"]) and (fault := _fault(name, entry, size))]
+        hard = [reason for kind, reason in faults if kind != "Marlin"]
+        result.append({"tensor_parallel": size, "fits": not hard, "marlin": not faults,
+                       "reason": hard[0] if hard else faults[0][1] if faults else None})
+    return result

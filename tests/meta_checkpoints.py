@@ -1,0 +1,454 @@
+"""Tensor inventories and config fields of published checkpoints, for header-only ("meta") checkpoints in tests.
+
+Every inventory is a table with one row per group of tensors: kind, shape, names. In a name, "[0-60]" runs over numbers
+and "[q_proj,k_proj]" over words. The kind is a safetensors dtype (the names are then complete), "biased" (BF16 weight
+and bias) or a scheme of `linear` (weight with its scales). Configs hold the fields that decide on tensors.
+Facts only; `# unconfirmed` marks what no public source at hand settled.
+"""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+Config = dict[str, Any]
+
+DTYPE_BYTES = {"BF16": 2, "F8_E4M3": 1, "F32": 4, "U8": 1, "I32": 4}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One published checkpoint: its repository, the config.json fields that matter and its tensors."""
+
+    repository: str
+    config: Config
+    tensors: Callable[[], Tensors]
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all tensors, as "total_size" in an index file (safetensors headers not counted)."""
+        return sum(DTYPE_BYTES[dtype] * math.prod(shape) for dtype, shape in self.tensors().values())
+
+
+def linear(name: str, kind: str, rows: int, columns: int) -> Tensors:
+    """The tensors of one linear layer under a scheme."""
+    weight = f"{name}.weight"
+    blocks = (math.ceil(rows / 128), math.ceil(columns / 128))
+    if kind == "int4":
+        return {
+            f"{weight}_packed": ("I32", (rows, columns // 8)),
+            f"{weight}_scale": ("BF16", (rows, columns // 32)),
+            f"{weight}_shape": ("I32", (2,)),
+        }
+    scales: dict[str, Tensors] = {
+        "bf16": {},
+        "block_f32": {f"{weight}_scale_inv": ("F32", blocks)},
+        "block_bf16": {f"{weight}_scale_inv": ("BF16", blocks)},
+        "channel": {f"{weight}_scale": ("F32", (rows, 1))},  # unconfirmed: F32 (only it fits the size of GLM-4.5-Air-FP8)
+        "mxfp8": {f"{weight}_scale_inv": ("U8", (rows, columns // 32))},
+    }
+    return {weight: ("BF16" if kind == "bf16" else "F8_E4M3", (rows, columns))} | scales[kind]
+
+
+def names(pattern: str) -> list[str]:
+    """All names of a pattern."""
+    choices = []
+    for part in re.split(r"\[(.*?)\]", pattern):
+        first, _, last = part.partition("-")
+        numbers = first.isdigit() and last.isdigit()
+        choices.append([str(number) for number in range(int(first), int(last) + 1)] if numbers else part.split(","))
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def expand(table: str) -> Tensors:
+    """All tensors of a table."""
+    found: Tensors = {}
+    for kind, sizes, pattern in (row.split() for row in table.strip().splitlines()):
+        shape = tuple(int(size) for size in sizes.split("x"))
+        for name in names(pattern):
+            if kind in DTYPE_BYTES:
+                found[name] = (kind, shape)
+            elif kind == "biased":
+                found |= {f"{name}.weight": ("BF16", shape), f"{name}.bias": ("BF16", shape[:1])}
+            else:
+                found |= linear(name, kind, *shape)
+    return found
+
+
+def attention(prefix: str, hidden: int, queries: int, keys: int, scheme: str, *, gated: bool = False) -> str:
+    """Rows of grouped-query attention; gated: q_proj also makes the output gate."""
+    return f"""
+{scheme} {queries * (1 + gated)}x{hidden} {prefix}.q_proj
+{scheme} {keys}x{hidden} {prefix}.[k_proj,v_proj]
+{scheme} {hidden}x{queries} {prefix}.o_proj"""
+
+
+def experts(prefix: str, hidden: int, inner: int, scheme: str, into: str = "gate_proj,up_proj", out: str = "down_proj") -> str:
+    """Rows of gated MLPs: routed experts, shared experts or a dense MLP."""
+    return f"\n{scheme} {inner}x{hidden} {prefix}.[{into}]\n{scheme} {hidden}x{inner} {prefix}.{out}"
+
+
+def body(prefix: str, hidden: int, vocabulary: int, layers: str, head: str = "lm_head") -> str:
+    """Rows that every decoder has: embedding, head and norms."""
+    return f"""
+BF16 {vocabulary}x{hidden} [{prefix}.embed_tokens,{head}].weight
+BF16 {hidden} {prefix}.norm.weight
+BF16 {hidden} {prefix}.layers.[{layers}].[input_layernorm,post_attention_layernorm].weight"""
+
+
+def deepseek(layers: str, dense: str, moe: str, heads: int, routed: int, vocabulary: int, scheme: str, expert: str) -> str:
+    """Rows of DeepSeek-V3 and Kimi-K2 without MTP extras; `scheme` is that of all layers but the routed experts."""
+    attend, mlp = f"model.layers.[{layers}].self_attn", f"model.layers.[{moe}].mlp"
+    return f"""
+{scheme} 1536x7168 {attend}.q_a_proj
+{scheme} {heads * 192}x1536 {attend}.q_b_proj
+{scheme} 576x7168 {attend}.kv_a_proj_with_mqa
+{scheme} {heads * 256}x512 {attend}.kv_b_proj
+{scheme} 7168x{heads * 128} {attend}.o_proj
+BF16 1536 {attend}.q_a_layernorm.weight
+BF16 512 {attend}.kv_a_layernorm.weight
+BF16 {routed}x7168 {mlp}.gate.weight
+F32 {routed} {mlp}.gate.e_score_correction_bias""" + (
+        body("model", 7168, vocabulary, layers)
+        + experts(f"model.layers.[{dense}].mlp", 7168, 18432, scheme)
+        + experts(f"{mlp}.experts.[0-{routed - 1}]", 7168, 2048, expert)
+        + experts(f"{mlp}.shared_experts", 7168, 2048, scheme)
+    )
+
+
+def qwen3(layers: int, hidden: int, queries: int, keys: int, scheme: str) -> str:
+    """Rows of Qwen3 without the MLPs."""
+    attend = f"model.layers.[0-{layers - 1}].self_attn"
+    return (
+        body("model", hidden, 151936, f"0-{layers - 1}")
+        + attention(attend, hidden, queries, keys, scheme)
+        + f"\nBF16 128 {attend}.[q_norm,k_norm].weight"
+    )
+
+
+def qwen3_moe(layers: int, hidden: int, queries: int, inner: int) -> str:
+    """Rows of Qwen3-MoE in FP8 (seen in Qwen3-30B-A3B-Thinking-2507-FP8)."""  # unconfirmed: same scales in the first release
+    mlp = f"model.layers.[0-{layers - 1}].mlp"
+    return (
+        qwen3(layers, hidden, queries, 512, "block_bf16")
+        + f"\nBF16 128x{hidden} {mlp}.gate.weight"
+        + experts(f"{mlp}.experts.[0-127]", hidden, inner, "block_bf16")
+    )
+
+
+def qwen35_shared(layer: str, full: str) -> str:
+    """Rows that a layer of Qwen3.5-35B-A3B and its MTP layer have in common; `full` names layers of full attention."""
+    return f"""
+BF16 256x2048 {layer}.mlp.gate.weight
+BF16 1x2048 {layer}.mlp.shared_expert_gate.weight
+BF16 256 {full}.self_attn.[q_norm,k_norm].weight""" + (
+        experts(f"{layer}.mlp.shared_expert", 2048, 512, "bf16")
+        + attention(f"{full}.self_attn", 2048, 4096, 512, "bf16", gated=True)
+    )
+
+
+def minimax_m3(scheme: str) -> str:
+    """Rows of MiniMax-M3; no MTP tensors are published."""
+    layers = "language_model.model.layers"
+    attend, moe, vision = f"{layers}.[3-59].self_attn", f"{layers}.[3-59].block_sparse_moe", "vision_tower.vision_model"
+    return f"""
+BF16 128 {layers}.[0-59].self_attn.[q_norm,k_norm].weight
+BF16 128 {attend}.[index_q_norm,index_k_norm].weight
+{scheme} 512x6144 {attend}.index_q_proj
+{scheme} 128x6144 {attend}.index_k_proj
+F32 128x6144 {moe}.gate.weight
+F32 128 {moe}.e_score_correction_bias
+F32 1280x3x2x14x14 {vision}.embeddings.patch_embedding.weight
+biased 1280 {vision}.pre_layrnorm
+biased 1280 {vision}.encoder.layers.[0-31].[layer_norm1,layer_norm2]
+biased 1280x1280 {vision}.encoder.layers.[0-31].self_attn.[q_proj,k_proj,v_proj,out_proj]
+biased 5120x1280 {vision}.encoder.layers.[0-31].mlp.fc1
+biased 1280x5120 {vision}.encoder.layers.[0-31].mlp.fc2
+biased 6144x1280 multi_modal_projector.linear_1
+biased 6144x24576 patch_merge_mlp.linear_1
+biased 6144x6144 [multi_modal_projector,patch_merge_mlp].linear_2""" + (
+        body("language_model.model", 6144, 200064, "0-59", "language_model.lm_head")
+        + attention(f"{layers}.[0-59].self_attn", 6144, 8192, 512, scheme)
+        + experts(f"{layers}.[0-2].mlp", 6144, 12288, scheme)
+        + experts(f"{moe}.shared_experts", 6144, 3072, scheme)
+        + experts(f"{moe}.experts.[0-127]", 6144, 3072, scheme, "w1,w3", "w2")
+    )
+
+
+def gpt_oss(layers: int, routed: int) -> str:
+    """Rows of gpt-oss: MXFP4 experts in blocks of 32 values, all else BF16."""
+    layer = f"model.layers.[0-{layers - 1}]"
+    attend, mlp = f"{layer}.self_attn", f"{layer}.mlp.experts"
+    return f"""
+BF16 64 {attend}.sinks
+biased 4096x2880 {attend}.q_proj
+biased 512x2880 {attend}.[k_proj,v_proj]
+biased 2880x4096 {attend}.o_proj
+biased {routed}x2880 {layer}.mlp.router
+U8 {routed}x5760x90x16 {mlp}.gate_up_proj_blocks
+U8 {routed}x5760x90 {mlp}.gate_up_proj_scales
+BF16 {routed}x5760 {mlp}.gate_up_proj_bias
+U8 {routed}x2880x90x16 {mlp}.down_proj_blocks
+U8 {routed}x2880x90 {mlp}.down_proj_scales
+BF16 {routed}x2880 {mlp}.down_proj_bias""" + body("model", 2880, 201088, f"0-{layers - 1}")
+
+
+# Seen in DeepSeek-R1, which has the same layout; adding headers of some 130 bytes a tensor gives the bytes of V3's files.
+DEEPSEEK_V3_ROWS = deepseek("0-61", "0-2", "3-61", 128, 256, 129280, "block_f32", "block_f32") + """
+BF16 7168 model.layers.61.[enorm,hnorm,shared_head.norm].weight
+BF16 7168x14336 model.layers.61.eh_proj.weight
+BF16 129280x7168 model.layers.61.[embed_tokens,shared_head.head].weight"""
+
+# Kimi-K2 has no MTP layer, but a stray rotary buffer in every layer.
+KIMI_K2_ROWS = deepseek("0-60", "0-0", "1-60", 64, 384, 163840, "block_f32", "block_f32") + """
+BF16 56 model.layers.[0-60].self_attn.rotary_emb.inv_freq"""
+# unconfirmed: dtype and shape of the buffer (its 256 bytes and the number of tensors are known)
+KIMI_K2_THINKING_ROWS = deepseek("0-60", "0-0", "1-60", 64, 384, 163840, "bf16", "int4") + """
+F32 64 model.layers.[0-60].self_attn.rotary_emb.inv_freq"""
+
+# The MTP layer 92 has no embedding and no head, as in GLM-4.6 and unlike GLM-4.5 and 4.7.
+# unconfirmed: vllm#31757 reports a "model.layers.92.shared_head.head.weight_scale" for GLM-4.6-FP8.
+GLM46_ROWS = """
+BF16 12288 model.layers.[0-92].self_attn.q_proj.bias
+BF16 1024 model.layers.[0-92].self_attn.[k_proj,v_proj].bias
+BF16 128 model.layers.[0-92].self_attn.[q_norm,k_norm].weight
+BF16 160x5120 model.layers.[3-92].mlp.gate.weight
+F32 160 model.layers.[3-92].mlp.gate.e_score_correction_bias
+BF16 5120 model.layers.92.[enorm,hnorm,shared_head.norm].weight
+BF16 5120x10240 model.layers.92.eh_proj.weight""" + (
+    body("model", 5120, 151552, "0-92")
+    + attention("model.layers.[0-92].self_attn", 5120, 12288, 1024, "channel")
+    + experts("model.layers.[0-2].mlp", 5120, 12288, "channel")
+    + experts("model.layers.[3-92].mlp.experts.[0-159]", 5120, 1536, "channel")
+    + experts("model.layers.[3-92].mlp.shared_experts", 5120, 1536, "channel")
+)
+
+QWEN35_LAYERS = "model.language_model.layers"
+QWEN35_FULL = f"{QWEN35_LAYERS}.[{','.join(str(layer) for layer in range(3, 40, 4))}]"
+QWEN35_LINEAR = f"{QWEN35_LAYERS}.[{','.join(str(layer) for layer in range(40) if layer % 4 != 3)}].linear_attn"
+# The experts are fused (3D) in the decoder, but single in the MTP layer.
+QWEN35_ROWS = f"""
+BF16 256x1024x2048 {QWEN35_LAYERS}.[0-39].mlp.experts.gate_up_proj
+BF16 256x2048x512 {QWEN35_LAYERS}.[0-39].mlp.experts.down_proj
+BF16 8192x2048 {QWEN35_LINEAR}.in_proj_qkv.weight
+BF16 4096x2048 {QWEN35_LINEAR}.in_proj_z.weight
+BF16 32x2048 {QWEN35_LINEAR}.[in_proj_a,in_proj_b].weight
+BF16 2048x4096 {QWEN35_LINEAR}.out_proj.weight
+BF16 8192x1x4 {QWEN35_LINEAR}.conv1d.weight
+BF16 32 {QWEN35_LINEAR}.dt_bias
+F32 32 {QWEN35_LINEAR}.A_log
+F32 128 {QWEN35_LINEAR}.norm.weight
+BF16 2048 mtp.[norm,pre_fc_norm_embedding,pre_fc_norm_hidden].weight
+BF16 2048 mtp.layers.0.[input_layernorm,post_attention_layernorm].weight
+BF16 2048x4096 mtp.fc.weight
+biased 1152x3x2x16x16 model.visual.patch_embed.proj
+BF16 2304x1152 model.visual.pos_embed.weight
+biased 1152 model.visual.blocks.[0-26].[norm1,norm2]
+biased 3456x1152 model.visual.blocks.[0-26].attn.qkv
+biased 1152x1152 model.visual.blocks.[0-26].attn.proj
+biased 4304x1152 model.visual.blocks.[0-26].mlp.linear_fc1
+biased 1152x4304 model.visual.blocks.[0-26].mlp.linear_fc2
+biased 1152 model.visual.merger.norm
+biased 4608x4608 model.visual.merger.linear_fc1
+biased 2048x4608 model.visual.merger.linear_fc2""" + (
+    body("model.language_model", 2048, 248320, "0-39")
+    + qwen35_shared(f"{QWEN35_LAYERS}.[0-39]", QWEN35_FULL)
+    + qwen35_shared("mtp.layers.0", "mtp.layers.0")
+    + experts("mtp.layers.0.mlp.experts.[0-255]", 2048, 512, "bf16")
+)
+
+# The config announces three MTP modules, but their tensors are not published.
+MINIMAX_M2_ROWS = """
+BF16 6144 model.layers.[0-61].self_attn.q_norm.weight
+BF16 1024 model.layers.[0-61].self_attn.k_norm.weight
+F32 256x3072 model.layers.[0-61].block_sparse_moe.gate.weight
+F32 256 model.layers.[0-61].block_sparse_moe.e_score_correction_bias""" + (
+    body("model", 3072, 200064, "0-61")
+    + attention("model.layers.[0-61].self_attn", 3072, 6144, 1024, "block_f32")
+    + experts("model.layers.[0-61].block_sparse_moe.experts.[0-255]", 3072, 1536, "block_f32", "w1,w3", "w2")
+)
+QWEN3_8B_ROWS = qwen3(36, 4096, 4096, 1024, "bf16") + experts("model.layers.[0-35].mlp", 4096, 12288, "bf16")
+
+
+def fields(text: str, **more: Any) -> Config:
+    """A config from "key=value" words (JSON values, else strings) and what does not fit in a word."""
+    config: Config = {}
+    for word in text.split():
+        key, value = word.split("=")
+        config[key] = value if value[0].isalpha() and value not in ("true", "false") else json.loads(value)
+    return config | more
+
+
+def block_fp8(form: str = "e4m3", **more: Any) -> Config:
+    """The quantization_config of FP8 with 128x128 blocks."""
+    return fields(f"activation_scheme=dynamic fmt={form} quant_method=fp8 weight_block_size=[128,128]") | more
+
+
+def compressed(form: str, weights: Config, inputs: Config | None, ignore: list[str]) -> Config:
+    """A quantization_config of compressed-tensors with one group for all linear layers."""
+    group = {"input_activations": inputs, "output_activations": None, "targets": ["Linear"], "weights": weights}
+    config = fields(f"quant_method=compressed-tensors format={form} quantization_status=compressed")
+    return config | {"config_groups": {"group_0": group}, "ignore": ignore, "kv_cache_scheme": None}
+
+
+DEEPSEEK_V3 = fields(
+    """model_type=deepseek_v3 torch_dtype=bfloat16 num_hidden_layers=61 num_nextn_predict_layers=1 hidden_size=7168
+    intermediate_size=18432 moe_intermediate_size=2048 n_routed_experts=256 n_shared_experts=1 num_experts_per_tok=8
+    first_k_dense_replace=3 moe_layer_freq=1 num_attention_heads=128 num_key_value_heads=128 q_lora_rank=1536
+    kv_lora_rank=512 qk_nope_head_dim=128 qk_rope_head_dim=64 v_head_dim=128 vocab_size=129280 tie_word_embeddings=false""",
+    architectures=["DeepseekV3ForCausalLM"],
+    quantization_config=block_fp8(),
+)
+KIMI_K2 = DEEPSEEK_V3 | fields(
+    """model_type=kimi_k2 n_routed_experts=384 first_k_dense_replace=1 num_nextn_predict_layers=0 num_attention_heads=64
+    num_key_value_heads=64 vocab_size=163840"""
+)
+INT4 = fields("dynamic=false group_size=32 num_bits=4 observer=minmax strategy=group symmetric=true type=int") | {
+    "actorder": None,
+    "block_structure": None,
+    "observer_kwargs": {},
+}
+INT4_SKIPPED = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
+KIMI_K2_THINKING = KIMI_K2 | {"quantization_config": compressed("pack-quantized", INT4, None, INT4_SKIPPED)}
+
+GLM46 = fields(
+    """model_type=glm4_moe num_hidden_layers=92 num_nextn_predict_layers=1 hidden_size=5120 intermediate_size=12288
+    moe_intermediate_size=1536 n_routed_experts=160 n_shared_experts=1 num_experts_per_tok=8 first_k_dense_replace=3
+    num_attention_heads=96 num_key_value_heads=8 head_dim=128 attention_bias=true use_qk_norm=true vocab_size=151552
+    tie_word_embeddings=false""",
+    architectures=["Glm4MoeForCausalLM"],
+    quantization_config=compressed(
+        "float-quantized",
+        fields("dynamic=false num_bits=8 observer=minmax strategy=channel symmetric=true type=float"),  # unconfirmed
+        fields("dynamic=true num_bits=8 strategy=token symmetric=true type=float"),  # unconfirmed
+        ["lm_head", r"re:.*mlp\.gate$", "model.layers.92.eh_proj"],  # unconfirmed
+    ),
+)
+
+QWEN3_DENSE = fields(
+    """model_type=qwen3 torch_dtype=bfloat16 num_hidden_layers=36 hidden_size=4096 intermediate_size=12288
+    num_attention_heads=32 num_key_value_heads=8 head_dim=128 vocab_size=151936 tie_word_embeddings=false""",
+    architectures=["Qwen3ForCausalLM"],
+)
+QWEN3_MOE = QWEN3_DENSE | fields(
+    """model_type=qwen3_moe num_hidden_layers=48 hidden_size=2048 intermediate_size=6144 moe_intermediate_size=768
+    num_experts=128 num_experts_per_tok=8 decoder_sparse_step=1 mlp_only_layers=[] num_key_value_heads=4""",
+    architectures=["Qwen3MoeForCausalLM"],
+)
+QWEN3_MOE_235B = QWEN3_MOE | fields(
+    "num_hidden_layers=94 hidden_size=4096 intermediate_size=12288 moe_intermediate_size=1536 num_attention_heads=64"
+)
+for _config in (QWEN3_MOE, QWEN3_MOE_235B):
+    _config["quantization_config"] = block_fp8(
+        modules_to_not_convert=["lm_head"]
+        + [
+            f"model.layers.{layer}.{name}"
+            for layer in range(_config["num_hidden_layers"])
+            for name in ("input_layernorm", "mlp.gate", "post_attention_layernorm")
+        ]
+    )
+QWEN35_TEXT = fields(
+    """model_type=qwen3_5_moe_text dtype=bfloat16 num_hidden_layers=40 mtp_num_hidden_layers=1 full_attention_interval=4
+    mtp_use_dedicated_embeddings=false hidden_size=2048 moe_intermediate_size=512 shared_expert_intermediate_size=512
+    num_experts=256 num_experts_per_tok=8 num_attention_heads=16 num_key_value_heads=2 head_dim=256 attn_output_gate=true
+    linear_conv_kernel_dim=4 linear_key_head_dim=128 linear_num_key_heads=16 linear_num_value_heads=32
+    linear_value_head_dim=128 vocab_size=248320 tie_word_embeddings=false""",
+    layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 10,
+)
+QWEN35_VISION = fields(
+    """model_type=qwen3_5_moe deepstack_visual_indexes=[] depth=27 hidden_size=1152 in_channels=3 intermediate_size=4304
+    num_heads=16 num_position_embeddings=2304 out_hidden_size=2048 patch_size=16 spatial_merge_size=2
+    temporal_patch_size=2"""  # unconfirmed: model_type (Transformers 5.7 writes qwen3_5_moe_vision)
+)
+QWEN35 = fields(
+    "model_type=qwen3_5_moe tie_word_embeddings=false",
+    architectures=["Qwen3_5MoeForConditionalGeneration"],
+    text_config=QWEN35_TEXT,
+    vision_config=QWEN35_VISION,
+)
+
+MINIMAX_M2 = fields(
+    """model_type=minimax_m2 num_hidden_layers=62 use_mtp=true num_mtp_modules=3 mtp_transformer_layers=1 hidden_size=3072
+    intermediate_size=1536 shared_intermediate_size=0 num_local_experts=256 num_experts_per_tok=8 num_attention_heads=48
+    num_key_value_heads=8 head_dim=128 qk_norm_type=per_layer use_qk_norm=true use_routing_bias=true vocab_size=200064
+    tie_word_embeddings=false""",
+    architectures=["MiniMaxM2ForCausalLM"],
+    quantization_config=block_fp8("float8_e4m3fn", modules_to_not_convert=["gate", "e_score_correction_bias", "lm_head"]),
+)
+M3_ROUTED = [0] * 3 + [1] * 57
+M3_TEXT = fields(
+    """dtype=bfloat16 num_hidden_layers=60 num_mtp_modules=1 hidden_size=6144 intermediate_size=3072
+    dense_intermediate_size=12288 shared_intermediate_size=3072 num_local_experts=128 n_shared_experts=1
+    num_experts_per_tok=4 num_attention_heads=64 num_key_value_heads=4 head_dim=128 qk_norm_type=per_head use_qk_norm=true
+    use_routing_bias=true attention_output_gate=false vocab_size=200064 tie_word_embeddings=false""",
+    architectures=["MiniMaxM3SparseForCausalLM"],
+    moe_layer_freq=M3_ROUTED,
+    sparse_attention_config=fields(
+        """use_sparse_attention=true sparse_index_dim=128 sparse_num_index_heads=4 sparse_topk_blocks=16
+        sparse_block_size=128 sparse_score_type=max sparse_init_block=0 sparse_local_block=1""",
+        sparse_disable_index_value=M3_ROUTED,
+        sparse_attention_freq=M3_ROUTED,
+    ),
+)
+M3_SKIPPED = ["lm_head", "model.embed_tokens", "vision_tower", "multi_modal_projector", "patch_merge_mlp"]
+MINIMAX_M3 = fields(
+    "model_type=minimax_m3_vl torch_dtype=bfloat16 projector_hidden_size=6144",
+    architectures=["MiniMaxM3SparseForConditionalGeneration"],
+    text_config=M3_TEXT,
+    vision_config=fields(
+        """model_type=clip_vision_model hidden_size=1280 num_attention_heads=16 num_hidden_layers=32 intermediate_size=5120
+        patch_size=14 image_size=2016 projection_dim=6144 num_channels=3""",
+        img_token_compression_config=fields(
+            "image_token_compression_method=patch_merge spatial_merge_size=2 temporal_patch_size=2"
+        ),
+    ),
+    quantization_config=fields(
+        "quant_method=mxfp8 activation_scheme=dynamic weight_block_size=[1,32]",
+        ignored_layers=M3_SKIPPED
+        + sorted(f"language_model.model.layers.{layer}.block_sparse_moe.gate" for layer in range(3, 60)),
+    ),
+)
+
+GPT_OSS = fields(
+    """model_type=gpt_oss num_hidden_layers=24 hidden_size=2880 intermediate_size=2880 num_local_experts=32
+    num_experts_per_tok=4 experts_per_token=4 num_attention_heads=64 num_key_value_heads=8 head_dim=64 attention_bias=true
+    vocab_size=201088 tie_word_embeddings=false""",
+    architectures=["GptOssForCausalLM"],
+    layer_types=["sliding_attention", "full_attention"] * 12,
+    quantization_config={
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+        "quant_method": "mxfp4",
+    },
+)
+GPT_OSS_120B = GPT_OSS | fields("num_hidden_layers=36 num_local_experts=128") | {
+    "layer_types": ["sliding_attention", "full_attention"] * 18
+}
+
+
+def family(repository: str, config: Config, table: str) -> Family:
+    """A family from its table."""
+    return Family(repository, config, partial(expand, table))
+
+
+FAMILIES: dict[str, Family] = {
+    "deepseek_v3": family("deepseek-ai/DeepSeek-V3", DEEPSEEK_V3, DEEPSEEK_V3_ROWS),
+    "qwen3_moe_fp8": family("Qwen/Qwen3-30B-A3B-FP8", QWEN3_MOE, qwen3_moe(48, 2048, 4096, 768)),
+    "qwen35_moe_bf16": family("Qwen/Qwen3.5-35B-A3B", QWEN35, QWEN35_ROWS),
+    "glm46_fp8": family("zai-org/GLM-4.6-FP8", GLM46, GLM46_ROWS),
+    "minimax_m2": family("MiniMaxAI/MiniMax-M2", MINIMAX_M2, MINIMAX_M2_ROWS),
+    "minimax_m3": family("MiniMaxAI/MiniMax-M3-MXFP8", MINIMAX_M3, minimax_m3("mxfp8")),
+    "kimi_k2": family("moonshotai/Kimi-K2-Instruct", KIMI_K2, KIMI_K2_ROWS),
+    "kimi_k2_thinking": family("moonshotai/Kimi-K2-Thinking", KIMI_K2_THINKING, KIMI_K2_THINKING_ROWS),
+    "gpt_oss": family("openai/gpt-oss-20b", GPT_OSS, gpt_oss(24, 32)),
+    "qwen3_dense": family("Qwen/Qwen3-8B", QWEN3_DENSE, QWEN3_8B_ROWS),
+}
+# Larger siblings: same layout, other numbers.
+VARIANTS: dict[str, Family] = {
+    "qwen3_moe_fp8_235b": family("Qwen/Qwen3-235B-A22B-FP8", QWEN3_MOE_235B, qwen3_moe(94, 4096, 8192, 1536)),
+    "gpt_oss_120b": family("openai/gpt-oss-120b", GPT_OSS_120B, gpt_oss(36, 128)),
+}
