@@ -4,7 +4,7 @@ import shlex, sys
 sys.path.insert(0, workflow.basedir)
 from stages.errors import UserError
 from stages.serving.environment import PLUGIN, ingredients, marker_inputs, plugin_files
-from stages.settings import as_json, load, local_files, overrides_from, shards_of, text_path
+from stages.settings import RESULTS_FORMAT, as_json, load, local_files, overrides_from, shards_of, text_path
 try:
     OVERRIDES = overrides_from(config)
     S = load(OVERRIDES, ask=True)
@@ -37,13 +37,14 @@ rule download_metadata:
 rule inspect_format:
     input: rules.download_metadata.output
     output: f"{RUN}/inspect.json"
+    params: format=RESULTS_FORMAT
     log: f"{RUN}/logs/inspect_format.log"
     shell: stage("inspect_format")
 
 rule plan:
     input: f"{RUN}/inspect.json"
     output: f"{RUN}/plan.json"
-    params: recipe=as_json(S.recipe), draft_scales=S.release.draft_scales
+    params: format=RESULTS_FORMAT, recipe=as_json(S.recipe), draft_scales=S.release.draft_scales
     log: f"{RUN}/logs/plan.log"
     shell: stage("plan")
 

@@ -13,7 +13,7 @@ from stages.checkpoint.header import TensorInfo
 from stages.dialects import recognize
 from stages.dialects.roles import hidden_layers, role_of
 from stages.errors import UserError, exit_with_one_line
-from stages.settings import Settings, load, stage_parser
+from stages.settings import RESULTS_FORMAT, Settings, load, stage_parser
 
 
 def read_headers(settings: Settings) -> tuple[dict[str, TensorInfo], dict[str, str], dict]:
@@ -50,6 +50,7 @@ def census(settings: Settings) -> dict:
     for entry in entries.values():
         by_role[entry["role"]] += entry["bytes"]
     return {
+        "format": RESULTS_FORMAT,
         "source": settings.source.name,
         "architecture": (config.get("architectures") or [None])[0],
         "text_layers": layers,

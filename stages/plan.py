@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 from stages.checkpoint.files import human_bytes, read_json, render_json, write_json
 from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
@@ -22,7 +23,7 @@ from stages.schemes.architectures import ARCHITECTURES, Architecture, architectu
 from stages.schemes.engines import engines
 from stages.schemes.kept import KEPT, group_of
 from stages.schemes.modules import Output, matrices, module_of
-from stages.settings import Settings, as_dict, load, stage_parser
+from stages.settings import RESULTS_FORMAT, Settings, as_dict, load, stage_parser
 
 SHARD_METADATA = {"format": "pt"}  # the library's readers want to know the framework
 FLOATS = ("BF16", "F16", "F32")
@@ -211,7 +212,7 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
     row = _known_architecture(census["architecture"])
     tensors = decide(settings, census)
     plan = {
-        "source": census["source"], "architecture": census["architecture"], "recipe": settings.recipe.name, "layout": settings.recipe.layout,
+        "format": RESULTS_FORMAT, "source": census["source"], "architecture": census["architecture"], "recipe": settings.recipe.name, "layout": settings.recipe.layout,
         "exponent_rule": settings.recipe.exponent_rule, "text_layers": census["text_layers"],
         "recipe_settings": as_dict(settings.recipe), "tensors": tensors,
     }
@@ -302,7 +303,7 @@ def print_plan(plan: dict) -> None:
 
 def run(settings: Settings) -> dict:
     """Writes plan.json and prints it."""
-    census = read_json(settings.run_directory / "inspect.json", "inspect_format")
+    census = _current(settings.run_directory / "inspect.json", "inspect_format")
     plan = make_plan(settings, census, read_config(settings))
     print_plan(plan)
     there = sum(path.stat().st_size for path in (settings.run_directory / "shards").glob("*.safetensors"))
@@ -313,7 +314,15 @@ def run(settings: Settings) -> dict:
 
 def read_plan(settings: Settings) -> dict:
     """plan.json of this run."""
-    return read_json(settings.run_directory / "plan.json", "plan")
+    return _current(settings.run_directory / "plan.json", "plan")
+
+
+def _current(path: Path, stage: str) -> dict:
+    """A result that an earlier stage of this version of mxforge wrote."""
+    result = read_json(path, stage)
+    if result.get("format") != RESULTS_FORMAT:
+        raise UserError(f"{path}: was made by another version of mxforge; run {stage} again (snakemake does so by itself)")
+    return result
 
 
 @exit_with_one_line
