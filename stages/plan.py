@@ -261,7 +261,22 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "tensor_parallel": tensor_parallel.notes(tensors),
     }
     plan["engines"] = engines(plan)
+    plan["notes"] = _notes(tensors)
     return plan
+
+
+def _notes(tensors: dict) -> list[str]:
+    """What a user should think over before converting."""
+    notes = []
+    converted = Counter(entry["dialect"] for entry in tensors.values() if entry["decision"] == "quantize")
+    for dialect, count in converted.items():
+        if dialect in ("int4", "nvfp4"):
+            notes.append(f"{count} weights are {dialect.upper()} already: MXFP4 rounds them a second time; a source in FP8 or BF16 gives a better release")
+        elif dialect == "mxfp4":
+            notes.append(f"{count} weights are MXFP4 already: they are stored anew, their values stay")
+    kept = Counter(entry["stored"] for entry in tensors.values() if entry["decision"] == "keep" and entry["matrix"])
+    notes += [f"{count} weights that the recipe does not name stay {stored}, bit-identical" for stored, count in kept.items()]
+    return notes
 
 
 def by_role(plan: dict) -> list[dict]:
@@ -293,6 +308,8 @@ def print_plan(plan: dict) -> None:
     print(f"release: {plan['release_tensors']} tensors in {len(plan['shards'])} shards, "
           f"{human_bytes(plan['release_shard_file_bytes'])} of shard files; disk peak about "
           f"{human_bytes(plan['disk_peak_bytes'])}; config claims {plan['runtime_modules']} vLLM modules rightly")
+    for note in plan["notes"]:
+        print(f"note: {note}")
     for engine in plan["engines"]:
         print(f"{engine['engine']}: {engine['loads']}; {'; '.join(engine['how'])}")
     print("tensor parallel: " + ", ".join(str(row["tensor_parallel"]) for row in plan["tensor_parallel"] if row["fits"] and row["marlin"]))

@@ -104,6 +104,9 @@ def expert_plot(noise: dict) -> str:
     return svg
 
 
+FORMATS = {"mxfp4": "MXFP4 (E2M1 values, one E8M0 scale per 32 inputs)", "mxfp8": "MXFP8 (E4M3 values, one E8M0 scale per 32 inputs)"}
+
+
 def role_rows(plan: dict) -> list[dict]:
     """What happened to each role: decision, tensors, bytes before and after."""
     words = {"drop": "folded into the block scales", "pass through": "unchanged", "keep": "kept in its own FP8"}
@@ -132,7 +135,9 @@ def facts(settings: Settings) -> dict:
                               "format_db": min(formats, default=None)})
     serving = read_json(run_directory / "serving.json", "serve_bench")
     config = read_json(run_directory / "release" / "config.json", "assemble_release")
+    schemes = sorted({entry["scheme"] for entry in plan["tensors"].values() if entry["scheme"]})
     return {
+        "schemes": schemes, "formats": " and ".join(FORMATS[scheme] for scheme in schemes),
         "commands": serve_commands(plan, config, serving.get("engine", {})), "client": client_example(config),
         "settings": settings, "plan": plan, "roles": role_rows(plan), "gemm": gemm_rows,
         "verify": read_json(run_directory / "verify.json", "verify_release"),

@@ -42,7 +42,8 @@ ARGUMENTS = {  # format -> what its group's `weights` must say
     "mxfp8-quantized": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True},
     "float-quantized": {"num_bits": 8, "type": "float", "symmetric": True},
 }
-LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?P<tail>.+)$", re.S)
+LAYER = re.compile(r"(?:model\.language_model|language_model\.model|model)\.layers\.(?P<layer>\d+)\.(?P<tail>.+)$", re.S)
+ROUTED = re.compile(r"\.experts\.|^\w+\.(gate|router)\.weight$")  # of a layer with experts, even one that has lost them
 FORMATS = {"mxfp4": "mxfp4-pack-quantized", "mxfp8": "mxfp8-quantized", "fp8": "float-quantized"}  # how tensors are stored -> format
 BLOCKS = {"mxfp4": 2, "mxfp8": 1}  # stored with a byte per 32 weights: how many weights an element of the codes holds
 SAMPLED_ROWS = 32  # of each matrix, for the numbers
@@ -254,6 +255,7 @@ class Checkup:
         for layer, tails in held.items():
             if layer < count:
                 parts = {tail.split(".")[0] for tail in tails if tail.count(".") >= 2}
+                parts |= {"experts" for tail in tails if ROUTED.search(tail)}  # a dense `mlp` beside one of experts
                 kinds[frozenset(parts)][layer] = tails
         for members in kinds.values():
             usual = set.union(*members.values())

@@ -1,19 +1,28 @@
-"""Sources in other FP8 dialects: converted through the stages to the bytes that their decoded values demand."""
+"""Sources in other dialects: converted through the stages to the bytes that their decoded values demand."""
 
 import json
 import shutil
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from safetensors.torch import load_file, save_file
 
 from kernels import mxfp4
 from kernels.fp8 import decode_block_fp8
-from kernels.formats import decode_mxfp8, encode_mxfp8
+from kernels.formats import E2M1, decode_int4, decode_mxfp4, decode_mxfp8, decode_nvfp4, encode_mxfp8
+from stages import evaluate, plan, validate_gemm
+from stages.assemble_release import read_receipts
 from stages.errors import UserError
+from stages.models import step37
+from stages.verify_checkpoint import Checkup
 from tests.conftest import TINY, convert
 
 CHANNEL = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+BLOCKS = {**CHANNEL, "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"strategy": "block", "block_structure": [64, 64]}}}}
+FOUR_BITS = {"quant_method": "compressed-tensors", "format": "mixed-precision"}
+INT4 = {"quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}}}}
 MXFP8 = {"quant_method": "mxfp8", "weight_block_size": [1, 32]}
 
 
@@ -33,16 +42,70 @@ def microscaled(weight, suffix="weight_scale_inv"):
     return {"weight": made.codes, suffix: made.scale}
 
 
+def nibbles(values):
+    """E2M1 codes nearest to values, two in a byte, the even column low."""
+    table = torch.tensor(E2M1[:8])
+    codes = (values.abs().unsqueeze(-1) - table).abs().argmin(-1) + 8 * (values < 0)
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+
+
+def packed_mxfp4(weight, codes="weight_packed", scale="weight_scale"):
+    made = mxfp4.quantize(weight)
+    deepseek = scale == "scale"
+    return {codes: made.packed.view(torch.int8) if deepseek else made.packed,
+            scale: made.scale.view(torch.float8_e8m0fnu) if deepseek else made.scale}
+
+
+def packed_nvfp4(weight, modelopt=False):
+    whole = (weight.abs().amax() / (6 * 448)).reshape(1)  # multiplies; compressed-tensors stores what divides
+    blocks = weight.unflatten(-1, (-1, 16))
+    scale = (blocks.abs().amax(-1) / 6 / whole).to(torch.float8_e4m3fn)
+    codes = nibbles((blocks / (scale.float() * whole).unsqueeze(-1)).nan_to_num().flatten(-2))
+    if modelopt:
+        return {"weight": codes, "weight_scale": scale, "weight_scale_2": whole.reshape(()), "input_scale": torch.ones(())}
+    return {"weight_packed": codes, "weight_scale": scale, "weight_global_scale": 1 / whole, "input_global_scale": torch.ones(1)}
+
+
+def packed_int4(weight, zeros=False):
+    groups = weight.unflatten(-1, (-1, 32))
+    zero = torch.randint(-8, 8, groups.shape[:-1], generator=torch.Generator().manual_seed(0)) if zeros else torch.zeros(groups.shape[:-1]).long()
+    scale = (groups.abs().amax(-1) / 7).bfloat16()
+    codes = (groups / scale.float().unsqueeze(-1) + zero.unsqueeze(-1)).round().clamp(-8, 7).flatten(-2).to(torch.int8)
+    parts = {"weight_packed": pack_to_int32(codes, 4), "weight_scale": scale, "weight_shape": torch.tensor(weight.shape, dtype=torch.int32)}
+    return parts | ({"weight_zero_point": pack_to_int32(zero.to(torch.int8), 4, packed_dim=0).contiguous()} if zeros else {})
+
+
+def tiled(weight, name="weight_scale"):
+    scale = weight.abs().unflatten(-1, (-1, 64)).unflatten(0, (-1, 64)).amax((1, 3)) / 448
+    if name == "scale":
+        scale = scale.to(torch.float8_e8m0fnu)
+    wide = scale.float().repeat_interleave(64, 0).repeat_interleave(64, 1)
+    return {"weight": (weight / wide).to(torch.float8_e4m3fn), name: scale}
+
+
 def decoded(parts):
-    codes = parts["weight"]
+    if "weight_shape" in parts:
+        zero = parts.get("weight_zero_point")
+        shape = tuple(parts["weight_shape"].tolist())
+        zero = None if zero is None else unpack_from_int32(zero, 4, torch.Size(parts["weight_scale"].shape), packed_dim=0)
+        return decode_int4(parts["weight_packed"], parts["weight_scale"], shape[1], zero)
+    if "weight_global_scale" in parts:
+        return decode_nvfp4(parts["weight_packed"], parts["weight_scale"], parts["weight_global_scale"], reciprocal=True)
+    if "weight_scale_2" in parts:
+        return decode_nvfp4(parts["weight"], parts["weight_scale"], parts["weight_scale_2"], reciprocal=False)
+    codes = parts.get("weight_packed", parts.get("weight"))
+    if codes.dtype in (torch.uint8, torch.int8):
+        return decode_mxfp4(codes, parts.get("weight_scale", parts.get("scale")))
     scale = next(tensor for name, tensor in parts.items() if name != "weight")
     if scale.dtype == torch.uint8:
         return decode_mxfp8(codes, scale)
+    if scale.shape[-1] > 1:
+        return decode_block_fp8(codes, scale.float(), (64, 64))
     return decode_block_fp8(codes, scale.float().reshape(-1, 1).expand(codes.shape[0], 1), (1, codes.shape[1]))
 
 
-def checkpoint(directory, store, quantization_config):
-    """The tiny model with its experts one by one in another dialect; returns {module: stored parts}."""
+def checkpoint(directory, store, quantization_config, experts=16):
+    """The tiny model with its first experts one by one in another dialect; returns {module: stored parts}."""
     stored, tensors = {}, {}
     source = {}
     for path in sorted(TINY.glob("*.safetensors")):
@@ -50,7 +113,7 @@ def checkpoint(directory, store, quantization_config):
     for name, tensor in source.items():
         if tensor.dtype == torch.float8_e4m3fn:
             prefix, projection = name.removesuffix(".weight").rsplit(".", 1)
-            for expert, weight in enumerate(decode_block_fp8(tensor, source[name + "_scale_inv"])):
+            for expert, weight in enumerate(decode_block_fp8(tensor[:experts], source[name + "_scale_inv"][:experts])):
                 stored[f"{prefix}.experts.{expert}.{projection}"] = store(weight)
         elif not name.endswith("_scale_inv"):
             tensors[name] = tensor
@@ -67,8 +130,14 @@ def checkpoint(directory, store, quantization_config):
 @pytest.mark.parametrize(("store", "quantization_config"), [
     (channel, CHANNEL), (lambda weight: {k: v.bfloat16() if k != "weight" else v for k, v in channel(weight).items()}, CHANNEL),
     (whole, CHANNEL), (microscaled, MXFP8), (lambda weight: microscaled(weight, "weight_scale"), CHANNEL),
-], ids=["per_channel", "per_channel_bf16", "per_tensor", "mxfp8", "mxfp8_named_weight_scale"])
-def test_an_fp8_dialect_becomes_the_mxfp4_of_its_decoded_values(tmp_path, store, quantization_config):
+    (tiled, BLOCKS), (lambda weight: tiled(weight, "scale"), {"quant_method": "fp8", "weight_block_size": [64, 64]}),
+    (packed_mxfp4, FOUR_BITS), (lambda weight: packed_mxfp4(weight, "weight"), {"quant_method": "quark"}),
+    (lambda weight: packed_mxfp4(weight, "weight", "scale"), {"quant_method": "fp8", "expert_dtype": "fp4"}),
+    (packed_nvfp4, FOUR_BITS), (lambda weight: packed_nvfp4(weight, modelopt=True), {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    (packed_int4, INT4), (lambda weight: packed_int4(weight, zeros=True), INT4),
+], ids=["per_channel", "per_channel_bf16", "per_tensor", "mxfp8", "mxfp8_named_weight_scale", "compressed_tensors_blocks",
+        "e8m0_blocks", "mxfp4", "mxfp4_quark", "mxfp4_deepseek", "nvfp4", "nvfp4_modelopt", "int4", "int4_zero_points"])
+def test_a_dialect_becomes_the_mxfp4_of_its_decoded_values(tmp_path, store, quantization_config):
     stored = checkpoint(tmp_path / "model", store, quantization_config)
     settings = convert("source=local", f"source.path={tmp_path / 'model'}", f"results={tmp_path / 'results'}")
     release = load_file(settings.run_directory / "release" / "model.safetensors")
@@ -80,19 +149,148 @@ def test_an_fp8_dialect_becomes_the_mxfp4_of_its_decoded_values(tmp_path, store,
 
 
 @pytest.mark.parametrize(("store", "quantization_config", "words"), [
-    (channel, None, ["quant_method None", "480 FP8 weights and scales"]),
+    (channel, None, ["quant_method None", "30 FP8 weights and scales"]),
     (channel, {"quant_method": "fp8"}, ["quant_method 'fp8'"]),
     (microscaled, {"quant_method": "fp8"}, ["quant_method 'fp8'"]),
     (lambda weight: {**channel(weight), "weight_scale": torch.ones(3, 1)}, CHANNEL,
      ["weight_scale has shape [3, 1]", "[256, 1]"]),
     (lambda weight: {**microscaled(weight), "weight_scale_inv": torch.ones(3, 4, dtype=torch.uint8)}, MXFP8,
      ["U8 [3, 4]", "blocks of 32"]),
+    (tiled, CHANNEL, ["one scale per channel is", "another checkpoint"]),
+    (lambda weight: {"weight_packed": packed_mxfp4(weight)["weight_packed"]}, FOUR_BITS, ["packed weight", "has no scale"]),
+    (lambda weight: {**packed_mxfp4(weight), "weight_scale": torch.ones(3, 4, dtype=torch.uint8)}, FOUR_BITS, ["U8 [3, 4]", "blocks of 32"]),
+    (packed_mxfp4, None, ["quant_method None", "MXFP4 weights"]),
+    (lambda weight: {k: v for k, v in packed_nvfp4(weight).items() if k != "weight_global_scale"}, FOUR_BITS, ["weight_global_scale is missing"]),
+    (lambda weight: packed_int4(weight) | {"weight_g_idx": torch.zeros(256, dtype=torch.int32)}, INT4, ["activation order"]),
+    (lambda weight: packed_int4(weight) | {"weight_shape": torch.tensor([3, 4])}, INT4, ["says [3, 4]", "are those of"]),
+    (packed_int4, {**INT4, "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "int"}}}}, ["8 bits"]),
+    (lambda weight: {"weight": (weight * 10).to(torch.int8), "weight_scale": torch.ones(len(weight), 1)}, CHANNEL, ["I8", "no dialect here reads"]),
 ])
 def test_a_dialect_that_config_or_shapes_deny_is_refused(tmp_path, store, quantization_config, words):
-    checkpoint(tmp_path / "model", store, quantization_config)
+    checkpoint(tmp_path / "model", store, quantization_config, experts=1)
     with pytest.raises(UserError) as caught:
         convert("source=local", f"source.path={tmp_path / 'model'}", f"results={tmp_path / 'results'}")
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def stacked(directory, make, quantization_config):
+    """The tiny model with gate and up of its experts in one 3D tensor, as `make(gate_up, down)` stores them under `moe.experts.`."""
+    source = {name: tensor for path in sorted(TINY.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    experts = {name: decode_block_fp8(tensor, source[name + "_scale_inv"]) for name, tensor in source.items() if tensor.dtype == torch.float8_e4m3fn}
+    tensors = {name: tensor for name, tensor in source.items() if name not in experts and not name.endswith("_scale_inv")}
+    for prefix in {name.rpartition("moe.")[0] for name in experts}:
+        gate, up, down = (experts[f"{prefix}moe.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        tensors |= {f"{prefix}moe.experts.{name}": tensor for name, tensor in make(gate, up, down).items()}
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(TINY / "tokenizer.json", directory)
+    config = json.loads((TINY / "config.json").read_text())
+    config.pop("quantization_config")
+    (directory / "config.json").write_text(json.dumps(config | ({"quantization_config": quantization_config} if quantization_config else {})))
+    return experts
+
+
+def fused(gate, up, down):
+    return {"gate_up_proj": torch.cat([gate, up], 1).bfloat16(), "down_proj": down.bfloat16()}
+
+
+def gpt_oss(gate, up, down):
+    made = {"gate_up_proj": mxfp4.quantize(torch.stack([gate, up], 2).flatten(1, 2), backend="reference"),
+            "down_proj": mxfp4.quantize(down, backend="reference")}
+    return {f"{name}_{part}": tensor for name, m in made.items()
+            for part, tensor in (("blocks", m.packed.unflatten(-1, (-1, 16))), ("scales", m.scale))}
+
+
+@pytest.mark.parametrize(("make", "quantization_config"), [(fused, None), (gpt_oss, {"quant_method": "mxfp4"})])
+def test_gate_and_up_in_one_tensor_come_apart(tmp_path, make, quantization_config):
+    experts = stacked(tmp_path / "model", make, quantization_config)
+    settings = convert("source=local", f"source.path={tmp_path / 'model'}", f"results={tmp_path / 'results'}")
+    release = load_file(settings.run_directory / "release" / "model.safetensors")
+    assert sum(name.endswith("weight_packed") for name in release) == 240
+    for name, weight in experts.items():
+        prefix, projection = name.removesuffix(".weight").rsplit(".", 1)
+        for expert in (0, 5, 15):
+            module, source = f"{prefix}.experts.{expert}.{projection}", weight[expert]
+            expected = mxfp4.quantize(source.bfloat16() if make is fused else source, backend="reference")
+            ours = decode_mxfp4(release[f"{module}.weight_packed"], release[f"{module}.weight_scale"])
+            assert torch.equal(ours, decode_mxfp4(expected.packed, expected.scale)), module
+    assert evaluate.sqnr(read_receipts(settings, plan.read_plan(settings)))["matrices"] == 240
+    result = Checkup(settings.run_directory / "release", tmp_path / "model").run()
+    assert result["passed"], result
+
+
+def test_fp8_that_the_recipe_leaves_is_kept_bit_for_bit_and_declared(tmp_path):
+    """Attention in FP8 blocks, shared experts per channel, dense layers in MXFP8, experts in block FP8: only the last are converted."""
+    source = {name: tensor for path in sorted(TINY.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    stores = {"self_attn": lambda w: tiled128(w), "share_expert": channel, ".mlp.": lambda w: microscaled(w, "weight_scale")}
+    tensors, kept = dict(source), {}
+    for name, weight in source.items():
+        part = next((part for part in stores if part in name), None)
+        if part and name.startswith("model.layers") and name.endswith("_proj.weight") and int(name.split(".")[2]) < 6:
+            kept[name] = stores[part](weight.float())
+            del tensors[name]
+            tensors |= {name.removesuffix("weight") + key: value for key, value in kept[name].items()}
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(TINY / "tokenizer.json", model)
+    config = json.loads((TINY / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {"strategy": "block", "block_structure": [128, 128]}}}}
+    (model / "config.json").write_text(json.dumps(config))
+    settings = convert("source=local", f"source.path={model}", f"results={tmp_path / 'results'}")
+    directory = settings.run_directory / "release"
+    release = load_file(directory / "model.safetensors")
+    for name, parts in kept.items():
+        (scale,) = (value for key, value in parts.items() if key != "weight")
+        assert torch.equal(release[name].view(torch.uint8), parts["weight"].view(torch.uint8)) and torch.equal(release[f"{name}_scale"], scale), name
+        assert f"{name}_scale_inv" not in release
+    section = json.loads((directory / "config.json").read_text())["quantization_config"]
+    arguments = {(group["format"], group["weights"]["strategy"]) for group in section["config_groups"].values()}
+    assert arguments == {("mxfp4-pack-quantized", "group"), ("mxfp8-quantized", "group"), ("float-quantized", "block"), ("float-quantized", "channel")}
+    result = Checkup(directory, model).run()
+    assert result["passed"], result
+    ours, theirs = (dict(step37.expanded_tensors(path, torch.float32)) for path in (directory, model))
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours if "moe." not in name or "gate.weight" in name)
+    changed = load_file(directory / "model.safetensors")
+    changed["model.layers.1.self_attn.o_proj.weight_scale"][0, 0] *= 2
+    (directory / "model.safetensors").unlink()
+    (directory / "manifest.json").unlink()
+    save_file(changed, directory / "model.safetensors", metadata={"format": "pt"})
+    faults = [fault for row in Checkup(directory, model).run()["checks"] for fault in row["faults"]]
+    assert any("self_attn.o_proj.weight_scale is not bit-identical" in fault for fault in faults), faults
+
+
+def tiled128(weight):
+    """FP8 codes and `weight_scale_inv` in tiles of 128x128, edges ragged."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -columns % 128, 0, -rows % 128))
+    scale = padded.abs().unflatten(-1, (-1, 128)).unflatten(0, (-1, 128)).amax((1, 3)).clamp(min=1e-6) / 448
+    wide = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    return {"weight": (weight / wide).to(torch.float8_e4m3fn), "weight_scale_inv": scale}
+
+
+@pytest.mark.parametrize(("recipe", "decibels"), [("mxfp8_experts", 28), ("mxfp4_experts_mxfp8_rest", 18), ("mxfp4_all_linear", 18)])
+def test_mxfp8_and_dense_recipes_make_proven_releases_that_load(tmp_path, recipe, decibels):
+    settings = convert(f"results={tmp_path}", f"source.path={TINY}", f"recipe={recipe}", "serving=none")
+    directory = settings.run_directory / "release"
+    _, _, loading = step37.load(directory, torch.float32)
+    assert loading == {"missing": 0, "unexpected": 0}
+    assert evaluate.sqnr(read_receipts(settings, plan.read_plan(settings)))["worst_matrix_db"] > decibels
+    validate_gemm.run(settings)
+    result = Checkup(directory, TINY).run()
+    assert result["passed"], result
+    name = "model.layers.2.moe.experts.3.up_proj"
+    tensors = {path: load_file(path) for path in directory.glob("*.safetensors")}
+    shard = next(path for path, found in tensors.items() if f"{name}.weight_scale" in found)
+    for damage, words in ((lambda t: t[f"{name}.weight_scale"].add_(1), "SQNR against the source's"),
+                          (lambda t: t[f"{name}.weight_scale"][0].fill_(255), "which means NaN")):
+        found = {key: tensor.clone() for key, tensor in tensors[shard].items()}
+        damage(found)
+        shard.unlink()
+        save_file(found, shard, metadata={"format": "pt"})
+        faults = [fault for row in Checkup(directory, TINY).run()["checks"] for fault in row["faults"]]
+        assert any(words in fault and name in fault for fault in faults), faults
 
 
 def test_an_e8m0_nan_is_refused_with_tensor_and_index(tmp_path):

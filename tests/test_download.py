@@ -62,6 +62,16 @@ def test_a_hub_checkpoint_becomes_the_same_release_as_the_local_one(hub, tmp_pat
     assert quality["release"]["perplexity"] < 51.2
 
 
+def test_a_source_without_a_revision_is_pinned_once_and_stays_there(hub, tmp_path):
+    overrides = ["source=hub", "source.repository=somebody/tiny", f"results={tmp_path}"]
+    with pytest.raises(UserError, match="revision.json is missing: somebody/tiny was given without a revision, which snakemake looks up"):
+        load(overrides)
+    assert load(overrides, ask=True).source.revision == REVISION
+    hub.answered_revision = hub.revision = "f" * 40  # the branch moves on
+    for settings in (load(overrides), load(overrides, ask=True)):
+        assert settings.source.revision == REVISION and settings.source.shards == SHARDS
+
+
 def test_planning_a_hub_checkpoint_downloads_headers_and_no_weights(hub, settings):
     download.fetch_metadata(settings)
     headers = json.loads((settings.source_directory / "headers.json").read_text())

@@ -50,6 +50,9 @@ def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], confi
             raise UserError(f"{where[name]}: {_unknown(name, info, tensors)}")
         if claimed.dialect == plain.NAME and SCALE.fullmatch(name):
             raise UserError(f"{where[name]}: {_lone(name, info, tensors)}")
+    if declared(config).get("quant_method") == "fp8" and not any(claimed.dialect in ("block_fp8", "mxfp4") for claimed in claims.values()):
+        raise UserError("config.json declares quant_method 'fp8', but no shard holds an FP8 tensor; shards are missing "
+                        "or config.json is of another checkpoint")
     for dialect in DIALECTS:
         _check_config(dialect, [name for name, claimed in claims.items() if claimed.dialect == dialect.NAME], config)
     return claims
@@ -80,13 +83,10 @@ def _lone(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str
 
 
 def _check_config(dialect, names: list[str], config: dict) -> None:
-    """config.json must declare a method that stores the dialect, and must not declare FP8 where there is none."""
+    """config.json must declare a method that stores the dialect."""
     method = declared(config).get("quant_method")
     if names and dialect.METHODS is not None and method not in dialect.METHODS:
         label = {"block_fp8": "block-FP8 tensors", "channel_fp8": "FP8 weights and scales (per channel or tensor)"}.get(
             dialect.NAME, f"{dialect.NAME.upper()} weights and scales")
         raise UserError(f"config.json declares quant_method {method!r}, but the headers hold {len(names)} {label}, {names[0]} first; "
                         "restore the original config.json")
-    if dialect is block_fp8 and method == "fp8" and not names:
-        raise UserError("config.json declares quant_method 'fp8', but no shard holds an FP8 tensor; shards are missing "
-                        "or config.json is of another checkpoint")

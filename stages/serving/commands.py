@@ -34,7 +34,7 @@ def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
                      "command": "pip install ./vllm_plugin", "run": tried})
     rows.append({"title": f"vLLM, one GPU with {needed} or more" + (", drafting" if drafts else ""),
                  "command": " ".join([*base, *speculation]), "run": tried})
-    largest = max(fitting)
+    largest = max(fitting, default=1)
     if largest > 1:
         rows.append({"title": f"vLLM, {largest} GPUs, experts split among them",
                      "command": " ".join([*base, f"--tensor-parallel-size {largest}", "--enable-expert-parallel", *speculation]),

@@ -1,0 +1,222 @@
+"""Plans for the published checkpoints of other families: real names, shapes, dtypes and configs, no weights."""
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kernels import mxfp4
+from stages import command_line, evaluate, inspect_format, plan, report, serve_bench, validate_gemm
+from stages.checkpoint.header import DTYPE_BYTES
+from stages.errors import UserError
+from stages.settings import load
+from stages.verify_checkpoint import Checkup
+from tests.conftest import convert
+from tests.meta_checkpoints import FAMILIES
+
+EXPERT = re.compile(r".*layers\.(?P<layer>\d+)\..*\.experts\.(?:\d+\.)?\w+")
+PUBLISHED = {  # bytes of all tensors, as the published headers have them
+    "deepseek_v3": 688_574_839_360, "qwen3_moe_fp8": 31_170_895_872, "qwen35_moe_bf16": 71_903_655_008, "minimax_m2": 230_121_630_720,
+    "minimax_m3": 443_742_085_120, "kimi_k2": 1_029_173_256_720, "kimi_k2_thinking": 594_205_920_512, "qwen3_dense": 16_381_470_720,
+}
+
+
+def planned(tmp_path, family, recipe="mxfp4_experts", drop=()):
+    """The plan of a header-only checkpoint in one shard."""
+    settings = load([f"results={tmp_path}", "source=local", "source.path=/nowhere", "source.name=family", f"recipe={recipe}"])
+    table, position = {}, 0
+    for name, (dtype, shape) in family.tensors().items():
+        size = math.prod(shape) * DTYPE_BYTES[dtype]
+        table[name], position = [dtype, list(shape), position, position + size], position + size
+    for name in drop:
+        del table[name]
+    headers = {"model.safetensors": {"file_size": position, "metadata": None, "data_start": 0, "tensors": table}}
+    for path, content in (("headers.json", headers), ("listing.json", {}), ("auxiliary/config.json", family.config)):
+        (settings.source_directory / path).parent.mkdir(parents=True, exist_ok=True)
+        (settings.source_directory / path).write_text(json.dumps(content))
+    return plan.make_plan(settings, inspect_format.census(settings), family.config)
+
+
+def few_experts(family):
+    """The same checkpoint with its first eight experts where they are stored one by one: a tenth of the names, every kind of them."""
+    def tensors():
+        return {name: entry for name, entry in family.tensors().items()
+                if not (match := re.search(r"\.experts\.(\d+)\.", name)) or int(match[1]) < 8}
+    return dataclasses.replace(family, tensors=tensors)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_tensors_of_a_family_have_the_published_bytes(name):
+    assert FAMILIES[name].total_size == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(("name", "formats"), [
+    ("deepseek_v3", {"mxfp4-pack-quantized", "float-quantized"}), ("qwen3_moe_fp8", {"mxfp4-pack-quantized", "float-quantized"}),
+    ("qwen35_moe_bf16", {"mxfp4-pack-quantized"}), ("glm46_fp8", {"mxfp4-pack-quantized", "float-quantized"}),
+    ("minimax_m2", {"mxfp4-pack-quantized", "float-quantized"}), ("minimax_m3", {"mxfp4-pack-quantized", "mxfp8-quantized"}),
+    ("kimi_k2", {"mxfp4-pack-quantized", "float-quantized"}), ("kimi_k2_thinking", {"mxfp4-pack-quantized"}),
+])
+def test_a_family_is_planned_with_its_experts_in_mxfp4_and_the_rest_as_it_was(tmp_path, name, formats):
+    family = FAMILIES[name] if name == "deepseek_v3" else few_experts(FAMILIES[name])
+    made = planned(tmp_path, family)
+    layers = (family.config.get("text_config") or family.config)["num_hidden_layers"]
+    routed = {tensor: entry for tensor, entry in family.tensors().items()
+              if (match := EXPERT.match(tensor)) and int(match["layer"]) < layers and not tensor.startswith("mtp.")}
+    packed = 8 if name == "kimi_k2_thinking" else 1
+    weights = sum(packed * math.prod(shape) for tensor, (_, shape) in routed.items() if not re.search(r"scale|shape", tensor))
+    rest = family.total_size - sum(math.prod(shape) * DTYPE_BYTES[dtype] for dtype, shape in routed.values())
+    assert made["quantized_weights"] == weights
+    assert made["release_tensor_bytes"] == rest + weights * 17 // 32
+    assert {group["format"] for group in made["quantization_config"]["config_groups"].values()} == formats
+    assert {entry["decision"] for tensor, entry in made["tensors"].items() if tensor not in routed} <= {"keep", "pass through"}
+    assert any(row["fits"] for row in made["tensor_parallel"] if row["tensor_parallel"] == 4)
+
+
+def test_what_vllm_asks_for_by_other_names_than_the_checkpoints_is_targeted(tmp_path):
+    targets = {}
+    for name in ("minimax_m2", "deepseek_v3"):
+        made = planned(tmp_path / name, few_experts(FAMILIES[name]))
+        targets[name] = [target for group in made["quantization_config"]["config_groups"].values() for target in group["targets"]]
+    assert r"re:.*model\.layers\.\d+\.mlp\.experts\.\d+\.(w1|w2|w3)$" in targets["minimax_m2"]  # stored as block_sparse_moe
+    assert any("fused_qkv_a_proj" in target for target in targets["deepseek_v3"])
+
+
+def test_draft_experts_stay_fp8_beside_mxfp4_experts_of_the_same_name(tmp_path):
+    made = planned(tmp_path, few_experts(FAMILIES["deepseek_v3"]))
+    name = "model.layers.61.mlp.experts.3.up_proj.weight"
+    assert made["tensors"][name]["decision"] == "keep" and made["tensors"][name]["stored"] == "fp8 128x128"
+    groups = {group["format"]: group["targets"] for group in made["quantization_config"]["config_groups"].values()}
+    matching = [form for form, targets in groups.items() for target in targets if re.match(target[3:], name.removesuffix(".weight"))]
+    assert matching == ["float-quantized"]
+
+
+@pytest.mark.parametrize(("name", "recipe", "words"), [
+    ("gpt_oss", "mxfp4_experts", ["GptOssForCausalLM is not converted", "MXFP4 already has", "serve that as it is"]),
+    ("qwen3_dense", "mxfp4_experts", ["'routed_experts' matches no weight", "dense_mlp"]),
+])
+def test_a_family_that_cannot_become_a_release_that_loads_is_refused(tmp_path, name, recipe, words):
+    with pytest.raises(UserError) as caught:
+        planned(tmp_path, FAMILIES[name], recipe)
+    assert any(word in str(caught.value) for word in words) and words[0] in str(caught.value), str(caught.value)
+
+
+def test_an_architecture_whose_names_nobody_knows_is_refused(tmp_path):
+    family = FAMILIES["qwen3_dense"]
+    unknown = dataclasses.replace(family, config={**family.config, "architectures": ["NobodyKnowsForCausalLM"]})
+    with pytest.raises(UserError, match="'NobodyKnowsForCausalLM' are not known.*Qwen3ForCausalLM"):
+        planned(tmp_path, unknown, "mxfp4_all_linear")
+
+
+def test_a_dense_model_becomes_mxfp4_in_all_its_linear_weights(tmp_path):
+    made = planned(tmp_path, FAMILIES["qwen3_dense"], "mxfp4_all_linear")
+    roles = {entry["role"] for entry in made["tensors"].values() if entry["decision"] == "quantize"}
+    assert roles == {"attention", "dense_mlp"} and made["quantized_weights"] == 36 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 12288)
+
+
+def test_everything_but_the_experts_becomes_mxfp8(tmp_path):
+    made = planned(tmp_path, FAMILIES["qwen35_moe_bf16"], "mxfp4_experts_mxfp8_rest")
+    stored = {entry["role"]: entry["stored"] for entry in made["tensors"].values() if entry["stored"]}
+    assert stored == {"routed_experts": "mxfp4", "shared_experts": "mxfp8", "attention": "mxfp8", "linear_attention": "mxfp8"}
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda t: t.update({"model.language_model.layers.0.mlp.experts.gate_up_proj": ("BF16", (256, 2048, 1024))}), "stored transposed"),
+    (lambda t: t.update({"model.language_model.layers.0.mlp.experts.gate_up_proj": ("BF16", (256, 1023, 2048))}), "cannot be told apart"),
+])
+def test_fused_experts_of_another_layout_are_refused(tmp_path, change, words):
+    family = FAMILIES["qwen35_moe_bf16"]
+    tensors = family.tensors()
+    change(tensors)
+    with pytest.raises(UserError, match=words):
+        planned(tmp_path, dataclasses.replace(family, tensors=lambda: tensors))
+
+
+def test_the_stacked_layout_of_fused_experts_is_refused(tmp_path):
+    with pytest.raises(UserError, match="recipe.layout=per_expert"):
+        planned(tmp_path, FAMILIES["qwen35_moe_bf16"], "mxfp4_experts_stacked")
+
+
+def test_a_scale_that_is_missing_among_thousands_of_tensors_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"model\.layers\.17\.mlp\.experts\.5\.up_proj\.weight has no scale"):
+        planned(tmp_path, few_experts(FAMILIES["deepseek_v3"]), drop=["model.layers.17.mlp.experts.5.up_proj.weight_scale_inv"])
+
+
+def small_deepseek(directory):
+    """DeepSeek-V3's names and dialect at a hundredth of its width: 1 dense layer, 2 of 4 experts, a draft layer; random FP8 weights."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, inner, tensors = 256, 128, {}
+
+    def put(name, *shape, fp8=True):
+        weight = torch.randn(shape, generator=generator) * 0.05
+        if len(shape) == 1 or not fp8:
+            tensors[f"{name}.weight"] = weight.bfloat16()
+            return
+        scale = torch.rand([math.ceil(size / 128) for size in shape], generator=generator) * 1e-3 + 1e-4
+        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale_inv"] = (weight * 2000).to(torch.float8_e4m3fn), scale
+
+    for layer in range(4):
+        prefix = f"model.layers.{layer}."
+        for name, rows, columns in (("q_a_proj", 128, hidden), ("q_b_proj", 4 * 96, 128), ("kv_a_proj_with_mqa", 96, hidden),
+                                    ("kv_b_proj", 4 * 128, 64), ("o_proj", hidden, 4 * 64)):
+            put(f"{prefix}self_attn.{name}", rows, columns)
+        for norm, size in (("self_attn.q_a_layernorm", 128), ("self_attn.kv_a_layernorm", 64), ("input_layernorm", hidden),
+                           ("post_attention_layernorm", hidden)):
+            put(prefix + norm, size)
+        for block, width in (("mlp", 512),) if layer == 0 else (("mlp.shared_experts", inner), *((f"mlp.experts.{e}", inner) for e in range(4))):
+            for projection in ("gate", "up", "down"):
+                put(f"{prefix}{block}.{projection}_proj", *((hidden, width) if projection == "down" else (width, hidden)))
+        if layer:
+            put(f"{prefix}mlp.gate", 4, hidden, fp8=False)
+            tensors[f"{prefix}mlp.gate.e_score_correction_bias"] = torch.zeros(4)
+        if layer == 3:
+            for name in ("enorm", "hnorm", "shared_head.norm"):
+                put(prefix + name, hidden)
+            for name, rows, columns in (("eh_proj", hidden, 2 * hidden), ("shared_head.head", 512, hidden), ("embed_tokens", 512, hidden)):
+                put(prefix + name, rows, columns, fp8=False)
+    for name in ("model.embed_tokens", "lm_head"):
+        put(name, 512, hidden, fp8=False)
+    put("model.norm", hidden)
+    directory.mkdir()
+    names = sorted(tensors)  # experts of a layer lie in two shards, some apart from their scales
+    for number in (1, 2):
+        save_file({name: tensors[name] for name in names[number - 1::2]}, directory / f"model-0000{number}-of-00002.safetensors", {"format": "pt"})
+    config = {"architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 3, "num_nextn_predict_layers": 1, "hidden_size": hidden,
+              "n_routed_experts": 4, "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}
+    (directory / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def test_a_small_deepseek_is_converted_proven_reported_and_configured_again(tmp_path, monkeypatch):
+    source = tmp_path / "model"
+    tensors = small_deepseek(source)
+    settings = convert("source=local", f"source.path={source}", f"results={tmp_path / 'results'}", "serving=none")
+    release = settings.run_directory / "release"
+    made = {name: tensor for path in release.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert sum(name.endswith("weight_packed") for name in made) == 2 * 4 * 3
+    for name, tensor in tensors.items():
+        kept = name.replace("weight_scale_inv", "weight_scale")
+        if ".mlp.experts." not in name or "layers.3." in name:
+            assert made[kept].dtype == tensor.dtype and torch.equal(made[kept].view(torch.uint8), tensor.view(torch.uint8)), name
+    name = "model.layers.2.mlp.experts.3.down_proj.weight"
+    expected = mxfp4.quantize(tensors[name], tensors[f"{name}_scale_inv"], backend="reference")
+    assert torch.equal(made[f"{name}_packed"], expected.packed) and torch.equal(made[f"{name}_scale"], expected.scale)
+    result = Checkup(release, source).run()
+    assert result["passed"], result
+    before = (release / "config.json").read_bytes()
+    config = json.loads(before)
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = [r"re:model\.layers\.\d+\.mlp\.experts.*"]
+    (release / "config.json").write_text(json.dumps(config))
+    assert any("no target claims it" in fault for row in Checkup(release, quick=True).run()["checks"] for fault in row["faults"])
+    monkeypatch.setattr("sys.argv", ["mxforge", "config", str(release)])
+    command_line.main()
+    assert (release / "config.json").read_bytes() == before
+    validate_gemm.run(settings)
+    assert "does not run in process" in evaluate.run(settings)["not_measured"]
+    serve_bench.run(settings)
+    report.run(settings)
+    card = (settings.run_directory / "card.md").read_text()
+    assert "in MXFP4 (E2M1" in card and "DeepseekV3ForCausalLM does not run" in card
