@@ -152,7 +152,8 @@ class Checkup:
     def _fits(self, info: TensorInfo, scale: TensorInfo) -> bool:
         """Whether float scales are those of an FP8 weight: per tensor, per channel, or per tile as a group declares."""
         shapes = [(*info.shape[:-1], 1), *(((), (1,), (1, 1)) if len(info.shape) == 2 else ())]
-        for weights in declared_weights({"quantization_config": self.section}):
+        declared = declared_weights({"quantization_config": self.section}) if self.section else [{"block_structure": [128, 128]}]
+        for weights in declared:
             if isinstance(block := weights.get("block_structure"), list) and len(block) == 2 and all(map(_is_count, block)):
                 shapes.append((*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], block))))
         return scale.dtype in ("F32", "BF16", "F16") and scale.shape in shapes
