@@ -16,30 +16,38 @@ import ctypes
 import hashlib
 import json
 import math
+import os
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from kernels.fp8 import NonFiniteError
 from stages.checkpoint.files import human_bytes, sha256_file, write_json
-from stages.checkpoint.reader import TORCH_DTYPES, ShardReader
 from stages.checkpoint.writer import ShardWriter
 from stages.dialects import Claim, Tensors, stored_rows
 from stages.download import check_disk, read_tensor_bytes
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import SHARD_METADATA, outputs_of_shard, read_plan, specs_of
 from stages.schemes import SCHEMES
-from stages.schemes.modules import Matrix
+from stages.schemes.modules import Matrix, Output
 from stages.settings import Settings, load, stage_parser
 
 PANEL_WEIGHTS = 8 << 20  # weights quantized at once; a whole expert of Step-3.7 (1280 x 4096) fits
+if TYPE_CHECKING:  # torch takes seconds to import, which the hash of the source is not to wait for
+    from kernels.fp8 import NonFiniteError
+    from stages.checkpoint.reader import ShardReader
+
 NO_TILE = (1, 1)  # of weights that come without tile scales
+if TYPE_CHECKING:  # torch takes seconds to import, which the hash of the source is not to wait for
+    from kernels.fp8 import NonFiniteError
+    from stages.checkpoint.reader import ShardReader
+
 NO_TILE = (1, 1)  # of weights that come without tile scales
 MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # mallopt's parameter and its value in bytes
 REPORT_SECONDS = 10.0  # between progress lines where the output is no terminal
@@ -137,6 +145,8 @@ class Places:
     def _fetched(self, name: str, stored: dict):
         import torch
 
+        from stages.checkpoint.reader import TORCH_DTYPES, ShardReader
+
         if self._settings.source.path:
             with ShardReader(Path(self._settings.source.path) / stored["shard"]) as other:
                 return other.tensor(name)
@@ -167,6 +177,8 @@ class Quantizer:
 
     def panels(self, source: str, matrix: Matrix, expert: int | None):
         """Yields (codes, scale) of consecutive row panels of a matrix; adds its sums to the receipt."""
+        from kernels.fp8 import NonFiniteError
+
         rows = range(*matrix.rows)
         entry = self._plan["tensors"][source]
         claim, scheme = Claim.from_entry(entry), SCHEMES[entry["scheme"]]
@@ -205,10 +217,38 @@ class Quantizer:
                          "made of; the source is damaged, get that shard again")
 
 
-def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
-    """Converts one shard and returns its receipt (also written beside the output)."""
+def _check_header(reader: ShardReader, plan: dict, shard: str) -> None:
+    """UserError where the shard is not the one that was inspected."""
+    for name, entry in plan["tensors"].items():
+        if entry["shard"] == shard:
+            info = reader.info(name)
+            if (info.dtype, list(info.shape)) != (entry["dtype"], entry["shape"]):
+                raise UserError(f"{shard}: tensor {name} is {info.dtype} {list(info.shape)}, but was "
+                                f"{entry['dtype']} {entry['shape']} when it was inspected; run inspect_format again")
+
+
+def _write(outputs: list[Output], reader: ShardReader, quantizer: Quantizer, writer: ShardWriter, progress: ProgressReport) -> None:
+    """Streams all tensors of the output file, in its order."""
     import torch
 
+    pending: dict[Matrix, list] = {}  # scale bytes wait until their codes are written
+    for output in outputs:
+        if output.part == "weight":
+            for chunk in reader.chunks(output.source):
+                writer.write(output.name, chunk)
+                progress.advance(len(chunk))
+        elif output.part == "codes":
+            for expert in range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.expert]:
+                for codes, scale in quantizer.panels(output.source, output.matrix, expert):
+                    writer.write(output.name, codes.view(torch.uint8).numpy())
+                    pending.setdefault(output.matrix, []).append(scale)
+        else:
+            for scale in pending.pop(output.matrix):
+                writer.write(output.name, scale.numpy())
+
+
+def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
+    """Converts one shard and returns its receipt (also written beside the output)."""
     source_path = settings.shard_directory / shard
     if not source_path.exists():
         raise UserError(f"{source_path} is missing: run download --shard {shard} first")
@@ -218,38 +258,21 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
     promised = plan["shards"][shard]
     check_disk(target.parent, promised["file_bytes"], f"converted shard {shard}")
     with ExitStack() as stack:
-        reader = stack.enter_context(ShardReader(source_path))
         stop = threading.Event()
         hashing = stack.enter_context(ThreadPoolExecutor(1, "source-hash"))
         stack.callback(stop.set)  # runs before the executor waits, so a failure shows at once
-        for name, entry in plan["tensors"].items():
-            if entry["shard"] == shard:
-                info = reader.info(name)
-                if (info.dtype, list(info.shape)) != (entry["dtype"], entry["shape"]):
-                    raise UserError(f"{shard}: tensor {name} is {info.dtype} {list(info.shape)}, but was "
-                                    f"{entry['dtype']} {entry['shape']} when it was inspected; run inspect_format again")
+        source_sha256 = hashing.submit(sha256_file, source_path, stop)  # goes on while torch is imported and kernels are loaded
+
+        from stages.checkpoint.reader import ShardReader
+
+        reader = stack.enter_context(ShardReader(source_path))
+        _check_header(reader, plan, shard)
         progress = ProgressReport(shard, promised["source_bytes"])
         stack.callback(progress.close)
         quantizer = Quantizer(Places(settings, plan, shard, reader), plan, shard, settings.device.backend, progress)
         start = time.monotonic()
-        source_sha256 = hashing.submit(sha256_file, source_path, stop)
-        pending: dict[Matrix, list] = {}  # scale bytes wait until their codes are written
         with ShardWriter(target, specs_of(outputs), SHARD_METADATA) as writer:
-            for output in outputs:
-                if output.part == "weight":
-                    for chunk in reader.chunks(output.source):
-                        writer.write(output.name, chunk)
-                        progress.advance(len(chunk))
-                elif output.part == "codes":
-                    shape, matrix = plan["tensors"][output.source]["matrix"], output.matrix
-                    stacked = len(shape) == 3 and matrix.expert is None
-                    for expert in range(shape[0]) if stacked else [matrix.expert]:
-                        for codes, scale in quantizer.panels(output.source, matrix, expert):
-                            writer.write(output.name, codes.view(torch.uint8).numpy())
-                            pending.setdefault(matrix, []).append(scale)
-                else:
-                    for scale in pending.pop(output.matrix):
-                        writer.write(output.name, scale.numpy())
+            _write(outputs, reader, quantizer, writer, progress)
         source_digest = source_sha256.result()
     assert writer.size == promised["file_bytes"], f"{shard}: {writer.size} bytes, planned {promised['file_bytes']}"
     seconds = time.monotonic() - start
@@ -285,9 +308,7 @@ def main() -> None:
     plan = read_plan(settings)
     if arguments.shard not in plan["shards"]:
         raise UserError(f"--shard {arguments.shard}: not in plan.json, which has {', '.join(plan['shards'])}")
-    import torch
-
-    torch.set_num_threads(1)  # one process per shard is the parallelism
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: one process per shard is the parallelism
     keep_memory_steady()
     convert_shard(settings, plan, arguments.shard)
 
