@@ -1,8 +1,8 @@
 """Puts the release together: shards as hard links, a config that vLLM reads rightly, a true index, and the manifest.
 
 Everything in the directory is a function of the source's bytes and the recipe: no date, no host, no measured figure, so
-that a pin can name it by hash. The vLLM plugin that serves its draft layers goes along. Auxiliary files (tokenizer, templates, code, licence) are the source's, byte for byte; its
-README.md goes below the model card that `report` writes beside the release.
+that a pin can name it by hash. The vLLM plugin that serves its draft layers goes along. Auxiliary files (tokenizer, templates,
+code, licence) are the source's, byte for byte; its README.md goes below the model card that `report` writes beside the release.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from stages.inspect_format import read_config
 from stages.plan import SHARD_METADATA, coverage, index_json, outputs_of_shard, read_plan, release_config
 from stages.quantize_experts import plan_hash
 from stages.schemes import draft_scales
+from stages.schemes.architectures import architecture_of
 from stages.serving.environment import PLUGIN, plugin_files
 from stages.settings import Settings, load, stage_parser
 
 INDEX = "model.safetensors.index.json"
 WRITTEN = ("config.json", INDEX, "manifest.json")
-PLUGIN_ARCHITECTURES = ("Step3p7ForConditionalGeneration", "Step3p5ForCausalLM")  # those that the plugin patches
-LEFT_OUT = ("README.md", ".gitattributes", *WRITTEN)
+LEFT_OUT = ("README.md", ".gitattributes", "hf_quant_config.json", *WRITTEN)  # the last says how the source is quantized
 
 
 def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
@@ -79,7 +79,7 @@ def run(settings: Settings) -> dict:
             (building / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(settings.source_directory / "auxiliary" / name, building / name)
         config = read_config(settings)
-        bundled = plugin_files() if set(config.get("architectures") or []) & set(PLUGIN_ARCHITECTURES) else []
+        bundled = plugin_files() if architecture_of(plan["architecture"]).plugin else []
         for path in bundled:
             (building / PLUGIN.name / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(PLUGIN / path, building / PLUGIN.name / path)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import re
 import tempfile
 from contextlib import redirect_stdout
@@ -20,13 +19,11 @@ from pathlib import Path
 
 from stages import download, inspect_format, plan
 from stages.checkpoint.files import read_json, render_json, sha256_file, write_text
-from stages.checkpoint.header import TensorInfo
 from stages.dialects.roles import hidden_layers, role_of
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import release_config
 from stages.schemes import compressed_tensors, vllm_rules
 from stages.schemes.architectures import architecture_of
-from stages.schemes.kept import group_of
 from stages.settings import Settings, choices, load
 
 REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -84,15 +81,6 @@ def verify(arguments: argparse.Namespace) -> None:
     verify_checkpoint.run(arguments.directory, arguments.source, arguments.quick, arguments.json)
 
 
-def _kept_format(weight: TensorInfo, scale: TensorInfo) -> str:
-    """Format of an FP8 weight by the shape of its float scale."""
-    if math.prod(scale.shape) == 1 and weight.shape[-2] > 1:
-        return "fp8 per tensor"
-    if scale.shape == (*weight.shape[:-1], 1):
-        return "fp8 per channel"
-    return "fp8 128x128"  # the only blocks that engines read, and those that `pairs` has seen declared
-
-
 def regenerate_config(arguments: argparse.Namespace) -> None:
     """Writes DIRECTORY/config.json with the quantization_config that fits the tensors, everything else as it was."""
     from stages.verify_checkpoint import Checkup
@@ -116,17 +104,17 @@ def regenerate_config(arguments: argparse.Namespace) -> None:
         for check in (checkup.containers, checkup.pairs, checkup.experts, checkup.layers):
             for fault in check():
                 raise UserError(f"{fault}; mend that first")
-        for module, (kind, info, scale) in checkup.modules.items():
+        for module, (kind, _, _) in checkup.modules.items():
             (experts if ".experts." in module or role_of(f"{module}.weight", layers) == "routed_experts" else linears).append(module)
             if kind != "plain":
-                stored[module] = kind if kind != "fp8" else _kept_format(info, checkup.tensors[scale])
+                stored[module] = kind
     if not stored:
         raise UserError(f"{directory}: holds no quantized weight; nothing to configure")
     runtime = vllm_rules.runtime_modules(linears, experts, layers, row)
     names = {module.rpartition(".")[2] for module in experts if module in stored}
     section = compressed_tensors.quantization_config(runtime, stored, tuple(sorted(names)))
     modules = len(runtime)
-    faults = vllm_rules.coverage_faults(runtime, section, {module: group_of(kind)["format"] for module, kind in stored.items()})
+    faults = vllm_rules.coverage_faults(runtime, section, stored)
     if faults:
         raise UserError(f"{directory}: vLLM could not serve these tensors under any config of ours: {faults[0]}")
     text = render_json(release_config(config, section))

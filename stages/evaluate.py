@@ -24,9 +24,9 @@ from stages.checkpoint.files import human_bytes, read_json, sha256_file, write_j
 from stages.dialects.roles import layer_of, projection_of
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import read_plan
+from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, as_dict, load, stage_parser, text_path
 
-IN_PROCESS = "Step3p7ForConditionalGeneration"  # the architecture that stages/models can run
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -193,9 +193,9 @@ def perplexity(settings: Settings, plan: dict) -> dict:
     result = {"settings": {key: value for key, value in as_dict(evaluation).items() if not key.startswith("gemm")}}
     source = Path(settings.source.path) if settings.source.path else None
     need = weights * BYTES[evaluation.dtype] * (2 if source is None else 4)  # state beside model; two models at once
-    if evaluation.via == "process" and plan["architecture"] != IN_PROCESS:
-        return result | {"not_measured": f"{plan['architecture']} does not run in process here, only {IN_PROCESS} does: measure perplexity "
-                         "through a server (evaluation.via=vllm)"}
+    if evaluation.via == "process" and not architecture_of(plan["architecture"]).in_process:
+        return result | {"not_measured": f"{plan['architecture']} does not run in process here: measure perplexity through a server "
+                         "(evaluation.via=vllm)"}
     if evaluation.via == "process" and need > evaluation.memory_gb * 1e9:
         return result | {"not_measured": f"{human_bytes(weights * BYTES[evaluation.dtype])} of weights in "
                          f"{evaluation.dtype} exceed evaluation.memory_gb={evaluation.memory_gb:g}: measure perplexity "

@@ -11,6 +11,7 @@ from collections import Counter
 from stages.checkpoint.files import human_bytes, read_json, write_json
 from stages.checkpoint.header import TensorInfo
 from stages.dialects import recognize
+from stages.dialects.config import checked, expert_count
 from stages.dialects.roles import hidden_layers, role_of
 from stages.errors import UserError, exit_with_one_line
 from stages.settings import RESULTS_FORMAT, Settings, load, stage_parser
@@ -30,8 +31,8 @@ def read_headers(settings: Settings) -> tuple[dict[str, TensorInfo], dict[str, s
 
 
 def read_config(settings: Settings) -> dict:
-    """The source's config.json."""
-    return read_json(settings.source_directory / "auxiliary" / "config.json", "download --metadata")
+    """The source's config.json; UserError where it has a form that it cannot have."""
+    return checked(read_json(settings.source_directory / "auxiliary" / "config.json", "download --metadata"))
 
 
 def census(settings: Settings) -> dict:
@@ -55,6 +56,7 @@ def census(settings: Settings) -> dict:
         "architecture": (config.get("architectures") or [None])[0],
         "text_layers": layers,
         "hidden_size": (config.get("text_config") or config).get("hidden_size"),
+        "experts": expert_count(config),
         "shards": files,
         "tensor_bytes": sum(entry["bytes"] for entry in entries.values()),
         "file_bytes": sum(file["file_size"] for file in files.values()),

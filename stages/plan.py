@@ -14,14 +14,15 @@ from pathlib import Path
 
 from stages.checkpoint.files import human_bytes, read_json, render_json, write_json
 from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
+from stages.dialects.experts import check_experts
 from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, projection_of
 from stages.download import check_disk
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
-from stages.schemes import SCHEMES, compressed_tensors, draft_scales, tensor_parallel, vllm_rules
+from stages.schemes import SCHEMES, compressed_tensors, draft_scales, kept, tensor_parallel, vllm_rules
 from stages.schemes.architectures import ARCHITECTURES, Architecture, architecture_of
 from stages.schemes.engines import engines
-from stages.schemes.kept import KEPT, group_of
+from stages.schemes.kept import stored_as
 from stages.schemes.modules import Output, matrices, module_of
 from stages.settings import RESULTS_FORMAT, Settings, as_dict, load, stage_parser
 
@@ -60,7 +61,7 @@ def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
     return chosen
 
 
-def _check_weight(name: str, entry: dict, recipe: str, layout: str, hidden_size: int | None) -> None:
+def _check_weight(name: str, entry: dict, recipe: str, layout: str) -> None:
     """UserError for a weight that cannot become what the recipe makes of it."""
     where = f"{entry['shard']}: {name}"
     if entry["dialect"] == "plain" and entry["dtype"] not in FLOATS:
@@ -70,6 +71,8 @@ def _check_weight(name: str, entry: dict, recipe: str, layout: str, hidden_size:
         raise UserError(f"{where} of shape {entry['shape']} and role {entry['role']} is no linear weight that the engine "
                         f"can read quantized; recipe {recipe} must not name it")
     rows, inputs = entry["matrix"][-2:]
+    if not math.prod(entry["matrix"]):
+        raise UserError(f"{where} has shape {entry['shape']} and holds nothing; the checkpoint is damaged")
     if inputs % 32:
         raise UserError(f"{where}: its input dimension {inputs} is not a multiple of 32, the MXFP4 block; keep it as it "
                         "is in the recipe")
@@ -81,19 +84,30 @@ def _check_weight(name: str, entry: dict, recipe: str, layout: str, hidden_size:
         edge = 2 * entry["tile"][0] if entry["tile"] else 2
         if rows % edge:
             raise UserError(f"{where}: its {rows} rows are not two halves of whole tiles; gate and up cannot be told apart")
-    if len(entry["matrix"]) == 3 and hidden_size is not None and module_of(name).endswith((".experts.gate_up_proj", ".experts.down_proj")):
-        found = inputs if projection == "gate_up" else rows
-        if found != hidden_size:
-            raise UserError(f"{where} of shape {entry['shape']} should have {hidden_size} (hidden_size) {'inputs' if projection == 'gate_up' else 'outputs'} "
-                            "and has them elsewhere: it is stored transposed, [experts, in, out], which is not read")
 
 
-def _keep(name: str, entry: dict, recipe: str) -> str:
+def _keep(name: str, tensors: dict, recipe: str) -> str:
     """Format in which a weight that the recipe leaves stays in the release; UserError where no engine could read it."""
-    if entry["dialect"] not in KEPT or len(entry["matrix"]) != 2 or set(entry["parts"]) - {"shape"} or module_of(name) + ".weight" != name:
-        raise UserError(f"{entry['shard']}: {name} is {entry['dialect']} and recipe {recipe} leaves it; a release that mixes "
-                        f"it with MXFP4 is not supported, name its role ({entry['role']}) in the recipe")
-    return KEPT[entry["dialect"]](entry)
+    entry, why = tensors[name], None
+    dialect, scale = entry["dialect"], tensors[entry["scale"]] if entry["scale"] else None
+    stored = stored_as(tuple(entry["matrix"]), scale["dtype"], tuple(scale["shape"])) if dialect in kept.DIALECTS else None
+    if dialect not in kept.DIALECTS:
+        why = f"{dialect} cannot be kept in a release"
+    elif len(entry["matrix"]) != 2 or module_of(name) + ".weight" != name:
+        why = "3D weights cannot be kept in their own format"
+    elif entry["parts"]:
+        why = f"its activations have a fixed scale ({', '.join(entry['parts'].values())}), which is not supported"
+    elif entry["role"] == "embeddings":
+        why = "engines read embeddings unquantized only"
+    elif stored is None:
+        why = (f"engines read none with a scale of {scale['dtype']} {scale['shape']}: it takes blocks of {kept.BLOCK}x{kept.BLOCK} or one per channel or "
+               "tensor in float, or one per 32 inputs")
+    elif stored == "fp8 per tensor" and ".experts." in name:
+        why = "engines read experts with a scale per channel or block only"
+    if why:
+        remedy = f"name its role ({entry['role']}) in the recipe" if entry["role"] in QUANTIZABLE else "get a source that has it in BF16"
+        raise UserError(f"{entry['shard']}: {name} is {dialect} and recipe {recipe} leaves it, but {why}; {remedy}")
+    return stored
 
 
 def decide(settings: Settings, census: dict) -> dict[str, dict]:
@@ -102,7 +116,9 @@ def decide(settings: Settings, census: dict) -> dict[str, dict]:
     chosen = _selected(settings, tensors)
     decided = {}
     for name, scheme in chosen.items():
-        _check_weight(name, tensors[name], settings.recipe.name, settings.recipe.layout, census["hidden_size"])
+        _check_weight(name, tensors[name], settings.recipe.name, settings.recipe.layout)
+    check_experts({name: entry for name, entry in tensors.items() if entry["role"] == "routed_experts" and entry["matrix"]},
+                  census["experts"], census["hidden_size"])
     for name, entry in tensors.items():
         owner = entry["belongs_to"]
         decision, scheme, stored, reason = "pass through", None, None, "not named by the recipe"
@@ -113,8 +129,7 @@ def decide(settings: Settings, census: dict) -> dict[str, dict]:
         elif owner in chosen:
             decision, reason = "drop", f"belongs to {owner}, folded into its block scales"
         elif owner or entry["dialect"] != "plain":
-            weight = owner or name
-            decision, stored = "keep", _keep(weight, tensors[weight], settings.recipe.name)
+            decision, stored = "keep", _keep(owner or name, tensors, settings.recipe.name)
             reason = "not named by the recipe; kept in its own format"
         decided[name] = {**entry, "decision": decision, "scheme": scheme, "stored": stored, "reason": reason}
     return decided
@@ -185,8 +200,7 @@ def runtime_modules(plan: dict) -> list[vllm_rules.RuntimeModule]:
 def coverage(plan: dict, section: dict) -> tuple[int, list[str]]:
     """(number of runtime modules, faults): what vLLM's matching makes of a config for the planned tensors."""
     modules = runtime_modules(plan)
-    formats = {module: group_of(stored)["format"] for module, stored in linear_modules(plan["tensors"])[2].items()}
-    return len(modules), vllm_rules.coverage_faults(modules, section, formats)
+    return len(modules), vllm_rules.coverage_faults(modules, section, linear_modules(plan["tensors"])[2])
 
 
 def _known_architecture(name: str | None) -> Architecture:
@@ -258,7 +272,7 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "release_config_bytes": len(render_json(release_config(source_config, section)).encode()),
         "release_tensors": len(weight_map),
         "disk_peak_bytes": sum(shard["file_bytes"] for shard in shards.values()) + passing,
-        "tensor_parallel": tensor_parallel.notes(tensors),
+        "tensor_parallel": tensor_parallel.notes(tensors, (source_config.get("text_config") or source_config).get("num_key_value_heads")),
     }
     plan["engines"] = engines(plan)
     plan["notes"] = _notes(tensors)
@@ -274,8 +288,8 @@ def _notes(tensors: dict) -> list[str]:
             notes.append(f"{count} weights are {dialect.upper()} already: MXFP4 rounds them a second time; a source in FP8 or BF16 gives a better release")
         elif dialect == "mxfp4":
             notes.append(f"{count} weights are MXFP4 already: they are stored anew, their values stay")
-    kept = Counter(entry["stored"] for entry in tensors.values() if entry["decision"] == "keep" and entry["matrix"])
-    notes += [f"{count} weights that the recipe does not name stay {stored}, bit-identical" for stored, count in kept.items()]
+    left = Counter(entry["stored"] for entry in tensors.values() if entry["decision"] == "keep" and entry["matrix"])
+    notes += [f"{count} weights that the recipe does not name stay {stored}, bit-identical" for stored, count in left.items()]
     return notes
 
 

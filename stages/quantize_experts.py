@@ -30,25 +30,23 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from stages.checkpoint.files import human_bytes, sha256_file, write_json
 from stages.checkpoint.writer import ShardWriter
-from stages.dialects import Claim, Tensors, stored_rows
+from stages.dialects import Claim
+from stages.dialects.reading import Tensors, stored_rows
 from stages.download import check_disk, read_tensor_bytes
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import SHARD_METADATA, outputs_of_shard, read_plan, specs_of
 from stages.schemes import SCHEMES
 from stages.schemes.modules import Matrix, Output
-from stages.settings import Settings, load, stage_parser
+from stages.settings import RESULTS_FORMAT, Settings, load, stage_parser
+
+if TYPE_CHECKING:  # torch takes seconds to import, which the hash of the source is not to wait for
+    from kernels.fp8 import NonFiniteError
+    from stages.checkpoint.reader import ShardReader
 
 PANEL_WEIGHTS = 8 << 20  # weights quantized at once; a whole expert of Step-3.7 (1280 x 4096) fits
-if TYPE_CHECKING:  # torch takes seconds to import, which the hash of the source is not to wait for
-    from kernels.fp8 import NonFiniteError
-    from stages.checkpoint.reader import ShardReader
-
 NO_TILE = (1, 1)  # of weights that come without tile scales
-if TYPE_CHECKING:  # torch takes seconds to import, which the hash of the source is not to wait for
-    from kernels.fp8 import NonFiniteError
-    from stages.checkpoint.reader import ShardReader
-
-NO_TILE = (1, 1)  # of weights that come without tile scales
+KEPT_BYTES = 64 << 20  # of scales from other shards that are kept in memory
+USUAL_SIZES = (1e-9, 1e4)  # root mean square of a network's weights; outside of it a scale was misunderstood
 MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # mallopt's parameter and its value in bytes
 REPORT_SECONDS = 10.0  # between progress lines where the output is no terminal
 
@@ -100,7 +98,7 @@ def plan_hash(plan: dict, shard: str) -> str:
     for entry in list(entries.values()):
         if entry["scheme"]:
             entries |= {name: plan["tensors"][name] for name in Claim.from_entry(entry).companions().values()}
-    part = {"layout": plan["layout"], "exponent_rule": plan["exponent_rule"], "tensors": entries}
+    part = {"format": RESULTS_FORMAT, "layout": plan["layout"], "exponent_rule": plan["exponent_rule"], "tensors": entries}
     return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
 
 
@@ -124,7 +122,7 @@ class Places:
     """Where the tensors lie that a shard's weights need: in the shard itself, or a scale in another one.
 
     A tensor of another shard is read whole, from the local source or by a range request to the hub at the pinned revision,
-    into memory; those of one weight are kept, because its panels ask for the same. Where headers.json does not fit what comes,
+    into memory; KEPT_BYTES of them are kept, because panels and experts ask for the same. Where headers.json does not fit what comes,
     the size of the file differs and the hub's answer is refused.
     """
 
@@ -137,8 +135,8 @@ class Places:
         if stored["shard"] == self._shard:
             return self._reader
         if name not in self._kept:
-            self._kept = {kept: tensor for kept, tensor in self._kept.items()
-                          if self._plan["tensors"][kept]["belongs_to"] == stored["belongs_to"]}
+            while self._kept and sum(self._plan["tensors"][kept]["bytes"] for kept in self._kept) + stored["bytes"] > KEPT_BYTES:
+                del self._kept[next(iter(self._kept))]  # the oldest
             self._kept[name] = Loose(self._fetched(name, stored))
         return self._kept[name]
 
@@ -182,39 +180,66 @@ class Quantizer:
         rows = range(*matrix.rows)
         entry = self._plan["tensors"][source]
         claim, scheme = Claim.from_entry(entry), SCHEMES[entry["scheme"]]
-        height = max(1, PANEL_WEIGHTS // claim.matrix[-1]) // rows.step
+        height = max(1, PANEL_WEIGHTS // (claim.matrix[-1] * rows.step))
         if claim.tile:
             height = max(claim.tile[0], height // claim.tile[0] * claim.tile[0])
+        row_bytes = entry["bytes"] // math.prod(claim.matrix[:-1])
         total = [0.0, 0.0, 0.0]
-        for position in range(0, len(rows), max(1, height)):
-            panel = rows[position:position + max(1, height)]
-            begin, end = panel[0], panel[-1] + 1
+        for position in range(0, len(rows), height):
+            panel = rows[position:position + height]
             try:
-                weight, scale = stored_rows(self._tensors, source, claim, expert, begin, end, self._buffer)
-                size = weight.nbytes
+                weight, scale = stored_rows(self._tensors, source, claim, expert, panel[0], panel[-1] + 1, self._buffer)
+            except NonFiniteError as error:
+                raise self._unusable(source, claim, expert, range(panel[0], panel[-1] + 1), error) from None
+            try:
                 weight, scale = (part if part is None else part[::rows.step].contiguous().to(self._device) for part in (weight, scale))
                 codes, scales, sums = scheme.quantize(weight, scale, claim.tile or NO_TILE, self._plan["exponent_rule"], self._backend)
             except NonFiniteError as error:
-                raise self._unusable(source, claim, expert, begin, error) from None
+                raise self._unusable(source, claim, expert, panel, error) from None
             for number, value in enumerate(sums):
                 total[number] += value
-            self._progress.advance(size // rows.step)
+            self._progress.advance(row_bytes * len(panel))
             yield codes.cpu(), scales.cpu()
+        size = math.sqrt(total[0] / (len(rows) * claim.matrix[-1]))
+        if size and not USUAL_SIZES[0] < size < USUAL_SIZES[1]:
+            raise UserError(f"{entry['shard']}: {source}{'' if expert is None else [expert]} decodes to weights of {size:.1e} (root mean square), which "
+                            f"no network has; its scales mean something else than {claim.dialect} takes them for, or are damaged")
         number = expert if matrix.number is None else matrix.number
         self.sums.setdefault(matrix.group, []).append([number, *total])
 
-    def _unusable(self, source: str, claim: Claim, expert: int | None, begin: int, error: NonFiniteError) -> UserError:
-        """The line that names the number of the source that no weight can be made of."""
+    def _unusable(self, source: str, claim: Claim, expert: int | None, rows: range, error: NonFiniteError) -> UserError:
+        """The line that names the number of the source that no weight can be made of; `rows` are those that `error` counts from."""
         name, index = source, list(error.index)
         if error.what == "tensor scale":
             name = claim.parts["tensor_scale"]
+        elif claim.one_scale and error.what != "weight":
+            name, index = claim.scale, [0]
         else:
             if error.what != "weight":
-                name, begin = claim.scale, begin // claim.tile[0]
-            index[0] += begin
+                name, index[0] = claim.scale, index[0] + rows[0] // claim.tile[0]
+            else:
+                index[0] = rows[index[0]]
             index = index if expert is None else [expert, *index]
         return UserError(f"{self._plan['tensors'][name]['shard']}: {name}{index} is {error.value}, no number that a weight can be "
                          "made of; the source is damaged, get that shard again")
+
+
+def check_kept(name: str, entry: dict, chunk: memoryview, begin: int) -> None:
+    """UserError at the first number of an FP8 weight or scale that stays as it is and means none; `chunk` begins at byte `begin`."""
+    import torch
+
+    from stages.checkpoint.reader import TORCH_DTYPES
+
+    values = torch.frombuffer(chunk, dtype=TORCH_DTYPES[entry["dtype"]])
+    if entry["dtype"] in ("F8_E4M3", "U8"):
+        raw = values.view(torch.uint8)
+        bad = (raw & 0x7F) == 0x7F if entry["dtype"] == "F8_E4M3" else raw == 255
+    else:
+        bad = ~(torch.isfinite(values) & (values > 0))
+    if bool(bad.any()):
+        flat = begin // values.element_size() + int(bad.to(torch.uint8).argmax())
+        index = [int(part) for part in torch.unravel_index(torch.tensor(flat), entry["shape"])] if entry["shape"] else []
+        raise UserError(f"{entry['shard']}: {name}{index} is no number that a weight can be made of; the source is damaged, get that shard again")
 
 
 def _check_header(reader: ShardReader, plan: dict, shard: str) -> None:
@@ -227,16 +252,20 @@ def _check_header(reader: ShardReader, plan: dict, shard: str) -> None:
                                 f"{entry['dtype']} {entry['shape']} when it was inspected; run inspect_format again")
 
 
-def _write(outputs: list[Output], reader: ShardReader, quantizer: Quantizer, writer: ShardWriter, progress: ProgressReport) -> None:
+def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Quantizer, writer: ShardWriter, progress: ProgressReport) -> None:
     """Streams all tensors of the output file, in its order."""
     import torch
 
     pending: dict[Matrix, list] = {}  # scale bytes wait until their codes are written
     for output in outputs:
         if output.part == "weight":
+            entry, done = plan["tensors"][output.source], 0
             for chunk in reader.chunks(output.source):
+                if entry["decision"] == "keep":
+                    check_kept(output.source, entry, chunk, done)
                 writer.write(output.name, chunk)
                 progress.advance(len(chunk))
+                done += len(chunk)
         elif output.part == "codes":
             for expert in range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.expert]:
                 for codes, scale in quantizer.panels(output.source, output.matrix, expert):
@@ -272,7 +301,7 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
         quantizer = Quantizer(Places(settings, plan, shard, reader), plan, shard, settings.device.backend, progress)
         start = time.monotonic()
         with ShardWriter(target, specs_of(outputs), SHARD_METADATA) as writer:
-            _write(outputs, reader, quantizer, writer, progress)
+            _write(plan, outputs, reader, quantizer, writer, progress)
         source_digest = source_sha256.result()
     assert writer.size == promised["file_bytes"], f"{shard}: {writer.size} bytes, planned {promised['file_bytes']}"
     seconds = time.monotonic() - start

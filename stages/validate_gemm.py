@@ -21,7 +21,8 @@ import torch
 from stages.assemble_release import read_receipts
 from stages.checkpoint.files import write_json
 from stages.checkpoint.reader import ShardReader
-from stages.dialects import Claim, Tensors, decoded_rows
+from stages.dialects import Claim
+from stages.dialects.reading import Tensors, decoded_rows
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import outputs_of_shard, read_plan
 from stages.settings import Settings, load, stage_parser

@@ -25,17 +25,18 @@ from kernels.fp8 import NonFiniteError
 from stages.checkpoint.files import read_json, sha256_file
 from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import TORCH_DTYPES, ShardReader
-from stages.dialects import Tensors, decoded_rows, recognize
-from stages.dialects.block_fp8 import declared_weights
+from stages.dialects import recognize
+from stages.dialects.config import EXPERT_COUNTS, checked
+from stages.dialects.reading import Tensors, decoded_rows
 from stages.dialects.roles import role_of
 from stages.download import INDEX
 from stages.errors import UserError
 from stages.schemes import SCHEMES, vllm_rules
 from stages.schemes.architectures import UNKNOWN, architecture_of
+from stages.schemes.kept import stored_as
 from stages.schemes.modules import matrices
 
 EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?P<expert>\d+)\.(?P<projection>[^.]+)$")
-EXPERT_COUNTS = ("moe_num_experts", "n_routed_experts", "num_local_experts", "num_experts")  # keys of config.json, by family
 SCALE_DTYPE = "torch.uint8"
 ARGUMENTS = {  # format -> what its group's `weights` must say
     "mxfp4-pack-quantized": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True},
@@ -44,7 +45,6 @@ ARGUMENTS = {  # format -> what its group's `weights` must say
 }
 LAYER = re.compile(r"(?:model\.language_model|language_model\.model|model)\.layers\.(?P<layer>\d+)\.(?P<tail>.+)$", re.S)
 ROUTED = re.compile(r"\.experts\.|^\w+\.(gate|router)\.weight$")  # of a layer with experts, even one that has lost them
-FORMATS = {"mxfp4": "mxfp4-pack-quantized", "mxfp8": "mxfp8-quantized", "fp8": "float-quantized"}  # how tensors are stored -> format
 BLOCKS = {"mxfp4": 2, "mxfp8": 1}  # stored with a byte per 32 weights: how many weights an element of the codes holds
 SAMPLED_ROWS = 32  # of each matrix, for the numbers
 MOST_LAYERS = 10_000
@@ -54,6 +54,7 @@ UNUSED_BLOCKS = 0.02  # share of blocks whose largest code may be lower; 0 under
 APART = 0.75  # |log2| of a matrix's root mean square over its siblings' median, from which it is called apart ...
 SPREADS = 8  # ... and a fault where it is so many times the median distance of its siblings, too
 NOT_IN_MANIFEST = ("manifest.json", "README.md", ".gitattributes")
+DECODED_DB = 40.0  # of FP8 that was decoded into BF16, which rounds once
 LOWEST_SQNR_DB = 15.0  # against a source; round-to-nearest MXFP4 has 18 to 19.1
 
 
@@ -128,7 +129,10 @@ class Checkup:
 
     @cached_property
     def modules(self) -> dict[str, tuple[str, TensorInfo, str | None]]:
-        """Module name -> (stored as, its weight's header entry, name of its scale): mxfp4, mxfp8, fp8 or plain."""
+        """Module name -> (stored as, its weight's header entry, name of its scale): mxfp4, mxfp8, fp8 128x128 ..., or plain.
+
+        FP8 whose scale fits none of these is stored as `fp8`, of which `pairs` says what is wrong.
+        """
         found = {}
         for name, info in self.tensors.items():
             if name.endswith(".weight_packed"):
@@ -136,7 +140,7 @@ class Checkup:
                 found[stem.removesuffix(".weight")] = ("mxfp4", info, f"{stem}_scale")
             elif re.search(r"[._]weight$", name) and len(info.shape) >= 2:
                 scale = self.tensors.get(f"{name}_scale") if info.dtype == "F8_E4M3" else None
-                kind = "plain" if scale is None else "mxfp8" if scale.dtype == "U8" else "fp8"
+                kind = "plain" if scale is None else "mxfp8" if scale.dtype == "U8" else stored_as(info.shape, scale.dtype, scale.shape) or "fp8"
                 found[re.sub(r"[._]weight$", "", name)] = (kind, info, None if scale is None else f"{name}_scale")
         return found
 
@@ -149,15 +153,6 @@ class Checkup:
                     and (found.dtype, found.shape) == ("U8", _scale_shape(info, BLOCKS[stored]))):
                 yield module, stored, info, f"{module}.{SCHEMES[stored].CODES}", scale
 
-    def _fits(self, info: TensorInfo, scale: TensorInfo) -> bool:
-        """Whether float scales are those of an FP8 weight: per tensor, per channel, or per tile as a group declares."""
-        shapes = [(*info.shape[:-1], 1), *(((), (1,), (1, 1)) if len(info.shape) == 2 else ())]
-        declared = declared_weights({"quantization_config": self.section}) if self.section else [{"block_structure": [128, 128]}]
-        for weights in declared:
-            if isinstance(block := weights.get("block_structure"), list) and len(block) == 2 and all(map(_is_count, block)):
-                shapes.append((*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], block))))
-        return scale.dtype in ("F32", "BF16", "F16") and scale.shape in shapes
-
     def pairs(self) -> Iterator[str]:
         """Packed weights and scales come in pairs whose dtypes and shapes fit."""
         claimed = set()
@@ -165,6 +160,8 @@ class Checkup:
             if stored == "plain":
                 if info.dtype.startswith("F8"):
                     yield f"{module}: its weight is {info.dtype}, but has no weight_scale; its values are lost"
+                elif info.dtype not in ("BF16", "F16", "F32"):
+                    yield f"{module}: its weight is {info.dtype}, but has no scale; an engine takes the numbers as they are"
                 continue
             claimed.add(scale)
             name = f"{module}.weight" + ("_packed" if stored == "mxfp4" else "")
@@ -177,10 +174,10 @@ class Checkup:
             if scale not in self.tensors:
                 yield f"{self.where[name]}: {name} has no {scale}; an engine leaves the scale uninitialized"
                 continue
-            if stored == "fp8":
-                if not self._fits(info, self.tensors[scale]):
+            if stored.startswith("fp8"):
+                if stored == "fp8":
                     yield (f"{self.where[scale]}: {scale} is {self.tensors[scale].dtype} {list(self.tensors[scale].shape)}, which is no scale "
-                           f"per tensor, per channel or per declared block of {name} {list(info.shape)}")
+                           f"per tensor, per channel or per 128x128 of {name} {list(info.shape)}")
                 continue
             expected = _scale_shape(info, BLOCKS[stored])
             if (self.tensors[scale].dtype, self.tensors[scale].shape) != ("U8", expected):
@@ -193,6 +190,7 @@ class Checkup:
         yield from _some(alone, "no weight belongs to", "an engine drops them without a word")
         known = re.compile(r"(weight(_packed|_scale)?|bias|[a-z_]*bias|gamma|beta)$|\.(attn\.[kvq]_(scale|zero_point))$")
         odd = [name for name in self.tensors if not name.strip(".") or name.startswith((".", "/")) or "/" in name]
+        odd += [name for name in self.tensors if re.search(r"\.(experts|layers)\.0\d", name)]
         odd += [name for name in self.tensors if re.search(r"weight_?\w+$", name) and not known.search(name) and name not in alone]
         yield from _some(odd, "no engine asks for names like", "a wrong suffix is dropped without a word")
         self.counts["pairs"] = len(claimed)
@@ -291,9 +289,26 @@ class Checkup:
                 yield line
             if weights.get("dynamic"):
                 yield f"config.json: {name}.weights.dynamic is {weights['dynamic']!r}; the scales are stored"
-            if group.get("input_activations"):
-                self.notes.append(f"config.json: {name} quantizes activations, too")
+            yield from self._activations(name, form, group.get("input_activations"))
+        for key in ("transform_config", "sparsity_config"):
+            if self.section.get(key):
+                yield f"config.json: quantization_config has a {key}, by which an engine changes weights or inputs; nothing here vouches for that"
+        if self.section.get("kv_cache_scheme"):
+            self.notes.append("config.json: the KV cache is quantized, too")
         self.counts["scheme_arguments"] = len(groups)
+
+    def _activations(self, group: str, form: str, activations: object) -> Iterator[str]:
+        """Of weight-only formats nothing; of FP8 a float of 8 bits found on the fly, unless the checkpoint stores its scales."""
+        if activations is None:
+            if form == "float-quantized":
+                yield f"config.json: {group} is FP8 without input_activations; vLLM takes that per channel only, and experts not at all"
+            return
+        if not isinstance(activations, dict) or activations.get("type") != "float":
+            yield f"config.json: {group}.input_activations is {str(activations)[:80]!r}, expected none or floats"
+        elif not activations.get("dynamic") and not any(name.endswith(("input_scale", "input_global_scale")) for name in self.tensors):
+            yield f"config.json: {group}.input_activations is not dynamic, but the checkpoint holds no input_scale"
+        elif form != "float-quantized":
+            self.notes.append(f"config.json: {group} quantizes activations, too")
 
     def coverage(self) -> Iterator[str]:
         """vLLM's matching gives every module the format that it is stored in."""
@@ -313,7 +328,7 @@ class Checkup:
             elif len(info.shape) == 2 or known and len(info.shape) < 5:
                 linears.append(module)
             if stored != "plain":
-                formats[module] = FORMATS[stored]
+                formats[module] = stored
         modules = vllm_rules.runtime_modules(linears, experts, layers, row or UNKNOWN)
         unused = {f"{entry}: matches no module of the model" for entry in self.section.get("ignore") or []}
         for fault in vllm_rules.coverage_faults(modules, self.section, formats):
@@ -362,6 +377,7 @@ class Checkup:
                     yield f"{label}: decodes to nothing but zeros"
                 else:
                     sizes[key][label] = size
+        yield from self._fp8_numbers()
         yield from self._plain_numbers()
         for members in sizes.values() if self.source is None else ():  # a source knows better
             middle = statistics.median(members.values())
@@ -379,6 +395,22 @@ class Checkup:
                 else:
                     self.notes.append(line)
         self.counts["numbers"] = sum(map(len, sizes.values()))
+
+    def _fp8_numbers(self) -> Iterator[str]:
+        """FP8 under float scales: scales that are no positive numbers, codes that mean NaN."""
+        import torch
+
+        for module, (stored, _, scale) in self.modules.items():
+            if not stored.startswith("fp8 "):
+                continue
+            name = f"{module}.weight"
+            values = self.readers[self.where[scale]].tensor(scale).float()
+            if not bool((torch.isfinite(values) & (values > 0)).all()):
+                yield f"{self.where[scale]}: {scale} holds a scale that is NaN, infinite, zero or negative"
+            for chunk in () if self.quick else self.readers[self.where[name]].chunks(name):
+                if bool(((torch.frombuffer(chunk, dtype=torch.uint8) & 0x7F) == 0x7F).any()):
+                    yield f"{self.where[name]}: {name} holds a code that means NaN"
+                    break
 
     def _plain_numbers(self) -> Iterator[str]:
         """Unquantized matrices that hold NaN or infinity, or nothing but zeros."""
@@ -423,9 +455,9 @@ class Checkup:
                 self.source_tensors[name], self.source_where[name] = info, path.name
         if not self.source_tensors:
             raise UserError(f"--source {self.source}: holds no tensor; name the checkpoint that the release was made from")
-        config = _object(read_json(self.source / "config.json", "whatever made the source"), f"{self.source}/config.json")
+        config = checked(read_json(self.source / "config.json", "whatever made the source"), f"{self.source}/config.json")
         self.claims = recognize(self.source_tensors, self.source_where, config)
-        if any(name.endswith("weight_packed") and claim.dialect == "mxfp4" for name, claim in self.claims.items()):
+        if self.source.resolve() == self.directory.resolve() or (self.source / "manifest.json").exists():
             raise UserError(f"--source {self.source}: is a packed release itself; name the checkpoint that the release was made from")
         self.source_places = Tensors(lambda name: self.source_readers[self.source_where[name]])
         self.origins = {}  # module of a release, in either layout -> (source weight, its Matrix)
@@ -459,18 +491,15 @@ class Checkup:
                 count += 1
         covered = set(converted)
         for name, info in self.tensors.items():
-            origin = name if name in self.source_tensors else f"{name}_inv" if name.endswith("weight_scale") else None
+            names = [name, f"{name}_inv", re.sub(r"weight_scale$", "scale", name)] if name.endswith("weight_scale") else [name]
+            origin = next((candidate for candidate in names if candidate in self.source_tensors), None)
             found = self.source_tensors.get(origin)
-            same = found is not None and (found.dtype, found.shape) == (info.dtype, info.shape)
-            if found is None or (not same and re.sub(r"\.weight(_scale)?$", "", name) in compared):
+            if found is None or re.sub(r"\.weight(_packed|_scale)?$", "", name) in compared:
                 continue
+            same = (found.dtype, found.shape) == (info.dtype, info.shape)
             covered.add(origin)
             if not same:
-                line = f"{name}: is {info.dtype} {list(info.shape)}, the source's is {found.dtype} {list(found.shape)}"
-                if self.claims[origin].scale and found.shape == info.shape:
-                    self.notes.append(f"{line}; decoded by whatever made it, not compared")
-                else:
-                    yield line
+                yield from self._compare_decoded(name, info, origin, found)
             elif not self.quick and self.readers[self.where[name]].sha256(name) != self.source_readers[self.source_where[origin]].sha256(origin):
                 yield f"{self.where[name]}: {name} is not bit-identical to the source's"
             count += 1
@@ -483,6 +512,21 @@ class Checkup:
                              "the expert was lost")
         yield from _some(sorted(set(self.source_tensors) - covered - companions), "there is nothing of the source's", "it was lost")
         self.counts["against_source"] = count
+
+    def _compare_decoded(self, name: str, info: TensorInfo, origin: str, found: TensorInfo) -> Iterator[str]:
+        """A tensor of another dtype or shape than the source's is a fault, unless it is FP8 that whatever made it has decoded."""
+        claim = self.claims[origin]
+        line = f"{name}: is {info.dtype} {list(info.shape)}, the source's is {found.dtype} {list(found.shape)}"
+        if not claim.scale or claim.matrix != info.shape or len(info.shape) != 2 or info.dtype not in ("BF16", "F16", "F32"):
+            yield line
+            return
+        ours = self.readers[self.where[name]].tensor(name).double()
+        theirs = decoded_rows(self.source_places, origin, claim, None, 0, claim.matrix[0]).double()
+        error, signal = (ours - theirs).square().sum().item(), theirs.square().sum().item()
+        if not error <= signal * 10 ** (-DECODED_DB / 10):  # NaN, too
+            yield f"{line}, and its values are others than those of the source"
+        else:
+            self.notes.append(f"{line}; whatever made it has decoded it, its values are the source's")
 
     def _compare(self, label: str, stored: str, codes: str, scale: str, expert: int | None, name: str, number: int | None,
                  rows: range) -> Iterator[str]:
@@ -509,6 +553,9 @@ class Checkup:
                 return
             signal += weight.square().sum().item()
             error += (weight - made).square().sum().item()
+        if error and claim.dialect == stored:
+            yield f"{label}: the source's {name} is {stored} already, but the values are others"
+            return
         ratio = 10 * math.log10(signal / error) if 0 < signal < math.inf and 0 < error < math.inf else -math.inf
         if error and not ratio >= LOWEST_SQNR_DB:  # NaN, too
             yield (f"{label}: has {ratio:.1f} dB SQNR against the source's {name}, less than {LOWEST_SQNR_DB:g}; it is another matrix, or "

@@ -140,8 +140,8 @@ def test_damaged_tensors_are_found_without_manifest_and_source(release, name):
     (lambda c: (c["config_groups"]["group_0"].update(targets=["Linear"]), c.update(ignore=["lm_head"])), "coverage", "vLLM would expect mxfp4"),
     (lambda c: c.update(ignore=[r"re:.*\.q_proj$"]), "coverage", "names only some of"),
     (lambda c: c["config_groups"]["group_0"]["targets"].append("re:.*no_such_module"), "coverage", "matches no module of the model"),
-    (lambda c: c["config_groups"]["group_0"].update(format="mxfp8-quantized"), "coverage", "stored as mxfp4-pack-quantized, but its group has format mxfp8"),
-    (lambda c: c["config_groups"]["group_0"].update(format="nvfp4-pack-quantized"), "coverage", "its group has format nvfp4"),
+    (lambda c: c["config_groups"]["group_0"].update(format="mxfp8-quantized"), "coverage", "stored as mxfp4, but its group says mxfp8"),
+    (lambda c: c["config_groups"]["group_0"].update(format="nvfp4-pack-quantized"), "coverage", "its group says nvfp4"),
     (lambda c: c["config_groups"]["group_0"]["weights"].update(dynamic=True), "scheme_arguments", "dynamic is True"),
     (lambda c: c["ignore"].append(r"re:.*experts\.0\.up_proj$"), "coverage", "find a scheme"),
 ])

@@ -19,7 +19,8 @@ from stages import (download, evaluate, inspect_format, plan, quantize_experts, 
                     verify_release)
 from stages.checkpoint.files import read_json
 from stages.checkpoint.header import render_header, sorted_specs
-from stages.dialects import Claim, Tensors, stored_rows
+from stages.dialects import Claim
+from stages.dialects.reading import Tensors, stored_rows
 from stages.errors import UserError
 from stages.models import step37
 from stages.settings import load
@@ -365,6 +366,13 @@ def test_other_ways_to_store_the_same_model_convert_to_the_same_model(converted,
         assert (ours - theirs).abs().median() < 0.05
     else:
         assert torch.equal(ours, theirs)
+
+
+def test_panels_of_any_height_give_the_same_bytes(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize_experts, "PANEL_WEIGHTS", 50)
+    settings = convert(f"results={tmp_path}", f"source.path={TINY}", "serving=none")
+    ours, theirs = (json.loads((s.run_directory / "release" / "manifest.json").read_text())["files"] for s in (settings, converted))
+    assert ours == theirs
 
 
 def test_one_expert_of_one_tile_is_not_taken_for_a_scale_of_the_whole_tensor():

@@ -146,6 +146,8 @@ def test_a_dialect_becomes_the_mxfp4_of_its_decoded_values(tmp_path, store, quan
         made = mxfp4.quantize(decoded(parts), rule="mse", backend="reference")
         assert torch.equal(release[f"{module}.weight_packed"], made.packed), module
         assert torch.equal(release[f"{module}.weight_scale"], made.scale), module
+    result = Checkup(settings.run_directory / "release", tmp_path / "model", quick=True).run()
+    assert result["passed"], result
 
 
 @pytest.mark.parametrize(("store", "quantization_config", "words"), [
@@ -162,8 +164,21 @@ def test_a_dialect_becomes_the_mxfp4_of_its_decoded_values(tmp_path, store, quan
     (packed_mxfp4, None, ["quant_method None", "MXFP4 weights"]),
     (lambda weight: {k: v for k, v in packed_nvfp4(weight).items() if k != "weight_global_scale"}, FOUR_BITS, ["weight_global_scale is missing"]),
     (lambda weight: packed_int4(weight) | {"weight_g_idx": torch.zeros(256, dtype=torch.int32)}, INT4, ["activation order"]),
-    (lambda weight: packed_int4(weight) | {"weight_shape": torch.tensor([3, 4])}, INT4, ["says [3, 4]", "are those of"]),
-    (packed_int4, {**INT4, "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "int"}}}}, ["8 bits"]),
+    (packed_int4, {**INT4, "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, ["8 bits"]),
+    (packed_int4, {**INT4, "config_groups": {key: {"weights": {"num_bits": bits, "type": "int", "group_size": 32}}
+                                             for key, bits in (("a", 4), ("b", 8))}}, ["several kinds"]),
+    (packed_int4, {**INT4, "config_groups": {"a": {"weights": {"num_bits": 4, "type": "int", "group_size": 32, "symmetric": False}}}},
+     ["not symmetric", "no "]),
+    (lambda weight: packed_int4(weight) | {"weight_zero_point": torch.zeros(3, 4, dtype=torch.uint8)}, INT4, ["zero_point is U8", "expected I32"]),
+    (packed_int4, {**INT4, "config_groups": []}, ["config_groups: is []"]),
+    (packed_int4, {**INT4, "config_groups": {"a": {"weights": {"num_bits": "4"}}}}, ["num_bits is '4'", "whole number"]),
+    (channel, {**CHANNEL, "transform_config": {"config_groups": {}}}, ["transform_config", "without"]),
+    (lambda weight: tiled128(weight) | {"scale": torch.ones(2, 1)}, {"quant_method": "fp8"}, ["has two scales"]),
+    (lambda weight: channel(weight) | {"pre_quant_scale": torch.ones(weight.shape[1])}, CHANNEL, ["pre_quant_scale", "not read"]),
+    (lambda weight: {"weight": weight.bfloat16(), "qweight": torch.zeros(3, 3, dtype=torch.int32)}, None, ["qweight", "GPTQ"]),
+    (lambda weight: {"weight": weight.bfloat16()}, {"quant_method": "gptq"}, ["quant_method 'gptq'", "no tensor is stored"]),
+    (lambda weight: {"weight": (weight * 10).to(torch.int8)}, None, ["I8", "no dialect here reads"]),
+    (lambda weight: {"weight": weight.bfloat16()}, None, ["experts.1.down_proj: is missing", "has 16 experts"]),
     (lambda weight: {"weight": (weight * 10).to(torch.int8), "weight_scale": torch.ones(len(weight), 1)}, CHANNEL, ["I8", "no dialect here reads"]),
 ])
 def test_a_dialect_that_config_or_shapes_deny_is_refused(tmp_path, store, quantization_config, words):
@@ -259,6 +274,63 @@ def test_fp8_that_the_recipe_leaves_is_kept_bit_for_bit_and_declared(tmp_path):
     save_file(changed, directory / "model.safetensors", metadata={"format": "pt"})
     faults = [fault for row in Checkup(directory, model).run()["checks"] for fault in row["faults"]]
     assert any("self_attn.o_proj.weight_scale is not bit-identical" in fault for fault in faults), faults
+
+
+def attention_in(tmp_path, store):
+    """The tiny model with its attention stored by `store`, converted; the experts are block FP8."""
+    source = {name: tensor for path in sorted(TINY.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    for name in [name for name in source if "self_attn" in name and name.endswith("_proj.weight") and int(name.split(".")[2]) < 6]:
+        source |= {name.removesuffix("weight") + key: value for key, value in store(name, source.pop(name).float()).items()}
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file(source, model / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(TINY / "tokenizer.json", model)
+    config = json.loads((TINY / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"block_structure": [128, 128]}}}}
+    (model / "config.json").write_text(json.dumps(config))
+    return convert("source=local", f"source.path={model}", f"results={tmp_path / 'results'}", "serving=none")
+
+
+def spoilt(part, value, place=(0, 0)):
+    def store(name, weight):
+        parts = tiled128(weight)
+        if "layers.2" in name and "k_proj" in name:
+            parts[part].view(torch.uint8 if part == "weight" else torch.float32)[place] = value
+        return parts
+    return store
+
+
+@pytest.mark.parametrize(("store", "words"), [
+    (spoilt("weight", 0x7F, (3, 5)), r"2\.self_attn\.k_proj\.weight\[3, 5\] is no number"),
+    (spoilt("weight_scale_inv", float("nan"), (0, 1)), r"2\.self_attn\.k_proj\.weight_scale_inv\[0, 1\] is no number"),
+    (spoilt("weight_scale_inv", -1.0), r"k_proj\.weight_scale_inv\[0, 0\] is no number"),
+    (lambda name, weight: channel(weight) if "k_proj" in name else tiled128(weight), r"qkv_proj: one format is needed for all its parts"),
+    (lambda name, weight: channel(weight) | {"input_scale": torch.ones(1)}, "activations have a fixed scale"),
+    (lambda name, weight: packed_mxfp4(weight), "mxfp4 cannot be kept"),
+])
+def test_fp8_that_no_engine_would_read_rightly_is_not_kept(tmp_path, store, words):
+    with pytest.raises(UserError, match=words):
+        attention_in(tmp_path, store)
+
+
+@pytest.mark.parametrize(("store", "section", "words"), [
+    (lambda weight: {"weight": weight.bfloat16().T.contiguous()}, None, "hidden_size is 256 in config.json: it is stored transposed"),
+    (lambda weight: packed_int4(weight) | {"weight_shape": torch.tensor([3, 4])}, INT4, r"says \[3, 4\], but .* are those of"),
+])
+def test_experts_that_are_complete_but_lie_are_refused(tmp_path, store, section, words):
+    checkpoint(tmp_path / "model", store, section)
+    with pytest.raises(UserError, match=words):
+        convert("source=local", f"source.path={tmp_path / 'model'}", f"results={tmp_path / 'results'}")
+
+
+def test_an_nvfp4_scale_that_is_the_reciprocal_of_what_its_name_says_is_noticed(tmp_path):
+    def store(weight):
+        parts = packed_nvfp4(weight)
+        return parts | {"weight_global_scale": 1 / parts["weight_global_scale"]}
+
+    checkpoint(tmp_path / "model", store, FOUR_BITS)
+    with pytest.raises(UserError, match="decodes to weights of .* its scales mean something else than nvfp4"):
+        convert("source=local", f"source.path={tmp_path / 'model'}", f"results={tmp_path / 'results'}")
 
 
 def tiled128(weight):

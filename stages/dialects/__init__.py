@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from stages.checkpoint.header import TensorInfo
 from stages.dialects import block_fp8, channel_fp8, int4, mxfp4, mxfp8, nvfp4, plain
 from stages.dialects.block_fp8 import declared
-from stages.dialects.claim import Claim, Tensors, decoded, decoded_rows, stored_rows
+from stages.dialects.claim import Claim
 from stages.errors import UserError
 
-__all__ = ["DIALECTS", "Claim", "Tensors", "by_name", "decoded", "decoded_rows", "recognize", "stored_rows"]
+__all__ = ["DIALECTS", "Claim", "by_name", "recognize"]
 
 DIALECTS = (block_fp8, mxfp8, channel_fp8, mxfp4, nvfp4, int4, plain)  # more specific first
 SCALE = re.compile(r".*(_scale_inv|weight_scale|weight_scale_2|weight_global_scale|weight_zero_point|weight_shape|weight_packed|weight_g_idx"
-                   r"|proj_scales|proj_blocks)")
+                   r"|proj_scales|proj_blocks|_proj\.(input_scale|output_scale|input_global_scale|scale|bias_scale))")
+FOREIGN = re.compile(r".*\.(qweight|qzeros|scales|g_idx|SCB|pre_quant_scale|lora_[AB]|weight_format)(\..*)?")  # of tools that are not read here
 _BY_NAME = {dialect.NAME: dialect for dialect in DIALECTS}
 
 
@@ -46,6 +47,9 @@ def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], confi
             claims[companion] = Claim(claimed.dialect, belongs_to=name)
     for name, info in tensors.items():
         claimed = claims.get(name)
+        if FOREIGN.fullmatch(name) and not (claimed and claimed.belongs_to):
+            raise UserError(f"{where[name]}: {name} {info.dtype} {list(info.shape)} says that weights here are not what their tensors hold (GPTQ, AWQ, "
+                            "bitsandbytes, adapters), which is not read; get the unquantized checkpoint")
         if claimed is None:
             raise UserError(f"{where[name]}: {_unknown(name, info, tensors)}")
         if claimed.dialect == plain.NAME and SCALE.fullmatch(name):
@@ -55,7 +59,22 @@ def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], confi
                         "or config.json is of another checkpoint")
     for dialect in DIALECTS:
         _check_config(dialect, [name for name, claimed in claims.items() if claimed.dialect == dialect.NAME], config)
+    _check_section(declared(config), {claimed.dialect for claimed in claims.values()})
     return claims
+
+
+def _check_section(section: Mapping, found: set[str]) -> None:
+    """config.json must not declare what no tensor shows, nor what changes weights on their way to the engine."""
+    method = section.get("quant_method")
+    methods = {known for name in found for known in by_name(name).METHODS or ()}
+    if section and method not in methods:
+        raise UserError(f"config.json declares quant_method {method!r}, but no tensor is stored in a way of its that is read here (found: "
+                        f"{', '.join(sorted(found))}); get the checkpoint as its maker published it, or an unquantized one")
+    for key in ("transform_config", "sparsity_config"):
+        value = section.get(key)
+        if value and not (isinstance(value, dict) and value.get("format") == "dense"):
+            raise UserError(f"config.json: quantization_config has a {key}, which changes weights between the file and the engine; that is not "
+                            "read, get a checkpoint without")
 
 
 def _unknown(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:

@@ -55,9 +55,12 @@ def claim(name, info, tensors, where, config):
     """Claims FP8 weights with tile scales."""
     if info.dtype != "F8_E4M3":
         return None
-    scale_name = next((candidate for candidate in scale_of(name) if candidate in tensors), None)
-    if scale_name is None:
+    found = [candidate for candidate in scale_of(name) if candidate in tensors]
+    if not found:
         return None
+    if len(found) > 1:
+        raise UserError(f"{where[name]}: {name} has two scales, {' and '.join(found)}; remove the one that is not its own")
+    scale_name = found[0]
     scale, tile = tensors[scale_name], declared_tile(config)
     if scale.dtype == "U8" or (scale_name.endswith("weight_scale") and tile is None):
         return None  # MXFP8, or scales per channel or tensor
@@ -72,7 +75,13 @@ def claim(name, info, tensors, where, config):
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, but tiles of "
                         f"{list(tile)} (config.json) cut {name} of shape {list(info.shape)} into {list(expected)}; the "
                         "scale or config.json is of another checkpoint")
-    return Claim(NAME, scale_name, tile, info.shape)
+    return Claim(NAME, scale_name, tile, info.shape, static_scale(name, tensors))
+
+
+def static_scale(name: str, tensors) -> dict[str, str]:
+    """The scale of activations that goes along with a weight, as a part of its claim."""
+    activations = f"{name.removesuffix('weight')}input_scale"
+    return {"input_scale": activations} if name.endswith(".weight") and activations in tensors else {}
 
 
 def rows(tensors, name, claim, expert, begin, end, buffer=None):

@@ -8,7 +8,7 @@ The suffix alone does not say what it is: U8 scales of the same name are MXFP8, 
 from __future__ import annotations
 
 from stages.dialects import block_fp8
-from stages.dialects.block_fp8 import FLOATS
+from stages.dialects.block_fp8 import FLOATS, static_scale
 from stages.dialects.claim import Claim
 from stages.errors import UserError
 
@@ -27,10 +27,7 @@ def claim(name, info, tensors, where, config):
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}; for {name} of shape "
                         f"{list(info.shape)} one scale per channel is {list(per_channel)} and one per tensor [1]; the scale "
                         "is of another checkpoint or of a dialect that is not read")
-    activations = f"{name.removesuffix('weight')}input_scale"
-    return Claim(NAME, scale_name, (1, info.shape[-1]), info.shape,
-                 {"input_scale": activations} if name.endswith(".weight") and activations in tensors else {},
-                 one_scale=scale.shape != per_channel)
+    return Claim(NAME, scale_name, (1, info.shape[-1]), info.shape, static_scale(name, tensors), one_scale=scale.shape != per_channel)
 
 
 rows = block_fp8.rows

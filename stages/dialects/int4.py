@@ -26,19 +26,37 @@ def claim(name, info, tensors, where, config):
     if scale is None or scale.dtype not in FLOATS:
         raise UserError(f"{where[name]}: packed INT4 weight {name} has no float scale {stem}_scale in any shard; without it its values "
                         "are unknown, get the complete checkpoint")
-    weights = next((weights for weights in declared_weights(config) if weights.get("type") == "int"), {})
-    if weights.get("num_bits", 4) != 4 or f"{stem}_g_idx" in tensors:
-        raise UserError(f"{where[name]}: {name} has {weights.get('num_bits')} bits" + (" and an activation order" if f"{stem}_g_idx" in
-                        tensors else "") + "; of pack-quantized weights only those with 4 bits in their own order are read")
-    if len(info.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != info.shape[0] or not scale.shape[1]:
+    weights = _arguments(name, where, config)
+    if f"{stem}_g_idx" in tensors:
+        raise UserError(f"{where[name]}: {name} has an activation order, {stem}_g_idx; of pack-quantized weights only those in their own order are read")
+    if len(info.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != info.shape[0] or not (scale.shape[1] and all(info.shape)):
         raise UserError(f"{where[name]}: {name} is I32 {list(info.shape)} and {stem}_scale {list(scale.shape)}; they do not fit")
-    group = weights.get("group_size")
-    columns = scale.shape[1] * group if group and group > 0 else 8 * info.shape[1]
+    group = weights.get("group_size") or 0
+    columns = scale.shape[1] * group if group > 0 else 8 * info.shape[1]
     if math.ceil(columns / 8) != info.shape[1] or columns % scale.shape[1]:
         raise UserError(f"{where[name]}: {name} holds up to {8 * info.shape[1]} columns, but {stem}_scale {list(scale.shape)} and groups of "
-                        f"{group} (config.json) mean {columns}; one of them is of another checkpoint")
+                        f"{group} (config.json) mean {columns}; config.json or one of them is of another checkpoint")
+    zero, groups = tensors.get(f"{stem}_zero_point"), scale.shape
+    if zero is None and weights.get("symmetric") is False:
+        raise UserError(f"{where[name]}: config.json says that INT4 is not symmetric, but {name} has no {stem}_zero_point; the checkpoint is incomplete")
+    if zero is not None and (zero.dtype, zero.shape) not in (("I32", (math.ceil(groups[0] / 8), groups[1])), ("I8", groups)):
+        raise UserError(f"{where[f'{stem}_zero_point']}: {stem}_zero_point is {zero.dtype} {list(zero.shape)}, expected I32 "
+                        f"{[math.ceil(groups[0] / 8), groups[1]]} or I8 {list(groups)}")
     parts = {kind: f"{stem}_{kind}" for kind in ("shape", "zero_point") if f"{stem}_{kind}" in tensors}
     return Claim(NAME, f"{stem}_scale", (1, columns // scale.shape[1]), (info.shape[0], columns), parts)
+
+
+def _arguments(name, where, config) -> dict:
+    """What config.json says of INT4 weights; UserError where it says several things, or another number of bits."""
+    found = [weights for weights in declared_weights(config) if weights.get("type", "int") == "int" and weights]
+    keys = {(weights.get("num_bits"), weights.get("group_size"), weights.get("symmetric")) for weights in found}
+    if len(keys) > 1:
+        raise UserError(f"{where[name]}: config.json has integer groups of several kinds (bits, group size, symmetric: "
+                        f"{', '.join(map(str, sorted(keys, key=str)))}), so that {name} could be either; that is not read")
+    weights = found[0] if found else {}
+    if weights.get("num_bits", 4) != 4:
+        raise UserError(f"{where[name]}: {name} has {weights['num_bits']} bits by config.json; of pack-quantized weights only those with 4 are read")
+    return weights
 
 
 def rows(tensors, name, claim, expert, begin, end, buffer=None):
@@ -53,5 +71,7 @@ def rows(tensors, name, claim, expert, begin, end, buffer=None):
     if "zero_point" in claim.parts:
         zero = tensors.tensor(claim.parts["zero_point"])
         zero = unpack_int4(zero.T.contiguous(), out).T[begin:end] if zero.element_size() == 4 else zero[begin:end]
+        if bool(((zero < -8) | (zero > 7)).any()):
+            raise UserError(f"{claim.parts['zero_point']}: holds a zero point outside of -8 to 7; the checkpoint is damaged")
     return decode_int4(tensors.matrix_rows(name, expert, begin, end, buffer), tensors.matrix_rows(claim.scale, expert, begin, end),
                        columns, zero), None

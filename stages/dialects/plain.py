@@ -15,8 +15,8 @@ FUSED_EXPERTS = re.compile(r".*\.experts\.(gate_up|gate|up|down)_proj")
 
 def claim(name, info, tensors, where, config):
     """Claims every tensor that stores its own values; matrices named as weights can be quantized."""
-    if info.dtype not in PASS_DTYPES:
-        return None
+    if info.dtype not in PASS_DTYPES or (len(info.shape) > 1 and name.endswith("weight") and info.dtype not in (*WEIGHT_DTYPES, "F64")):
+        return None  # integers under a weight's name are codes, not values
     is_matrix = len(info.shape) in (2, 3) and (name.endswith("weight") or FUSED_EXPERTS.fullmatch(name))
     return Claim(NAME, matrix=info.shape if is_matrix and info.dtype in WEIGHT_DTYPES else None)
 

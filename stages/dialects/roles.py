@@ -56,9 +56,11 @@ def hidden_layers(config: dict) -> int:
     """Number of text layers before the MTP layers; UserError when config.json does not say."""
     text = config.get("text_config") or config
     layers = text.get("num_hidden_layers")
-    if not isinstance(layers, int):
+    if layers is None:
         raise UserError("config.json: num_hidden_layers is missing (looked at the top and in text_config); without it "
                         "draft layers cannot be told from text layers")
+    if type(layers) is not int or layers < 1:
+        raise UserError(f"config.json: num_hidden_layers is {layers!r}, expected a whole number above 0; restore the original")
     return layers
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from stages.checkpoint.reader import ShardReader
-from stages.dialects import Tensors, decoded, recognize
+from stages.dialects import recognize
+from stages.dialects.reading import Tensors, decoded
 from stages.dialects.roles import hidden_layers, layer_of
 from stages.errors import UserError
 from stages.schemes.draft_scales import NAME as DRAFT_SCALE

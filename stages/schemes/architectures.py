@@ -37,9 +37,13 @@ class Architecture:
     visible: tuple[str, ...] = ("qkv_proj", "gate_up_proj")  # merged leaves whose parts the config may name, too
     unseen: str = r"(?!)"  # modules that know nothing of `visible`: only their own names count
     never: str = r"(?!)"  # modules that no quantization config reaches
+    expanded: str = r"(?!)"  # of these, those that the loader decodes from FP8 itself
     draft: tuple[tuple[str, str], ...] = ()  # renames of what follows `layers.N.` in layers past num_hidden_layers
     probes: tuple[str, ...] = SWIGLU  # projections of expert 0 whose targets decide for all experts
     experts: tuple[str, ...] = SWIGLU  # projections under which the checkpoint must store experts to be loaded
+    plugin: bool = False  # a release bundles the plugin that vLLM needs for its draft layers
+    in_process: bool = False  # stages/models can run it
+    tried: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # engine -> (loads: yes | no, how that is known)
     cautions: tuple[str, ...] = ()  # what a user of the release must know
     refused: str | None = None  # why a release of it would not load
 
@@ -58,15 +62,19 @@ ARCHITECTURES = (
                  (r"\.attn\.in_proj$", ".attn.qkv_proj"), (r"\.mlp\.c_fc$", ".mlp.fc1"), (r"\.mlp\.c_proj$", ".mlp.fc2")),
         unseen=r"model\.layers\.|vision_model\.|vit_large_projector",  # drafts and tower are built before the mapping is set
         never=_NEVER + r"|.*embed_tokens$|.*vit_downsampler\d$",
+        plugin=True, in_process=True,
+        tried={"vLLM 0.32": ("yes", "run on a CPU with the plugin that the release bundles; without it the draft layers do not load"),
+               "transformers": ("no", "5.19 leaves the experts of this model at random values, with only a warning; evaluate here expands them first")},
         draft=((r"^transformer\.shared_head\.output$", "shared_head.head"), (r"^(?!shared_head|eh_proj)", "mtp_block."))),
     Architecture(
         ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"), merged=_DEEPSEEK,
-        visible=("gate_up_proj", "fused_qkv_a_proj"), never=_NEVER + r"|.*\.indexer\.(wk|weights_proj)$",
+        visible=("gate_up_proj", "fused_qkv_a_proj"), never=_NEVER + r"|.*\.indexer\.(wk|weights_proj)$", expanded=r".*\.indexer\.wk$",
         draft=((r"^shared_head\.head$", "head"),)),
     Architecture(("KimiK25ForConditionalGeneration",), merged=_DEEPSEEK, visible=("gate_up_proj", "fused_qkv_a_proj"),
                  renames=((r"^language_model\.layers\.", "language_model.model.layers."),),
                  never=_NEVER + r"|(vision_tower|mm_projector)\..*"),
-    Architecture(("Qwen3MoeForCausalLM",), visible=("qkv_proj",), never=r".*\.shared_expert_gate$"),  # its router sees the config
+    Architecture(("Qwen3MoeForCausalLM",), visible=("qkv_proj",), never=r".*\.shared_expert_gate$",  # its router sees the config
+                 tried={"transformers": ("yes", "5.19 with compressed-tensors 0.17, experts one by one: log-probabilities were those of the same values in BF16")}),
     Architecture(
         ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration"), merged={**STANDARD, **_QWEN_LINEAR},
         renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),

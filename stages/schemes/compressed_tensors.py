@@ -32,7 +32,7 @@ def _leaves(module: RuntimeModule, row_experts: tuple[str, ...]) -> tuple[str, l
 
 
 def _escaped(name: str) -> str:
-    return name.replace(".", r"\.").replace(r"\.\d+", r"\.\d+")
+    return name.replace(".", r"\.")
 
 
 def _pattern(root: str, tail: str, layers: set[int], every: set[int], leaves: Iterable[str]) -> str:
@@ -54,7 +54,7 @@ def quantization_config(modules: Iterable[RuntimeModule], stored: Mapping[str, s
     found: dict[tuple[str, str, str], dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))  # (root, tail, leaf) -> format -> layers
     towers: dict[str, set[str]] = defaultdict(set)  # whatever stands beside the text model -> formats in it
     for module in modules:
-        form = stored.get(module.members[0]) or ""
+        form = "" if module.expanded else stored.get(module.members[0]) or ""
         prefix, leaves = _leaves(module, experts)
         match = LAYER.match(f"{prefix}.")
         tower = match is None and prefix.split(".")[0] not in (*TEXT_ROOTS, "mtp")

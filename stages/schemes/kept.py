@@ -9,28 +9,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stages.errors import UserError
 from stages.schemes import SCHEMES
 
 FORMAT = "float-quantized"
+BLOCK = 128  # the edge of the only FP8 blocks that engines read
+DIALECTS = ("block_fp8", "channel_fp8", "mxfp8")  # of a source, whose weights can stay as they are
 _WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 _ACTIVATIONS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True}
 _PER_TOKEN = {**_ACTIVATIONS, "strategy": "token"}
 
 
-def _block(entry: Mapping) -> str:
-    rows, columns = entry["tile"]
-    if columns != 128:
-        raise UserError(f"{entry['shard']}: blocks of {rows}x{columns} can be converted but not kept; engines read FP8 blocks of 128 inputs only")
-    return f"fp8 {rows}x{columns}"
+def stored_as(shape: tuple[int, ...], scale_dtype: str, scale_shape: tuple[int, ...]) -> str | None:
+    """Stored format of an FP8 weight by its scale: `mxfp8`, `fp8 128x128`, `fp8 per channel`, `fp8 per tensor`; None if it is none.
+
+    A scale that fits two (few inputs) is that of the block: only then is it named so by whoever wrote it.
+    """
+    if scale_dtype == "U8":
+        return "mxfp8" if shape[-1] % 32 == 0 and scale_shape == (*shape[:-1], shape[-1] // 32) else None
+    if scale_dtype not in ("F32", "BF16", "F16"):
+        return None
+    if scale_shape == (*shape[:-1], 1) and shape[-2] > 1:
+        return "fp8 per channel"
+    if len(scale_shape) == len(shape) and scale_shape == (*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:])):
+        return f"fp8 {BLOCK}x{BLOCK}"
+    return "fp8 per tensor" if len(shape) == 2 and scale_shape in ((), (1,), (1, 1)) else None
 
 
-# dialect -> name of the format that its weights keep
-KEPT = {
-    "block_fp8": _block,
-    "channel_fp8": lambda entry: "fp8 per tensor" if entry["one_scale"] else "fp8 per channel",
-    "mxfp8": lambda entry: "mxfp8",
-}
+def stored_by(group: Mapping, section_format: str | None = None) -> str:
+    """Stored format that a group claims, the inverse of `group_of`; its format's name where it is none of those."""
+    weights, form = group.get("weights") or {}, group.get("format") or section_format
+    bits, strategy, kind = weights.get("num_bits"), weights.get("strategy"), weights.get("type")
+    found = None
+    if kind == "float" and strategy == "group" and weights.get("group_size") == 32 and bits in (4, 8):
+        found = f"mxfp{bits}"
+    elif kind == "float" and bits == 8 and strategy in ("tensor", "channel"):
+        found = f"fp8 per {strategy}"
+    elif kind == "float" and bits == 8 and strategy == "block":
+        found = "fp8 {}x{}".format(*(weights.get("block_structure") or ("?", "?"))[:2])
+    return found if found and "?" not in found and group_of(found)["format"] == form else str(form)
 
 
 def group_of(stored: str) -> dict:

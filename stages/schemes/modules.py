@@ -34,7 +34,7 @@ class Output:
     dtype: str
     shape: tuple[int, ...]
     source: str
-    part: str  # weight (passes through) | codes | scale (both made here) | constant
+    part: str  # weight (passes through) | codes | scale (both made here) | constant (an inert draft scale)
     matrix: Matrix | None = None
 
 

@@ -11,28 +11,29 @@ from __future__ import annotations
 from stages.dialects.roles import projection_of
 
 SIZES = (1, 2, 4, 8, 16)
-REPEATED = ("k", "v", "q_a", "kv_a_proj_with_mqa")  # every rank has all of them, where there are fewer heads than ranks at least
-FIRST = ("q", "gate", "w1")  # lie before others in a merged module: whole blocks even where nothing is split
+WHOLE = ("q_a", "kv_a_proj_with_mqa")  # every rank has all of them
+FIRST = ("q", "k", "gate", "w1", "q_a", "in_proj_qkv", "in_proj_b")  # lie before others in a merged module: whole blocks even unsplit
 BY_INPUTS = ("down", "w2", "o", "out")  # row-parallel: each rank has a part of the inputs; all others split their outputs
+ROLES = ("routed_experts", "shared_experts", "dense_mlp", "attention", "linear_attention")
 
 
-def _fault(name: str, entry: dict, size: int) -> tuple[str, str] | None:
+def _fault(name: str, entry: dict, size: int, heads: int | None) -> tuple[str, str] | None:
     """(kind, reason) for which one stored weight cannot be split over `size` ranks."""
     rows, inputs = entry["matrix"][-2:]
     by_inputs = projection_of(name) in BY_INPUTS
-    if projection_of(name) in REPEATED:
-        return None
+    if projection_of(name) in WHOLE:
+        size = 1
+    if projection_of(name) in ("k", "v") and heads:
+        size = min(size, heads)  # ranks beyond them hold copies
     split = inputs if by_inputs else rows
     side = "inputs" if by_inputs else "outputs"
     if split % size:
         return "blocks", f"{name}: {split} {side} do not divide by {size}"
-    if not entry["stored"]:
-        return None
     share = split // size
     if entry["stored"].startswith("fp8 ") and "x" in entry["stored"]:
         if size == 1 and projection_of(name) not in FIRST:
             return None
-        edge = entry["tile"][1 if by_inputs else 0]
+        edge = 128
         return ("tiles", f"{name}: {split} {side} / {size} are not whole FP8 blocks of {edge}") if share % edge else None
     if entry["stored"].startswith("mx") and by_inputs and share % 32:
         return "blocks", f"{name}: {split} inputs / {size} are not whole blocks of 32"
@@ -42,15 +43,18 @@ def _fault(name: str, entry: dict, size: int) -> tuple[str, str] | None:
     return None
 
 
-def notes(tensors: dict) -> list[dict]:
-    """For each number of ranks: {"tensor_parallel", "fits", "marlin", "reason"}; one line of reason, that of the first weight."""
+def notes(tensors: dict, heads: int | None) -> list[dict]:
+    """For each number of ranks: {"tensor_parallel", "fits", "marlin", "reason"}; one line of reason, that of the first weight.
+
+    tensors: as decided. heads: of keys and values, by config.json.
+    """
     result = []
     shapes: dict[tuple, tuple[str, dict]] = {}  # one weight of each kind is enough
     for name, entry in tensors.items():
-        if entry["matrix"] and entry["role"] in ("routed_experts", "shared_experts", "dense_mlp", "attention") and entry["decision"] != "drop":
+        if entry["matrix"] and entry["role"] in ROLES and entry["stored"]:
             shapes.setdefault((entry["role"], projection_of(name), entry["stored"], tuple(entry["matrix"][-2:])), (name, entry))
     for size in SIZES:
-        faults = [fault for name, entry in shapes.values() if (entry["stored"]) and (fault := _fault(name, entry, size))]
+        faults = [fault for name, entry in shapes.values() if (fault := _fault(name, entry, size, heads))]
         hard = [reason for kind, reason in faults if kind != "Marlin"]
         result.append({"tensor_parallel": size, "fits": not hard, "marlin": not faults,
                        "reason": hard[0] if hard else faults[0][1] if faults else None})

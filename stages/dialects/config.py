@@ -1,0 +1,49 @@
+"""config.json of a stranger: of the form that everything else takes for granted, or one line that says where it is not."""
+
+from __future__ import annotations
+
+from stages.errors import UserError
+
+EXPERT_COUNTS = ("moe_num_experts", "n_routed_experts", "num_local_experts", "num_experts")  # keys of config.json, by family
+
+
+def checked(config: object, where: str = "config.json") -> dict:
+    """The config, if its parts that are read here have the form that they must have; UserError for the first that has not."""
+    def need(value: object, kind: type, name: str, what: str):
+        if not isinstance(value, kind):
+            raise UserError(f"{where}{name}: is {_shown(value)}, expected {what}; restore the original")
+        return value
+
+    need(config, dict, "", "a JSON object")
+    text = config.get("text_config")
+    if text is not None:
+        need(text, dict, ": text_config", "a JSON object")
+    architectures = config.get("architectures")
+    if architectures is not None and not (isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)):
+        raise UserError(f"{where}: architectures is {_shown(architectures)}, expected a list of names; restore the original")
+    for part, name in ((config, ""), (text or {}, ": text_config")):
+        section = part.get("quantization_config")
+        if section is None:
+            continue
+        need(section, dict, f"{name}: quantization_config", "a JSON object")
+        groups = need({} if section.get("config_groups") is None else section["config_groups"], dict, f"{name}: config_groups", "a JSON object")
+        for key, group in groups.items():
+            need(group, dict, f"{name}: {key}", "a JSON object")
+            weights = need(group.get("weights") or {}, dict, f"{name}: {key}.weights", "a JSON object")
+            for number in ("num_bits", "group_size"):
+                if weights.get(number) is not None and type(weights[number]) is not int:
+                    raise UserError(f"{where}{name}: {key}.weights.{number} is {_shown(weights[number])}, expected a whole number; restore the original")
+    return config
+
+
+def expert_count(config: dict) -> int | None:
+    """Routed experts of a layer by config.json, None where it does not say."""
+    text = config.get("text_config") or config
+    found = next((text[key] for key in EXPERT_COUNTS if text.get(key) is not None), None)
+    if found is not None and not (type(found) is int and found > 0):
+        raise UserError(f"config.json: the number of experts is {_shown(found)}, expected a whole number above 0; restore the original")
+    return found
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else repr(value)[:60]
