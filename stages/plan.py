@@ -100,8 +100,8 @@ def _keep(name: str, tensors: dict, recipe: str) -> str:
     elif entry["role"] == "embeddings":
         why = "engines read embeddings unquantized only"
     elif stored is None:
-        why = (f"engines read none with a scale of {scale['dtype']} {scale['shape']}: it takes blocks of {kept.BLOCK}x{kept.BLOCK} or one per channel or "
-               "tensor in float, or one per 32 inputs")
+        why = (f"engines read none with a scale of {scale['dtype']} {scale['shape']}: it takes blocks of {kept.BLOCK}x{kept.BLOCK} or one "
+               "per channel or tensor in float, or one per 32 inputs")
     elif stored == "fp8 per tensor" and ".experts." in name:
         why = "engines read experts with a scale per channel or block only"
     if why:
@@ -226,7 +226,8 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
     row = _known_architecture(census["architecture"])
     tensors = decide(settings, census)
     plan = {
-        "format": RESULTS_FORMAT, "source": census["source"], "architecture": census["architecture"], "recipe": settings.recipe.name, "layout": settings.recipe.layout,
+        "format": RESULTS_FORMAT, "source": census["source"], "architecture": census["architecture"],
+        "recipe": settings.recipe.name, "layout": settings.recipe.layout,
         "exponent_rule": settings.recipe.exponent_rule, "text_layers": census["text_layers"],
         "recipe_settings": as_dict(settings.recipe), "tensors": tensors,
     }
@@ -285,7 +286,8 @@ def _notes(tensors: dict) -> list[str]:
     converted = Counter(entry["dialect"] for entry in tensors.values() if entry["decision"] == "quantize")
     for dialect, count in converted.items():
         if dialect in ("int4", "nvfp4"):
-            notes.append(f"{count} weights are {dialect.upper()} already: MXFP4 rounds them a second time; a source in FP8 or BF16 gives a better release")
+            notes.append(f"{count} weights are {dialect.upper()} already: MXFP4 rounds them a second time; a source in FP8 or BF16 gives a "
+                         "better release")
         elif dialect == "mxfp4":
             notes.append(f"{count} weights are MXFP4 already: they are stored anew, their values stay")
     left = Counter(entry["stored"] for entry in tensors.values() if entry["decision"] == "keep" and entry["matrix"])

@@ -33,7 +33,7 @@ from stages.checkpoint.writer import ShardWriter
 from stages.dialects import Claim
 from stages.dialects.reading import Tensors, stored_rows
 from stages.download import check_disk, read_tensor_bytes
-from stages.errors import UserError, exit_with_one_line
+from stages.errors import UserError, exit_with_one_line, without_collection
 from stages.plan import SHARD_METADATA, outputs_of_shard, read_plan, specs_of
 from stages.schemes import SCHEMES
 from stages.schemes.modules import Matrix, Output
@@ -202,8 +202,8 @@ class Quantizer:
             yield codes.cpu(), scales.cpu()
         size = math.sqrt(total[0] / (len(rows) * claim.matrix[-1]))
         if size and not USUAL_SIZES[0] < size < USUAL_SIZES[1]:
-            raise UserError(f"{entry['shard']}: {source}{'' if expert is None else [expert]} decodes to weights of {size:.1e} (root mean square), which "
-                            f"no network has; its scales mean something else than {claim.dialect} takes them for, or are damaged")
+            raise UserError(f"{entry['shard']}: {source}{'' if expert is None else [expert]} decodes to weights of {size:.1e} (root mean "
+                            f"square), which no network has; its scales mean something else than {claim.dialect} takes them for, or are damaged")
         number = expert if matrix.number is None else matrix.number
         self.sums.setdefault(matrix.group, []).append([number, *total])
 
@@ -292,13 +292,14 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
         stack.callback(stop.set)  # runs before the executor waits, so a failure shows at once
         source_sha256 = hashing.submit(sha256_file, source_path, stop)  # goes on while torch is imported and kernels are loaded
 
-        from stages.checkpoint.reader import ShardReader
+        with without_collection():
+            from stages.checkpoint.reader import ShardReader
 
-        reader = stack.enter_context(ShardReader(source_path))
-        _check_header(reader, plan, shard)
-        progress = ProgressReport(shard, promised["source_bytes"])
-        stack.callback(progress.close)
-        quantizer = Quantizer(Places(settings, plan, shard, reader), plan, shard, settings.device.backend, progress)
+            reader = stack.enter_context(ShardReader(source_path))
+            _check_header(reader, plan, shard)
+            progress = ProgressReport(shard, promised["source_bytes"])
+            stack.callback(progress.close)
+            quantizer = Quantizer(Places(settings, plan, shard, reader), plan, shard, settings.device.backend, progress)
         start = time.monotonic()
         with ShardWriter(target, specs_of(outputs), SHARD_METADATA) as writer:
             _write(plan, outputs, reader, quantizer, writer, progress)

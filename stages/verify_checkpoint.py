@@ -122,7 +122,8 @@ class Checkup:
         yield from _some(sorted(set(listed) - set(self.tensors)), f"{INDEX}: lists", "no shard holds them")
         yield from _some([f"{name} ({listed[name]}, is in {self.where[name]})" for name in sorted(set(listed) & set(self.tensors))
                           if listed[name] != self.where[name]], f"{INDEX}: names the wrong shard for", "loading fails")
-        total, claimed = sum(info.nbytes for info in self.tensors.values()), _object(index.get("metadata") or {}, f"{INDEX}: metadata").get("total_size")
+        total = sum(info.nbytes for info in self.tensors.values())
+        claimed = _object(index.get("metadata") or {}, f"{INDEX}: metadata").get("total_size")
         if claimed != total:
             yield f"{INDEX}: total_size is {claimed!r}, the tensors have {total} bytes"
         self.counts["index"] = len(listed)
@@ -483,7 +484,8 @@ class Checkup:
                 number = matrix.expert if expert is None or matrix.module != module else expert
                 shape = self.claims[name].matrix
                 made = (info.shape[-2], BLOCKS[stored] * info.shape[-1])
-                if (len(range(*matrix.rows)), shape[-1]) != made or (number is not None and number >= shape[0]) or (number is None) != (len(shape) == 2):
+                has_it = len(shape) == 2 if number is None else len(shape) == 3 and number < shape[0]
+                if not has_it or (len(range(*matrix.rows)), shape[-1]) != made:
                     yield f"{label}: decodes to {list(made)}, the source's {name} has {list(shape)}"
                     continue
                 converted[name].add((number, matrix.rows))

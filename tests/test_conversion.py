@@ -293,6 +293,7 @@ def test_memory_stays_bounded_on_a_shard_much_larger_than_the_bound(tmp_path):
                 file.write(codes.tobytes() if dtype == "F8_E4M3" else
                            numpy.full(shape[1] * shape[2], 0.01, numpy.float32).tobytes())
     config = json.loads((TINY / "config.json").read_text())
+    config["text_config"] |= {"moe_num_experts": experts, "hidden_size": columns}
     (directory / "config.json").write_text(json.dumps(config))
     script = ("import sys\n"
               "from stages import download, inspect_format, plan, quantize_experts\n"

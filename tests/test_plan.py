@@ -8,6 +8,7 @@ import pytest
 
 from stages import inspect_format, plan
 from stages.errors import UserError
+from stages.schemes import tensor_parallel
 from stages.settings import choices, load, shards_of
 from tests import step37_flash
 
@@ -38,6 +39,23 @@ def test_the_real_fp8_release_is_predicted_to_the_byte(tmp_path):
     assert made["decisions"] == {"pass through": 1345, "quantize": 126, "drop": 126}
     assert {row["tensor_parallel"]: (row["fits"], row["marlin"]) for row in made["tensor_parallel"]} == {
         1: (True, True), 2: (True, True), 4: (True, True), 8: (True, False), 16: (False, False)}  # 1280 inputs of down_proj
+
+
+@pytest.mark.parametrize(("projection", "stored", "rows", "inputs", "ranks", "kind"), [
+    ("mlp.experts.0.down_proj", "mxfp4", 4096, 1280, 4, None), ("mlp.experts.0.down_proj", "mxfp4", 4096, 1280, 8, "whole 64s"),
+    ("mlp.experts.0.down_proj", "mxfp4", 4096, 1280, 16, "whole blocks of 32"), ("mlp.experts.0.gate_proj", "mxfp4", 1280, 4096, 16, None),
+    ("self_attn.o_proj", "fp8 128x128", 4096, 8192, 16, None), ("self_attn.o_proj", "fp8 128x128", 4096, 1024, 16, "FP8 blocks of 128"),
+    ("self_attn.k_proj", "fp8 128x128", 1024, 4096, 16, None), ("self_attn.k_proj", "fp8 128x128", 512, 4096, 8, "FP8 blocks of 128"),
+    ("self_attn.kv_a_proj_with_mqa", "fp8 128x128", 576, 7168, 8, None), ("self_attn.q_a_proj", "fp8 128x128", 96, 7168, 1, "FP8 blocks of 128"),
+    ("self_attn.o_proj", "fp8 per channel", 4096, 1024, 16, None), ("mlp.down_proj", "mxfp8", 4096, 1056, 2, "whole blocks of 32"),
+    ("mlp.up_proj", "mxfp8", 1001, 4096, 2, "do not divide by 2"),
+])
+def test_what_a_rank_must_get_of_a_weight(projection, stored, rows, inputs, ranks, kind):
+    role = "routed_experts" if "experts" in projection else "attention" if "attn" in projection else "dense_mlp"
+    entry = {"role": role, "stored": stored, "matrix": [rows, inputs]}
+    row = next(row for row in tensor_parallel.notes({f"model.layers.3.{projection}.weight": entry}, heads=8) if row["tensor_parallel"] == ranks)
+    assert (row["reason"] is None) if kind is None else kind in row["reason"], row
+    assert row["fits"] == (kind in (None, "whole 64s"))
 
 
 def test_a_disk_too_small_for_the_whole_release_is_told_by_the_plan(tmp_path, monkeypatch):

@@ -48,8 +48,8 @@ def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], confi
     for name, info in tensors.items():
         claimed = claims.get(name)
         if FOREIGN.fullmatch(name) and not (claimed and claimed.belongs_to):
-            raise UserError(f"{where[name]}: {name} {info.dtype} {list(info.shape)} says that weights here are not what their tensors hold (GPTQ, AWQ, "
-                            "bitsandbytes, adapters), which is not read; get the unquantized checkpoint")
+            raise UserError(f"{where[name]}: {name} {info.dtype} {list(info.shape)} says that weights here are not what their tensors "
+                            "hold (GPTQ, AWQ, bitsandbytes, adapters), which is not read; get the unquantized checkpoint")
         if claimed is None:
             raise UserError(f"{where[name]}: {_unknown(name, info, tensors)}")
         if claimed.dialect == plain.NAME and SCALE.fullmatch(name):

@@ -32,7 +32,8 @@ def checked(config: object, where: str = "config.json") -> dict:
             weights = need(group.get("weights") or {}, dict, f"{name}: {key}.weights", "a JSON object")
             for number in ("num_bits", "group_size"):
                 if weights.get(number) is not None and type(weights[number]) is not int:
-                    raise UserError(f"{where}{name}: {key}.weights.{number} is {_shown(weights[number])}, expected a whole number; restore the original")
+                    raise UserError(f"{where}{name}: {key}.weights.{number} is {_shown(weights[number])}, expected a whole number; "
+                                    "restore the original")
     return config
 
 

@@ -33,7 +33,8 @@ def check_experts(entries: Mapping[str, Mapping], count: int | None, hidden_size
             if missing or len(members) != expected:
                 odd = missing[0] if missing else max(members)
                 raise UserError(f"{layer}.{odd}.{projection}: {'is missing' if missing else 'is one too many'}, a layer has {expected} experts"
-                                f"{' by config.json' if count else ''} with {', '.join(sorted(usual))}; the checkpoint is incomplete or of another config")
+                                f"{' by config.json' if count else ''} with {', '.join(sorted(usual))}; the checkpoint is incomplete "
+                                "or of another config")
         _check_shapes(layer, projections, hidden_size)
 
 
@@ -45,8 +46,8 @@ def _check_shapes(layer: str, projections: Mapping[str, Mapping[int, tuple[str, 
         for name, rows, columns in members.values():
             hidden, inner = (columns, rows) if takes else (rows, columns)
             if hidden_size is not None and hidden != hidden_size:
-                raise UserError(f"{name}: has {hidden} {'inputs' if takes else 'outputs'}, but hidden_size is {hidden_size} in config.json: it is stored "
-                                "transposed, [in, out], which is not read, or of another checkpoint")
+                raise UserError(f"{name}: has {hidden} {'inputs' if takes else 'outputs'}, but hidden_size is {hidden_size} in config.json: "
+                                "it is stored transposed, [in, out], which is not read, or of another checkpoint")
             first = first or (hidden, inner, name)
             if (hidden, inner) != first[:2]:
                 raise UserError(f"{name}: is {rows} x {columns}, which does not fit {first[2]} of the same layer ({layer}): experts have one width")

@@ -28,7 +28,8 @@ def claim(name, info, tensors, where, config):
                         "are unknown, get the complete checkpoint")
     weights = _arguments(name, where, config)
     if f"{stem}_g_idx" in tensors:
-        raise UserError(f"{where[name]}: {name} has an activation order, {stem}_g_idx; of pack-quantized weights only those in their own order are read")
+        raise UserError(f"{where[name]}: {name} has an activation order, {stem}_g_idx; of pack-quantized weights only those "
+                        "in their own order are read")
     if len(info.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != info.shape[0] or not (scale.shape[1] and all(info.shape)):
         raise UserError(f"{where[name]}: {name} is I32 {list(info.shape)} and {stem}_scale {list(scale.shape)}; they do not fit")
     group = weights.get("group_size") or 0
@@ -38,7 +39,8 @@ def claim(name, info, tensors, where, config):
                         f"{group} (config.json) mean {columns}; config.json or one of them is of another checkpoint")
     zero, groups = tensors.get(f"{stem}_zero_point"), scale.shape
     if zero is None and weights.get("symmetric") is False:
-        raise UserError(f"{where[name]}: config.json says that INT4 is not symmetric, but {name} has no {stem}_zero_point; the checkpoint is incomplete")
+        raise UserError(f"{where[name]}: config.json says that INT4 is not symmetric, but {name} has no {stem}_zero_point; the "
+                        "checkpoint is incomplete")
     if zero is not None and (zero.dtype, zero.shape) not in (("I32", (math.ceil(groups[0] / 8), groups[1])), ("I8", groups)):
         raise UserError(f"{where[f'{stem}_zero_point']}: {stem}_zero_point is {zero.dtype} {list(zero.shape)}, expected I32 "
                         f"{[math.ceil(groups[0] / 8), groups[1]]} or I8 {list(groups)}")

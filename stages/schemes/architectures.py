@@ -64,7 +64,8 @@ ARCHITECTURES = (
         never=_NEVER + r"|.*embed_tokens$|.*vit_downsampler\d$",
         plugin=True, in_process=True,
         tried={"vLLM 0.32": ("yes", "run on a CPU with the plugin that the release bundles; without it the draft layers do not load"),
-               "transformers": ("no", "5.19 leaves the experts of this model at random values, with only a warning; evaluate here expands them first")},
+               "transformers": ("no", "5.19 leaves the experts of this model at random values, with only a warning; evaluate here expands "
+                                      "them first")},
         draft=((r"^transformer\.shared_head\.output$", "shared_head.head"), (r"^(?!shared_head|eh_proj)", "mtp_block."))),
     Architecture(
         ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"), merged=_DEEPSEEK,
@@ -74,7 +75,8 @@ ARCHITECTURES = (
                  renames=((r"^language_model\.layers\.", "language_model.model.layers."),),
                  never=_NEVER + r"|(vision_tower|mm_projector)\..*"),
     Architecture(("Qwen3MoeForCausalLM",), visible=("qkv_proj",), never=r".*\.shared_expert_gate$",  # its router sees the config
-                 tried={"transformers": ("yes", "5.19 with compressed-tensors 0.17, experts one by one: log-probabilities were those of the same values in BF16")}),
+                 tried={"transformers": ("yes", "5.19 with compressed-tensors 0.17, experts one by one: log-probabilities were those of "
+                                               "the same values in BF16")}),
     Architecture(
         ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration"), merged={**STANDARD, **_QWEN_LINEAR},
         renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),

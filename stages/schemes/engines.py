@@ -22,6 +22,7 @@ def engines(plan: dict) -> list[dict]:
         lines.append("FP8 activations need compute capability 8.9; below, FP8 experts do not run")
     result = [{"engine": VLLM, "loads": loads, "how": lines}]
     for engine in ("transformers", "SGLang"):
-        loads, known = row.tried.get(engine, ("unknown", "not tried")) if plan["layout"] == "per_expert" else ("unknown", "not tried with stacked experts")
+        untried = ("unknown", "not tried")
+        loads, known = row.tried.get(engine, untried) if plan["layout"] == "per_expert" else untried
         result.append({"engine": engine, "loads": loads, "how": [known]})
     return result
