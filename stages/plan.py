@@ -26,6 +26,7 @@ from stages.schemes.kept import stored_as
 from stages.schemes.modules import Output, matrices, module_of
 from stages.settings import RESULTS_FORMAT, Settings, as_dict, load, stage_parser
 
+JOBS_OF_A_SHARD, JOBS_OF_A_RUN = 2, 10  # of the workflow: download and quantize; all others
 SHARD_METADATA = {"format": "pt"}  # the library's readers want to know the framework
 FLOATS = ("BF16", "F16", "F32")
 
@@ -272,6 +273,8 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "release_index_bytes": len(index_json(weight_map, tensor_bytes).encode()),
         "release_config_bytes": len(render_json(release_config(source_config, section)).encode()),
         "release_tensors": len(weight_map),
+        "jobs": JOBS_OF_A_SHARD * len(shards) + JOBS_OF_A_RUN,
+        "lane": settings.device.lane,
         "disk_peak_bytes": sum(shard["file_bytes"] for shard in shards.values()) + passing,
         "tensor_parallel": tensor_parallel.notes(tensors, (source_config.get("text_config") or source_config).get("num_key_value_heads")),
     }
@@ -323,7 +326,7 @@ def print_plan(plan: dict) -> None:
                human_bytes(plan["source_tensor_bytes"]), human_bytes(plan["release_tensor_bytes"])))
     print(f"release: {plan['release_tensors']} tensors in {len(plan['shards'])} shards, "
           f"{human_bytes(plan['release_shard_file_bytes'])} of shard files; disk peak about "
-          f"{human_bytes(plan['disk_peak_bytes'])}; config claims {plan['runtime_modules']} vLLM modules rightly")
+          f"{human_bytes(plan['disk_peak_bytes'])} with {plan['lane']} shards at a time, {plan['jobs']} jobs; config claims {plan['runtime_modules']} vLLM modules rightly")
     for note in plan["notes"]:
         print(f"note: {note}")
     for engine in plan["engines"]:

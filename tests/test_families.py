@@ -101,6 +101,27 @@ def test_draft_experts_stay_fp8_beside_mxfp4_experts_of_the_same_name(tmp_path):
     assert matching == ["float-quantized"]
 
 
+def test_an_indexer_in_fp8_is_left_to_the_loader_that_decodes_it(tmp_path):
+    """DeepSeek-V3.2: vLLM never reads indexer.wk quantized, its loader decodes it; wq_b beside it is an ordinary FP8 linear."""
+    family = few_experts(FAMILIES["deepseek_v3"])
+    indexer = {"wk": (128, 7168), "wq_b": (8192, 1536)}
+
+    def tensors():
+        found = dict(family.tensors())
+        for layer in range(61):
+            for name, (rows, columns) in indexer.items():
+                prefix = f"model.layers.{layer}.self_attn.indexer.{name}.weight"
+                found |= {prefix: ("F8_E4M3", (rows, columns)), f"{prefix}_scale_inv": ("F32", (rows // 128, columns // 128))}
+            found[f"model.layers.{layer}.self_attn.indexer.weights_proj.weight"] = ("BF16", (64, 7168))
+        return found
+
+    config = {**family.config, "architectures": ["DeepseekV32ForCausalLM"]}
+    made = planned(tmp_path, dataclasses.replace(family, tensors=tensors, config=config))
+    targets = [target for group in made["quantization_config"]["config_groups"].values() for target in group["targets"]]
+    assert made["tensors"]["model.layers.7.self_attn.indexer.wk.weight"]["decision"] == "keep"
+    assert any("wq_b" in target for target in targets) and not any("wk" in target for target in targets)
+
+
 @pytest.mark.parametrize(("name", "recipe", "words"), [
     ("gpt_oss", "mxfp4_experts", ["GptOssForCausalLM is not converted", "MXFP4 layout only", "serve that as it is"]),
     ("qwen3_dense", "mxfp4_experts", ["'routed_experts' matches no weight", "dense_mlp"]),

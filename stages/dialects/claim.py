@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+
 @dataclass(frozen=True)
 class Claim:
     """How one tensor is stored. A weight has a `matrix`; what belongs to a weight names it in `belongs_to`."""
