@@ -26,7 +26,7 @@ from stages.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONF = PROJECT / "conf"
-RESULTS_FORMAT = 2  # of inspect.json, plan.json and receipts; raised with their meaning, so that older results are made again
+RESULTS_FORMAT = 3  # of inspect.json, plan.json and receipts; raised with their meaning, so that older results are made again
 EXPONENT_RULES = ("mse", "ocp_floor", "even", "rceil")  # as kernels.mxfp4.RULES, which would cost an import of torch
 
 
