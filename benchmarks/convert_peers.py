@@ -5,8 +5,8 @@ layout that llm-compressor reads) is made in a temporary directory. In turn: llm
 FP8 dequantizer, in the environment of --peer; and mxforge from the directory to the release, all stages from download to assemble_release,
 hashes and syncs included, which the peer does without. Printed: medians with and without the time that the peer needs to start.
 
-    python -m venv /tmp/peer && /tmp/peer/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
-    python benchmarks/convert_peers.py --peer /tmp/peer/bin/python
+    python -m venv .venv-peer && .venv-peer/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
+    python benchmarks/convert_peers.py --peer .venv-peer/bin/python
 """
 
 from __future__ import annotations

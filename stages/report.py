@@ -8,7 +8,6 @@ the last digit from machine to machine.
 from __future__ import annotations
 
 import io
-import math
 import os
 import platform
 import re
