@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from stages.errors import UserError
 
 CHUNK = 8 << 20  # bytes read or written at a time
+DIRECT = getattr(os, "O_DIRECT", 0)  # past the page cache; only whole pages can be written so
 
 
 def sync_directory(directory: Path) -> None:
@@ -23,17 +25,28 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
+def _open_direct(path: str, flags: int) -> int:
+    """A file to write past the page cache, or an ordinary one where the file system has no such thing."""
+    try:
+        return os.open(path, flags | DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
+
+
 @contextmanager
-def atomic_write(path: Path):
+def atomic_write(path: Path, direct: bool = False):
     """Yields a binary file that takes `path`'s name only after everything was written and synced.
 
-    Whatever goes wrong, a full disk included, leaves no partial file behind; after a kill the next writer reuses its name.
+    Whatever goes wrong, a full disk included, leaves no partial file behind; after a kill the next writer reuses its name. With
+    `direct` writes go past the page cache, where that is possible, and the caller heeds what they need.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
+        with open(part, "wb", **({"buffering": 0, "opener": _open_direct} if direct else {})) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
