@@ -17,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kernels.fp8 import expand_tiles  # noqa: E402
-from kernels.mxfp4 import RULES, decode_block_fp8, quantize  # noqa: E402
+from kernels.fp8 import decode_block_fp8, expand_tiles  # noqa: E402
+from kernels.mxfp4 import RULES, quantize  # noqa: E402
 
 
 def experts(count: int, out: int = 1280, columns: int = 4096):

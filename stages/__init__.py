@@ -6,7 +6,9 @@ Imports run one way: Snakefile -> stages.<node> -> stages.{checkpoint,dialects,s
 """
 
 import gc
+import os
 import sys
 
 if sys.argv[:1] == ["-m"]:  # a stage is being started; `exit_with_one_line` turns collection on again
     gc.disable()  # torch and numba make objects by the hundred thousand on import that all live on: a fifth of the start
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which no stage multiplies with; its threads would wait for work, spinning

@@ -74,7 +74,8 @@ def run(settings: Settings) -> dict:
                 if output.name in weight_map:
                     raise UserError(f"tensor {output.name} would be in two shards, {weight_map[output.name]} and {shard}")
                 weight_map[output.name] = shard
-                tensors[output.name] = receipt["tensors"][output.name]
+                if output.part == "weight":
+                    tensors[output.name] = receipt["tensors"][output.name]
         for name in auxiliary_files(settings):
             (building / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(settings.source_directory / "auxiliary" / name, building / name)
@@ -109,7 +110,7 @@ def run(settings: Settings) -> dict:
         sync_directory(release.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    print(f"release: {release} ({len(tensors)} tensors in {len(receipts)} shards, {len(files)} files)")
+    print(f"release: {release} ({len(weight_map)} tensors in {len(receipts)} shards, {len(files)} files)")
     return manifest
 
 

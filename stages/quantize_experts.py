@@ -6,7 +6,7 @@ and write it (stages/checkpoint/writer.py). Bytes depend on the source and the r
 workers, or how often the run was interrupted. Converting itself stays in one thread: one process per shard keeps cores busier
 than threads inside one.
 
-The receipt is what later stages trust: sha256 of the source and of the output, of every tensor in it, and for every
+The receipt is what later stages trust: sha256 of the source and of the output, of every tensor that passed through, and for every
 quantized matrix the sums of squares of the signal, of the error and of what it decodes to.
 """
 
@@ -23,12 +23,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from kernels import mxfp4
+from kernels.arrays import first_index, to_float32
+from kernels.errors import NonFiniteError
 from stages.checkpoint.files import human_bytes, sha256_file, write_json
+from stages.checkpoint.header import TensorInfo
+from stages.checkpoint.reader import ShardReader, as_array
 from stages.checkpoint.writer import ShardWriter
 from stages.dialects import Claim
 from stages.dialects.reading import Tensors, stored_rows
@@ -38,10 +43,6 @@ from stages.plan import SHARD_METADATA, outputs_of_shard, read_plan, specs_of
 from stages.schemes import SCHEMES
 from stages.schemes.modules import Matrix, Output
 from stages.settings import RESULTS_FORMAT, Settings, load, stage_parser
-
-if TYPE_CHECKING:  # torch takes seconds to import, which the hash of the source is not to wait for
-    from kernels.fp8 import NonFiniteError
-    from stages.checkpoint.reader import ShardReader
 
 PANEL_WEIGHTS = 8 << 20  # weights quantized at once; a whole expert of Step-3.7 (1280 x 4096) fits
 NO_TILE = (1, 1)  # of weights that come without tile scales
@@ -105,17 +106,21 @@ def plan_hash(plan: dict, shard: str) -> str:
 class Loose:
     """A tensor that came whole into memory, with the methods of ShardReader that dialects use."""
 
-    def __init__(self, tensor):
-        self._tensor = tensor
+    def __init__(self, array: np.ndarray, info: TensorInfo):
+        self._array, self._info = array, info
 
-    def tensor(self, name: str):
+    def info(self, name: str) -> TensorInfo:
+        """Its dtype and shape."""
+        return self._info
+
+    def array(self, name: str) -> np.ndarray:
         """All of it."""
-        return self._tensor
+        return self._array
 
-    def matrix_rows(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None):
+    def matrix_array(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None) -> np.ndarray:
         """Rows begin..end of one matrix, as ShardReader gives them."""
-        matrix = self._tensor if expert is None else self._tensor[expert]
-        return matrix[begin:end].flatten(1).contiguous()
+        rows = (self._array if expert is None else self._array[expert])[begin:end]
+        return np.ascontiguousarray(rows.reshape(len(rows), -1))
 
 
 class Places:
@@ -137,46 +142,36 @@ class Places:
         if name not in self._kept:
             while self._kept and sum(self._plan["tensors"][kept]["bytes"] for kept in self._kept) + stored["bytes"] > KEPT_BYTES:
                 del self._kept[next(iter(self._kept))]  # the oldest
-            self._kept[name] = Loose(self._fetched(name, stored))
+            self._kept[name] = self._fetched(name, stored)
         return self._kept[name]
 
-    def _fetched(self, name: str, stored: dict):
-        import torch
-
-        from stages.checkpoint.reader import TORCH_DTYPES, ShardReader
-
+    def _fetched(self, name: str, stored: dict) -> Loose:
+        info = TensorInfo(stored["dtype"], tuple(stored["shape"]), 0, stored["bytes"])
         if self._settings.source.path:
             with ShardReader(Path(self._settings.source.path) / stored["shard"]) as other:
-                return other.tensor(name)
-        raw = bytearray(read_tensor_bytes(self._settings, stored["shard"], name))
-        return torch.frombuffer(raw, dtype=torch.uint8).view(TORCH_DTYPES[stored["dtype"]]).view(stored["shape"])
+                return Loose(other.array(name), info)
+        return Loose(as_array(bytearray(read_tensor_bytes(self._settings, stored["shard"], name)), info.dtype, info.shape), info)
 
 
 class Quantizer:
     """Quantizes matrices of one shard and keeps their sums for the receipt."""
 
     def __init__(self, places: Places, plan: dict, shard: str, backend: str, progress: ProgressReport):
-        import torch
-
-        from kernels import mxfp4
-
-        if backend not in mxfp4.backends():
+        if not mxfp4.available(backend):
             raise UserError(f"device.backend={backend} does not run on this machine; choose one of "
                             f"{', '.join(mxfp4.backends())}")
         # compiles or loads the kernel before the clock starts
-        mxfp4.quantize(torch.zeros(1, 32).to(torch.float8_e4m3fn), torch.ones(1, 1), backend=backend)
-        self._device = "cuda" if backend == "cuda" and torch.cuda.is_available() else "cpu"
+        SCHEMES["mxfp4"].quantize(np.zeros((1, 32), np.uint8), np.ones((1, 1), np.float32), (128, 128), "mse", backend)
         self._tensors, self._plan, self._shard = Tensors(places), plan, shard
         self._backend, self._progress = backend, progress
         largest = max((entry["bytes"] // (entry["matrix"][0] if len(entry["matrix"]) == 3 else 1)
                        for entry in plan["tensors"].values() if entry["shard"] == shard and entry["scheme"]), default=0)
         self._buffer = bytearray(min(largest, 4 * PANEL_WEIGHTS))
+        self._codes = np.empty(0, np.uint8)  # memory for those of a panel
         self.sums: dict[str, list[list]] = {}  # group -> [number of the expert or None, signal, error, decoded]
 
     def panels(self, source: str, matrix: Matrix, expert: int | None):
         """Yields (codes, scale) of consecutive row panels of a matrix; adds its sums to the receipt."""
-        from kernels.fp8 import NonFiniteError
-
         rows = range(*matrix.rows)
         entry = self._plan["tensors"][source]
         claim, scheme = Claim.from_entry(entry), SCHEMES[entry["scheme"]]
@@ -192,14 +187,17 @@ class Quantizer:
             except NonFiniteError as error:
                 raise self._unusable(source, claim, expert, range(panel[0], panel[-1] + 1), error) from None
             try:
-                weight, scale = (part if part is None else part[::rows.step].contiguous().to(self._device) for part in (weight, scale))
-                codes, scales, sums = scheme.quantize(weight, scale, claim.tile or NO_TILE, self._plan["exponent_rule"], self._backend)
+                weight, scale = (part if part is None else np.ascontiguousarray(part[::rows.step]) for part in (weight, scale))
+                if weight.size > 2 * self._codes.size:
+                    self._codes = np.empty(weight.size // 2, np.uint8)
+                codes, scales, sums = scheme.quantize(weight, scale, claim.tile or NO_TILE, self._plan["exponent_rule"], self._backend,
+                                                      self._codes)
             except NonFiniteError as error:
                 raise self._unusable(source, claim, expert, panel, error) from None
             for number, value in enumerate(sums):
                 total[number] += value
             self._progress.advance(row_bytes * len(panel))
-            yield codes.cpu(), scales.cpu()
+            yield codes, scales
         size = math.sqrt(total[0] / (len(rows) * claim.matrix[-1]))
         if size and not USUAL_SIZES[0] < size < USUAL_SIZES[1]:
             raise UserError(f"{entry['shard']}: {source}{'' if expert is None else [expert]} decodes to weights of {size:.1e} (root mean "
@@ -226,19 +224,17 @@ class Quantizer:
 
 def check_kept(name: str, entry: dict, chunk: memoryview, begin: int) -> None:
     """UserError at the first number of an FP8 weight or scale that stays as it is and means none; `chunk` begins at byte `begin`."""
-    import torch
-
-    from stages.checkpoint.reader import TORCH_DTYPES
-
-    values = torch.frombuffer(chunk, dtype=TORCH_DTYPES[entry["dtype"]])
-    if entry["dtype"] in ("F8_E4M3", "U8"):
-        raw = values.view(torch.uint8)
-        bad = (raw & 0x7F) == 0x7F if entry["dtype"] == "F8_E4M3" else raw == 255
+    numbers = as_array(chunk, entry["dtype"], (-1,))
+    if entry["dtype"] == "F8_E4M3":
+        bad = (numbers & 0x7F) == 0x7F
+    elif entry["dtype"] in ("U8", "F8_E8M0"):
+        bad = numbers == 255
     else:
-        bad = ~(torch.isfinite(values) & (values > 0))
-    if bool(bad.any()):
-        flat = begin // values.element_size() + int(bad.to(torch.uint8).argmax())
-        index = [int(part) for part in torch.unravel_index(torch.tensor(flat), entry["shape"])] if entry["shape"] else []
+        values = to_float32(numbers)
+        bad = ~(np.isfinite(values) & (values > 0))
+    if bad.any():
+        flat = begin // numbers.itemsize + first_index(bad)[0]
+        index = [int(part) for part in np.unravel_index(flat, entry["shape"])]
         raise UserError(f"{entry['shard']}: {name}{index} is no number that a weight can be made of; the source is damaged, get that shard again")
 
 
@@ -254,8 +250,6 @@ def _check_header(reader: ShardReader, plan: dict, shard: str) -> None:
 
 def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Quantizer, writer: ShardWriter, progress: ProgressReport) -> None:
     """Streams all tensors of the output file, in its order."""
-    import torch
-
     pending: dict[Matrix, list] = {}  # scale bytes wait until their codes are written
     for output in outputs:
         if output.part == "weight":
@@ -269,11 +263,11 @@ def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Qu
         elif output.part == "codes":
             for expert in range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.expert]:
                 for codes, scale in quantizer.panels(output.source, output.matrix, expert):
-                    writer.write(output.name, codes.view(torch.uint8).numpy())
+                    writer.write(output.name, codes)
                     pending.setdefault(output.matrix, []).append(scale)
         else:
             for scale in pending.pop(output.matrix):
-                writer.write(output.name, scale.numpy())
+                writer.write(output.name, scale)
 
 
 def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
@@ -290,18 +284,17 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
         stop = threading.Event()
         hashing = stack.enter_context(ThreadPoolExecutor(1, "source-hash"))
         stack.callback(stop.set)  # runs before the executor waits, so a failure shows at once
-        source_sha256 = hashing.submit(sha256_file, source_path, stop)  # goes on while torch is imported and kernels are loaded
+        source_sha256 = hashing.submit(sha256_file, source_path, stop)  # goes on while kernels are loaded
 
+        reader = stack.enter_context(ShardReader(source_path))
+        _check_header(reader, plan, shard)
+        progress = ProgressReport(shard, promised["source_bytes"])
+        stack.callback(progress.close)
         with without_collection():
-            from stages.checkpoint.reader import ShardReader
-
-            reader = stack.enter_context(ShardReader(source_path))
-            _check_header(reader, plan, shard)
-            progress = ProgressReport(shard, promised["source_bytes"])
-            stack.callback(progress.close)
             quantizer = Quantizer(Places(settings, plan, shard, reader), plan, shard, settings.device.backend, progress)
         start = time.monotonic()
-        with ShardWriter(target, specs_of(outputs), SHARD_METADATA) as writer:
+        kept = {output.name for output in outputs if output.part == "weight"}
+        with ShardWriter(target, specs_of(outputs), SHARD_METADATA, kept) as writer:
             _write(plan, outputs, reader, quantizer, writer, progress)
         source_digest = source_sha256.result()
     assert writer.size == promised["file_bytes"], f"{shard}: {writer.size} bytes, planned {promised['file_bytes']}"
@@ -338,7 +331,7 @@ def main() -> None:
     plan = read_plan(settings)
     if arguments.shard not in plan["shards"]:
         raise UserError(f"--shard {arguments.shard}: not in plan.json, which has {', '.join(plan['shards'])}")
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: one process per shard is the parallelism
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, if it is: one process per shard is the parallelism
     keep_memory_steady()
     convert_shard(settings, plan, arguments.shard)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from kernels.fp8 import NonFiniteError
 from stages.checkpoint.files import read_json, sha256_file
 from stages.checkpoint.header import TensorInfo
-from stages.checkpoint.reader import TORCH_DTYPES, ShardReader
+from stages.checkpoint.reader import ShardReader, as_array, as_tensor
 from stages.dialects import recognize
 from stages.dialects.config import EXPERT_COUNTS, checked
 from stages.dialects.reading import Tensors, decoded_rows
@@ -422,7 +422,7 @@ class Checkup:
                 continue
             largest = torch.zeros(())
             for chunk in self.readers[self.where[name]].chunks(name):
-                values = torch.frombuffer(chunk, dtype=TORCH_DTYPES[info.dtype])
+                values = as_tensor(as_array(chunk, info.dtype, (-1,)), info.dtype)
                 largest = torch.maximum(largest, values.abs().max().float())  # NaN stays
             if not bool(torch.isfinite(largest)):
                 yield f"{self.where[name]}: {name} holds NaN or infinity"

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kernels import mxfp4
+from kernels.fp8 import decode_block_fp8
 from stages import (download, evaluate, inspect_format, plan, quantize_experts, report, serve_bench, validate_gemm,
                     verify_release)
 from stages.checkpoint.files import read_json
@@ -200,7 +202,7 @@ def test_a_model_too_large_for_this_machine_is_reported_as_not_measured(converte
 def test_sqnr_in_the_receipts_is_that_of_the_decoded_weights(converted):
     source, release = release_tensors(TINY), release_tensors(converted.run_directory / "release")
     name, expert = "model.layers.4.moe.down_proj.weight", 7
-    truth = mxfp4.decode_block_fp8(source[name], source[name + "_scale_inv"])[expert].double()
+    truth = decode_block_fp8(source[name], source[name + "_scale_inv"])[expert].double()
     stem = f"model.layers.4.moe.experts.{expert}.down_proj.weight"
     made = mxfp4.dequantize(release[stem + "_packed"], release[stem + "_scale"]).double()
     expected = 10 * math.log10(truth.square().sum() / (truth - made).square().sum())
@@ -344,7 +346,7 @@ def experts_one_by_one(tensors):
 
 
 def dequantized(tensors):
-    return {name: mxfp4.decode_block_fp8(tensor, tensors[name + "_scale_inv"]).bfloat16()
+    return {name: decode_block_fp8(tensor, tensors[name + "_scale_inv"]).bfloat16()
             if tensor.dtype == torch.float8_e4m3fn else tensor
             for name, tensor in tensors.items() if not name.endswith("_scale_inv")}
 
@@ -377,9 +379,9 @@ def test_panels_of_any_height_give_the_same_bytes(converted, tmp_path, monkeypat
 
 
 def test_one_expert_of_one_tile_is_not_taken_for_a_scale_of_the_whole_tensor():
-    stored = {"w": torch.ones(1, 64, 64).to(torch.float8_e4m3fn), "s": torch.full((1, 1, 1), 2.0)}
+    stored = {"w": np.full((1, 64, 64), 0x38, np.uint8), "s": np.full((1, 1, 1), 2.0, np.float32)}
     claim = Claim("block_fp8", "s", (128, 128), (1, 64, 64))
-    _, scale = stored_rows(Tensors(lambda name: quantize_experts.Loose(stored[name])), "w", claim, 0, 0, 64)
+    _, scale = stored_rows(Tensors(lambda name: quantize_experts.Loose(stored[name], None)), "w", claim, 0, 0, 64)
     assert scale.shape == (1, 1) and scale.item() == 2.0
 
 
@@ -412,7 +414,11 @@ def test_scales_in_another_shard_are_fetched_from_it(converted, tmp_path, monkey
         before = hub.sent["model-00002-of-00002.safetensors"]
         receipt = quantize_experts.convert_shard(settings, made, "model-00001-of-00002.safetensors")
         moved = hub.sent["model-00002-of-00002.safetensors"] - before
-    expected = json.loads((converted.run_directory / "release" / "manifest.json").read_text())["tensors"]
+    release = converted.run_directory / "release"
+    expected = json.loads((release / "manifest.json").read_text())["tensors"]
     assert receipt["tensors"] == {name: digest for name, digest in expected.items()}
+    made, theirs = load_file(settings.run_directory / "shards" / "model-00001-of-00002.safetensors"), release_tensors(release)
+    assert sum(name.endswith("weight_packed") for name in made) == sum(name.endswith("weight_packed") for name in theirs) > 0
+    assert all(raw_bytes(tensor) == raw_bytes(theirs[name]) for name, tensor in made.items())
     if place == "hub":
         assert 0 < moved < 100_000, f"{moved} bytes for scales of 2 kB"

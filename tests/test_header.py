@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from stages.checkpoint.header import DTYPE_BYTES, parse_header, read_header, render_header, sorted_specs
-from stages.checkpoint.reader import TORCH_DTYPES, ShardReader
+from stages.checkpoint.reader import DTYPES, ShardReader
 from stages.checkpoint.writer import ShardWriter
 from stages.errors import UserError
 
@@ -34,11 +34,11 @@ def test_rendered_headers_are_byte_identical_to_the_librarys(metadata):
 def test_tensors_of_every_dtype_come_in_the_librarys_order():
     """A re-written shard must not differ from the publisher's by its order, not even among dtypes of one size."""
     tensors = {f"{number}.{name}": torch.zeros(8, dtype=torch.uint8).view(dtype)
-               for number, (name, dtype) in enumerate([(n, d) for d in reversed(TORCH_DTYPES.values()) for n in "ba"])}
+               for number, (name, dtype) in enumerate([(n, d) for d in reversed([getattr(torch, name) for _, name in DTYPES.values()]) for n in "ba"])}
     raw = save(tensors)
     length = struct.unpack("<Q", raw[:8])[0]
     header = parse_header(raw[8:8 + length], len(raw), "x")
-    assert {info.dtype for info in header.tensors.values()} == set(TORCH_DTYPES)
+    assert {info.dtype for info in header.tensors.values()} == set(DTYPES)
     in_file = sorted(header.tensors, key=lambda name: header.tensors[name].begin)
     assert [name for name, _, _ in sorted_specs([(n, header.tensors[n].dtype, (1,)) for n in tensors])] == in_file
 

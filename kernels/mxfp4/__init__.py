@@ -27,21 +27,24 @@ columns ascending, in every backend.
 Backends: `reference` (torch, float64, to be read), `cpu` (numba), `cuda` (Triton; also runs in Triton's interpreter).
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+from kernels.errors import NonFiniteError
 
-from kernels.fp8 import NonFiniteError, check_tile_scale, decode_block_fp8, first_index
+if TYPE_CHECKING:  # who converts arrays by kernels.mxfp4.cpu does without torch
+    import torch
 
-__all__ = ["BLOCK", "RULES", "NonFiniteError", "Quantized", "backends", "decode_block_fp8", "dequantize", "quantize"]
+__all__ = ["BLOCK", "RULES", "NonFiniteError", "Quantized", "available", "backends", "dequantize", "quantize"]
 
 BLOCK = 32
 RULES = ("mse", "ocp_floor", "even", "rceil")
 MODULES = {"reference": "kernels.mxfp4.reference", "cpu": "kernels.mxfp4.cpu", "cuda": "kernels.mxfp4.cuda"}
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = ("torch.float32", "torch.bfloat16", "torch.float16")
 
 
 class Quantized(NamedTuple):
@@ -58,20 +61,24 @@ class Quantized(NamedTuple):
     decoded: torch.Tensor
 
 
+def available(backend: str) -> bool:
+    """Whether this machine can run a backend. TRITON_INTERPRET=1 counts as a GPU, for tests."""
+    if backend == "cuda":
+        import torch
+
+        gpu = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+        return gpu and importlib.util.find_spec("triton") is not None
+    return backend == "reference" or (backend == "cpu" and importlib.util.find_spec("numba") is not None)
+
+
 def backends() -> list[str]:
-    """Names that `quantize` and `dequantize` accept on this machine. TRITON_INTERPRET=1 counts as a GPU, for tests."""
-    names = ["reference"]
-    if importlib.util.find_spec("numba"):
-        names.append("cpu")
-    gpu = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-    if gpu and importlib.util.find_spec("triton"):
-        names.append("cuda")
-    return names
+    """Names that `quantize` and `dequantize` accept on this machine."""
+    return [backend for backend in MODULES if available(backend)]
 
 
 def backend_module(backend: str, modules: dict[str, str]):
     """Import a backend on first use; ValueError with the choices if this machine cannot run it."""
-    if backend not in backends():
+    if not available(backend):
         raise ValueError(f"backend {backend!r}: this machine has {backends()}")
     return importlib.import_module(modules[backend])
 
@@ -98,6 +105,10 @@ def quantize(
     Raises:
         NonFiniteError: names the first weight or tile scale that MXFP4 cannot represent. ValueError: anything else.
     """
+    import torch
+
+    from kernels.fp8 import check_tile_scale
+
     if rule not in RULES:
         raise ValueError(f"rule {rule!r}: expected one of {RULES}")
     if weight.dim() not in (2, 3) or weight.shape[-1] % BLOCK:
@@ -108,7 +119,7 @@ def quantize(
         if min(tile) < 1:
             raise ValueError(f"tile {tile}: expected positive sizes")
         tile_scale = check_tile_scale(tile_scale, tuple(weight.shape), tile)
-    elif weight.dtype not in FLOATS:
+    elif str(weight.dtype) not in FLOATS:
         raise ValueError(f"weight dtype {weight.dtype}: expected float8_e4m3fn, float32, bfloat16 or float16")
     elif tile_scale is not None:
         raise ValueError(f"weight {tuple(weight.shape)} is {weight.dtype}: tile_scale belongs to float8_e4m3fn only")
@@ -132,8 +143,8 @@ def quantize(
     return Quantized(*(t[0] for t in result)) if weight.dim() == 2 else result
 
 
-def dequantize(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32, *, backend: str = "cpu") -> torch.Tensor:
-    """Decode MXFP4: packed uint8 [..., out, in/2], scale uint8 [..., out, in/32] -> `dtype` [..., out, in].
+def dequantize(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype | None = None, *, backend: str = "cpu") -> torch.Tensor:
+    """Decode MXFP4: packed uint8 [..., out, in/2], scale uint8 [..., out, in/32] -> `dtype` (float32) [..., out, in].
 
     float32 holds every value (subnormals included) as long as the scale byte is at most 252; above, the larger nibbles
     overflow to infinity, but `quantize` writes no such scale. bfloat16 and float16 round once, from the float32 value.
@@ -141,11 +152,14 @@ def dequantize(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = t
     Raises:
         NonFiniteError: scale byte 255 (E8M0's NaN). ValueError: wrong dtype or shape.
     """
+    import torch
+
     if packed.dtype != torch.uint8 or scale.dtype != torch.uint8:
         raise ValueError(f"packed {packed.dtype} and scale {scale.dtype}: expected uint8 for both")
     if packed.dim() < 2 or packed.shape[:-1] != scale.shape[:-1] or packed.shape[-1] * 2 != scale.shape[-1] * BLOCK:
         raise ValueError(f"packed {tuple(packed.shape)} and scale {tuple(scale.shape)}: expected [..., out, in/2] and [..., out, in/{BLOCK}]")
-    if dtype not in FLOATS:
+    dtype = dtype or torch.float32
+    if str(dtype) not in FLOATS:
         raise ValueError(f"dtype {dtype}: expected float32, bfloat16 or float16")
     check_block_scale(scale)
     return backend_module(backend, MODULES).dequantize(packed, scale, dtype)
@@ -153,6 +167,8 @@ def dequantize(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = t
 
 def check_block_scale(scale: torch.Tensor) -> None:
     """Raise NonFiniteError at the first E8M0 byte 255."""
+    from kernels.fp8 import first_index
+
     bad = scale == 255
     if bad.any():
         raise NonFiniteError("block scale", first_index(bad), float("nan"))

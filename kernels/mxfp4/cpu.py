@@ -29,6 +29,8 @@ down here, so statistics do not depend on the machine either. All of it is in on
 of the file that a kernel is in, and of no other.
 """
 
+from __future__ import annotations
+
 import functools
 import operator
 import warnings
@@ -36,12 +38,12 @@ from contextlib import contextmanager
 
 import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, overload, register_model
 
-from kernels.fp8 import NonFiniteError, check_finite, decode_block_fp8
+from kernels.arrays import check_tile_scale, e4m3_values, first_index, to_float32
+from kernels.errors import NonFiniteError
 
 BLOCK = 32
 RULE_NUMBER = {"mse": 0, "ocp_floor": 1, "even": 2, "rceil": 3}
@@ -515,7 +517,7 @@ def write_row(source, begin, blocks, shift, lowest, scale, weight, chosen, last,
 def fp8_matrix(source, rows, columns, tile_scale, tile_rows, shift, base, rule, packed, scales, statistics):
     """Convert one matrix, row by row; False if a weight is not finite.
 
-    source, packed, scales: uint8, flat. base: float32 [128], the values of code magnitudes. A block's tile is block >> shift.
+    source, packed, scales: uint8, flat. base: float32 [256], the values of codes. A block's tile is block >> shift.
     """
     blocks, tiles = columns // BLOCK, tile_scale.shape[1]
     weight = np.empty((tiles, 128), np.float32)
@@ -600,25 +602,13 @@ def float_rows(weight, bits, importance, weighted, rule, packed, scales, statist
 
 @functools.cache
 def code_values() -> np.ndarray:
-    """float32 value of each e4m3fn code from 0 to 127; 127 is NaN."""
-    return torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
-
-
-def refuse(weight, tile_scale, tile, expert):
-    """Find and report the first weight of `expert` that is not finite; kernels only say that there is one."""
-    try:
-        if tile_scale is None:
-            check_finite(weight[expert])
-        else:
-            decode_block_fp8(weight[expert], tile_scale[expert], tile)
-    except NonFiniteError as error:
-        raise NonFiniteError(error.what, (expert, *error.index), error.value) from None
-    raise AssertionError(f"kernel refused matrix {expert} of {tuple(weight.shape)}, but all its weights are finite")
+    """float32 value of each e4m3fn code."""
+    return e4m3_values()
 
 
 def table_shift(weight, tile_scale, tile, importance):
     """log2 of a tile's width in blocks where tables pay and hold all of the matrix, else None."""
-    if tile_scale is None or importance is not None or not weight.numel() or tile[0] * tile[1] < 4096:
+    if tile_scale is None or importance is not None or not weight.size or tile[0] * tile[1] < 4096:
         return None
     width = tile[1] // BLOCK
     if tile[1] >= weight.shape[-1]:
@@ -637,37 +627,67 @@ def exact_subnormals():
     torch.set_flush_denormal and libraries built for speed turn it on; small FP8 codes pass through subnormals here.
     """
     flushed = np.float32(1e-40) * np.float32(2.0**60) == 0
-    if flushed:
-        torch.set_flush_denormal(False)
+    if not flushed:
+        yield
+        return
+    import torch
+
+    torch.set_flush_denormal(False)
     try:
         yield
     finally:
-        if flushed:
-            torch.set_flush_denormal(True)
+        torch.set_flush_denormal(True)
 
 
-def quantize(weight, tile_scale, rule, tile, importance):
-    """[E, out, in] -> packed, scale, signal, error, decoded; arguments checked by kernels.mxfp4.quantize."""
-    experts, out, columns = weight.shape
+def quantize_matrix(weight, tile_scale=None, *, rule="mse", tile=(128, 128), importance=None, packed=None, scale=None):
+    """Convert one matrix that lies in numpy arrays, without torch.
+
+    Args:
+        weight: [out, in], `in` a multiple of 32: uint8 e4m3fn codes with `tile_scale`, or float32, float16 or uint16 (BF16 bits) without.
+        tile_scale: float32 [ceil(out/tile[0]), ceil(in/tile[1])], positive.
+        rule, tile, importance: as for kernels.mxfp4.quantize.
+        packed, scale: uint8 arrays for the result; made where None.
+    Returns:
+        packed uint8 [out, in/2], scale uint8 [out, in/32], float64 [3]: sums of w^2, of (w - w_hat)^2 and of w_hat^2.
+    Raises:
+        NonFiniteError: names the first weight or tile scale that MXFP4 cannot represent.
+    """
+    out, columns = weight.shape
     assert columns % BLOCK == 0, f"in = {columns}"
-    assert weight.device.type == "cpu", f"weight is on {weight.device}"
-    weight = weight.contiguous()
-    packed = torch.empty(experts, out, columns // 2, dtype=torch.uint8)
-    scale = torch.empty(experts, out, columns // BLOCK, dtype=torch.uint8)
-    statistics = torch.zeros(experts, 3, dtype=torch.float64)
+    assert (weight.dtype == np.uint8) == (tile_scale is not None), f"{weight.dtype} with tile scale {tile_scale is not None}"
+    if tile_scale is not None:
+        assert tile_scale.shape == (-(-out // tile[0]), -(-columns // tile[1])), f"{tile_scale.shape} for {weight.shape} in tiles {tile}"
+        check_tile_scale(tile_scale)
+    packed = np.empty((out, columns // 2), np.uint8) if packed is None else packed
+    scale = np.empty((out, columns // BLOCK), np.uint8) if scale is None else scale
+    statistics = np.zeros(3)
     number_of_rule = RULE_NUMBER[rule]
+    target = (packed.reshape(-1), scale.reshape(-1), statistics)
     shift = table_shift(weight, tile_scale, tile, importance)
     with exact_subnormals():
-        for i in range(experts):
-            target = (packed[i].numpy().reshape(-1), scale[i].numpy().reshape(-1), statistics[i].numpy())
-            if shift is not None:
-                source = weight[i].view(torch.uint8).numpy().reshape(-1)
-                fine = fp8_matrix(source, out, columns, tile_scale[i].numpy(), tile[0], np.uint64(shift), code_values(), number_of_rule, *target)
-            else:
-                fine = by_panels(weight[i], None if tile_scale is None else tile_scale[i], number_of_rule, tile, importance, target)
-            if not fine:
-                refuse(weight, tile_scale, tile, i)
-    return packed, scale, *statistics.unbind(-1)
+        if shift is not None:
+            source = np.ascontiguousarray(weight).reshape(-1)
+            fine = fp8_matrix(source, out, columns, tile_scale, tile[0], np.uint64(shift), code_values(), number_of_rule, *target)
+        else:
+            fine = by_panels(weight, tile_scale, number_of_rule, tile, importance, target)
+        if not fine:
+            refuse(weight, tile_scale, tile)
+    return packed, scale, statistics
+
+
+def panel_height(columns: int) -> int:
+    """Rows of a float32 panel."""
+    return max(1, PANEL_BYTES // max(1, 4 * columns))
+
+
+def float_panel(weight, tile_scale, tile, begin, end):
+    """Rows begin..end as float32; one rounding where codes are multiplied by their scale."""
+    if tile_scale is None:
+        return np.ascontiguousarray(to_float32(weight[begin:end]))
+    rows = code_values()[weight[begin:end]]
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
+        rows *= np.repeat(tile_scale[np.arange(begin, end) // tile[0]], tile[1], axis=1)[:, :weight.shape[1]]
+    return rows
 
 
 def by_panels(weight, tile_scale, rule, tile, importance, target):
@@ -675,19 +695,53 @@ def by_panels(weight, tile_scale, rule, tile, importance, target):
     out, columns = weight.shape
     packed, scale, statistics = target
     weighted = importance is not None
-    factors = (importance if weighted else torch.ones(1)).contiguous().numpy()
-    height = max(1, PANEL_BYTES // max(1, 4 * columns))
+    factors = np.ascontiguousarray(importance) if weighted else np.ones(1, np.float32)
+    height = panel_height(columns)
     for r in range(0, out, height):
-        rows = weight[r : r + height].to(torch.float32).contiguous()
-        if tile_scale is not None:
-            index = torch.arange(r, r + len(rows)) // tile[0]
-            rows *= tile_scale[index].repeat_interleave(tile[1], dim=-1)[:, :columns]
-        values = rows.numpy()
-        span = r * columns, (r + len(rows)) * columns
+        values = float_panel(weight, tile_scale, tile, r, min(r + height, out))
+        span = r * columns, (r + len(values)) * columns
         if not float_rows(values, values.view(np.uint32), factors, weighted, rule, packed[span[0] // 2 : span[1] // 2],
                           scale[span[0] // BLOCK : span[1] // BLOCK], statistics):  # fmt: skip
             return False
     return True
+
+
+def refuse(weight, tile_scale, tile):
+    """Find and report the first weight that is not finite; kernels only say that there is one."""
+    height = panel_height(weight.shape[1])
+    for r in range(0, len(weight), height):
+        values = float_panel(weight, tile_scale, tile, r, min(r + height, len(weight)))
+        bad = ~np.isfinite(values)
+        if bad.any():
+            row, column = first_index(bad)
+            raise NonFiniteError("weight", (r + row, column), float(values[row, column]))
+    raise AssertionError(f"kernel refused a matrix {weight.shape}, but all its weights are finite")
+
+
+def quantize(weight, tile_scale, rule, tile, importance):
+    """torch twin of `quantize_matrix`: [E, out, in] -> packed, scale, signal, error, decoded; arguments checked by
+    kernels.mxfp4.quantize."""
+    import torch
+
+    experts, out, columns = weight.shape
+    assert weight.device.type == "cpu", f"weight is on {weight.device}"
+    weight = weight.contiguous()
+    if weight.element_size() == 1:
+        weight = weight.view(torch.uint8)
+    elif weight.dtype == torch.bfloat16:
+        weight = weight.view(torch.uint16)
+    packed = torch.empty(experts, out, columns // 2, dtype=torch.uint8)
+    scale = torch.empty(experts, out, columns // BLOCK, dtype=torch.uint8)
+    statistics = torch.empty(experts, 3, dtype=torch.float64)
+    for i in range(experts):
+        try:
+            *_, sums = quantize_matrix(
+                weight[i].numpy(), None if tile_scale is None else tile_scale[i].numpy(), rule=rule, tile=tile,
+                importance=None if importance is None else importance.numpy(), packed=packed[i].numpy(), scale=scale[i].numpy())  # fmt: skip
+        except NonFiniteError as error:
+            raise NonFiniteError(error.what, (i, *error.index), error.value) from None
+        statistics[i] = torch.from_numpy(sums)
+    return packed, scale, *statistics.unbind(-1)
 
 
 @jit
@@ -726,6 +780,8 @@ def value_table() -> np.ndarray:
 
 def dequantize(packed, scale, dtype):
     """Row panels through float32 bits; for other dtypes each panel is rounded by torch."""
+    import torch
+
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     if not packed.numel():
         return torch.empty(shape, dtype=dtype)

@@ -1,4 +1,7 @@
-"""Bounded reads from a shard: no memory map, because mapped pages count as resident memory and a shard has 9 GB."""
+"""Bounded reads from a shard: no memory map, because mapped pages count as resident memory and a shard has 9 GB.
+
+Numbers come as numpy arrays, in the form of kernels/arrays.py, or as torch tensors; torch is imported for the latter only.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,35 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from stages.checkpoint.files import CHUNK
 from stages.checkpoint.header import Header, TensorInfo, read_header
 from stages.errors import UserError
 
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {  # safetensors' name -> numpy's type of the same bytes, torch's name
+    "BOOL": (np.bool_, "bool"), "U8": (np.uint8, "uint8"), "I8": (np.int8, "int8"), "I16": (np.int16, "int16"),
+    "I32": (np.int32, "int32"), "I64": (np.int64, "int64"), "F16": (np.float16, "float16"), "BF16": (np.uint16, "bfloat16"),
+    "F32": (np.float32, "float32"), "F64": (np.float64, "float64"), "F8_E4M3": (np.uint8, "float8_e4m3fn"),
+    "F8_E5M2": (np.uint8, "float8_e5m2"), "F8_E8M0": (np.uint8, "float8_e8m0fnu"),
 }
+
+
+def as_array(raw, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Bytes as an array that shares their memory, in the form of kernels/arrays.py."""
+    return np.frombuffer(raw, DTYPES[dtype][0]).reshape(shape)
+
+
+def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
+    """An array of `as_array` as a tensor that shares its memory."""
+    import torch
+
+    return torch.from_numpy(array).view(getattr(torch, DTYPES[dtype][1]))
 
 
 class ShardReader:
@@ -84,30 +104,37 @@ class ShardReader:
         raw = self._read(info.begin + begin * stride, info.begin + end * stride)
         return self._tensor(name, raw, (end - begin, *info.shape[1:]))
 
-    def matrix_rows(self, name: str, expert: int | None, begin: int, end: int,
-                    buffer: bytearray | None = None) -> torch.Tensor:
+    def matrix_array(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None) -> np.ndarray:
         """Rows begin..end of a 2D tensor, or of matrix `expert` of a tensor that has experts first; shape [end - begin, in].
 
         What follows the rows' dimension is one row (gpt-oss stores blocks of a row in a dimension of their own). With
-        `buffer` the tensor lies in it, where it fits, and is valid until the buffer is used again.
+        `buffer` the array lies in it, where it fits, and is valid until the buffer is used again.
         """
         info = self.info(name)
         experts, rows = info.shape[:2] if expert is not None else (1, info.shape[0])
         stride = info.nbytes // (experts * rows)
         start = info.begin + ((expert or 0) * rows + begin) * stride
         raw = self._read(start, start + (end - begin) * stride, buffer)
-        return self._tensor(name, raw, (end - begin, math.prod(info.shape[1 if expert is None else 2:])))
+        return self._array(name, raw, (end - begin, math.prod(info.shape[1 if expert is None else 2:])))
+
+    def matrix_rows(self, name: str, expert: int | None, begin: int, end: int) -> torch.Tensor:
+        """`matrix_array` as a tensor."""
+        return as_tensor(self.matrix_array(name, expert, begin, end), self.info(name).dtype)
+
+    def array(self, name: str) -> np.ndarray:
+        """All numbers of a tensor."""
+        info = self.info(name)
+        return self._array(name, self._read(info.begin, info.end), info.shape)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor."""
-        info = self.info(name)
-        return self._tensor(name, self._read(info.begin, info.end), info.shape)
+        return as_tensor(self.array(name), self.info(name).dtype)
+
+    def _array(self, name: str, raw: memoryview, shape: tuple[int, ...]) -> np.ndarray:
+        dtype = self.info(name).dtype
+        if dtype not in DTYPES:
+            raise UserError(f"{self.path.name}: tensor {name} has dtype {dtype}, which torch cannot hold; it can only pass through")
+        return as_array(raw, dtype, shape)
 
     def _tensor(self, name: str, raw: memoryview, shape: tuple[int, ...]) -> torch.Tensor:
-        dtype = TORCH_DTYPES.get(self.info(name).dtype)
-        if dtype is None:
-            raise UserError(f"{self.path.name}: tensor {name} has dtype {self.info(name).dtype}, which torch cannot "
-                            "hold; it can only pass through")
-        if not raw:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(shape)
+        return as_tensor(self._array(name, raw, shape), self.info(name).dtype)

@@ -3,7 +3,7 @@
 The header comes first and is fixed by the plan (names, dtypes, shapes, order), so the size of the file is known before
 the first byte and every tensor lands where it was promised. The file takes its name only when all of it is on disk.
 
-Pieces are gathered in blocks; one thread hashes a full block (for the file, and for each tensor in it) while another writes it and
+Pieces are gathered in blocks; one thread hashes a full block (for the file, and for each tensor that asks for it) while another writes it and
 the caller fills the next: hashlib and `write` release the interpreter lock. Blocks go to the disk past the page cache (O_DIRECT)
 where the file system allows it: a release is larger than memory, so its pages would be evicted unread, and copying into fresh pages
 took more processor time than converting what was in them. Every SYNC_BYTES a further thread asks for what is written to become
@@ -19,6 +19,7 @@ import hashlib
 import math
 import mmap
 import os
+from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,17 +46,19 @@ class ShardWriter:
     """`with ShardWriter(path, specs, metadata) as writer: writer.write(name, bytes_like)` for every tensor in order.
 
     A tensor may come in several pieces, which are copied; it must be complete before the next one starts. A write that failed (a
-    full disk) raises its OSError at a later `write` or at the end of the `with`. After the `with`, `sha256`, `size` and
-    `tensor_sha256` describe what was written.
+    full disk) raises its OSError at a later `write` or at the end of the `with`. After the `with`, `sha256` and `size` describe the
+    file, and `tensor_sha256` its tensors, or those named in `hashed`.
     """
 
-    def __init__(self, path: Path, specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict | None):
+    def __init__(self, path: Path, specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict | None,
+                 hashed: Container[str] | None = None):
         self.path = Path(path)
         self._remaining = {name: math.prod(shape) * DTYPE_BYTES[dtype] for name, dtype, shape in specs}
         self._order = iter([name for name, _, _ in specs])
         self._current: str | None = None
         self._header = render_header(list(specs), metadata)
         self._file_digest = hashlib.sha256()
+        self._hashed = hashed
         self._digests: dict[str, hashlib._Hash] = {}
         self._sync: Future | None = None
         self._unsynced = 0
@@ -130,11 +133,10 @@ class ShardWriter:
     def _advance(self) -> None:
         """Closes the current tensor and opens the next; empty tensors are closed at once."""
         while True:
-            if self._current is not None:
-                self._digests[self._current] = self._digest
-            self._current = next(self._order, None)
-            self._digest = hashlib.sha256()
-            if self._current is None or self._remaining[self._current]:
+            name = self._current = next(self._order, None)
+            if name is not None and (self._hashed is None or name in self._hashed):
+                self._digests[name] = hashlib.sha256()
+            if name is None or self._remaining[name]:
                 return
 
     def write(self, name: str, data) -> None:
@@ -144,7 +146,7 @@ class ShardWriter:
             return
         assert name == self._current, f"{self.path.name}: expected {self._current}, got {name}"
         assert len(data) <= self._remaining[name], f"{name}: {len(data) - self._remaining[name]} bytes too many"
-        self._fill(data, self._digest)
+        self._fill(data, self._digests.get(name))
         self._remaining[name] -= len(data)
         if not self._remaining[name]:
             self._advance()

@@ -86,12 +86,12 @@ def static_scale(name: str, tensors) -> dict[str, str]:
 
 def rows(tensors, name, claim, expert, begin, end, buffer=None):
     """Codes, and the float scales of their tiles; also for MXFP8 and for scales per channel or tensor."""
-    import torch
+    import numpy as np
 
-    from kernels.formats import e8m0_to_float
+    from kernels.arrays import e8m0_to_float32, to_float32
 
-    codes = tensors.matrix_rows(name, expert, begin, end, buffer)
+    codes = tensors.matrix_array(name, expert, begin, end, buffer)
     if claim.one_scale:
-        return codes, tensors.tensor(claim.scale).reshape(1, 1).expand(end - begin, 1).contiguous()
-    scale = tensors.matrix_rows(claim.scale, expert, begin // claim.tile[0], -(-end // claim.tile[0]))
-    return codes, e8m0_to_float(scale) if scale.dtype in (torch.uint8, torch.float8_e8m0fnu) else scale
+        return codes, np.full((end - begin, 1), to_float32(tensors.array(claim.scale)).item(), np.float32)
+    scale = tensors.matrix_array(claim.scale, expert, begin // claim.tile[0], -(-end // claim.tile[0]))
+    return codes, e8m0_to_float32(scale) if scale.dtype == np.uint8 else to_float32(scale)

@@ -76,4 +76,4 @@ def rows(tensors, name, claim, expert, begin, end, buffer=None):
         if bool(((zero < -8) | (zero > 7)).any()):
             raise UserError(f"{claim.parts['zero_point']}: holds a zero point outside of -8 to 7; the checkpoint is damaged")
     return decode_int4(tensors.matrix_rows(name, expert, begin, end, buffer), tensors.matrix_rows(claim.scale, expert, begin, end),
-                       columns, zero), None
+                       columns, zero).numpy(), None

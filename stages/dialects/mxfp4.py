@@ -47,4 +47,4 @@ def rows(tensors, name, claim, expert, begin, end, buffer=None):
     """Decoded rows."""
     from kernels.formats import decode_mxfp4
 
-    return decode_mxfp4(tensors.matrix_rows(name, expert, begin, end, buffer), tensors.matrix_rows(claim.scale, expert, begin, end)), None
+    return decode_mxfp4(tensors.matrix_rows(name, expert, begin, end, buffer), tensors.matrix_rows(claim.scale, expert, begin, end)).numpy(), None

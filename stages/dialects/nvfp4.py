@@ -50,4 +50,4 @@ def rows(tensors, name, claim, expert, begin, end, buffer=None):
     from kernels.formats import decode_nvfp4
 
     return decode_nvfp4(tensors.matrix_rows(name, expert, begin, end, buffer), tensors.matrix_rows(claim.scale, expert, begin, end),
-                        tensors.tensor(claim.parts["tensor_scale"]), claim.parts["tensor_scale"].endswith("global_scale")), None
+                        tensors.tensor(claim.parts["tensor_scale"]), claim.parts["tensor_scale"].endswith("global_scale")).numpy(), None

@@ -23,4 +23,4 @@ def claim(name, info, tensors, where, config):
 
 def rows(tensors, name, claim, expert, begin, end, buffer=None):
     """The rows themselves."""
-    return tensors.matrix_rows(name, expert, begin, end, buffer), None
+    return tensors.matrix_array(name, expert, begin, end, buffer), None

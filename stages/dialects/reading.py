@@ -3,46 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from stages.checkpoint.reader import as_tensor
 from stages.dialects import by_name
 from stages.dialects.claim import Claim
 
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
 
 class Tensors:
-    """Stored tensors by name, wherever each of them lies: `place(name)` gives an object with the methods of ShardReader."""
+    """Stored tensors by name, wherever each of them lies: `place(name)` gives a ShardReader, or what has its methods `info`, `array`
+    and `matrix_array`."""
 
     def __init__(self, place: Callable[[str], object]):
         self._place = place
 
-    def matrix_rows(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None):
-        """Rows begin..end of one matrix, [end - begin, bytes or elements of a row]."""
-        return self._place(name).matrix_rows(name, expert, begin, end, buffer)
-
-    def tensor(self, name: str):
+    def array(self, name: str) -> np.ndarray:
         """The whole tensor."""
-        return self._place(name).tensor(name)
+        return self._place(name).array(name)
+
+    def matrix_array(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None) -> np.ndarray:
+        """Rows begin..end of one matrix, [end - begin, bytes or elements of a row]."""
+        return self._place(name).matrix_array(name, expert, begin, end, buffer)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """`array` for torch."""
+        return as_tensor(self.array(name), self._place(name).info(name).dtype)
+
+    def matrix_rows(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None) -> torch.Tensor:
+        """`matrix_array` for torch."""
+        return as_tensor(self.matrix_array(name, expert, begin, end, buffer), self._place(name).info(name).dtype)
 
 
 def stored_rows(tensors: Tensors, name: str, claim: Claim, expert: int | None, begin: int, end: int,
-                buffer: bytearray | None = None):
-    """(rows begin..end, their float tile scales or None) of one matrix of a weight.
+                buffer: bytearray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """(rows begin..end, their float32 tile scales or None) of one matrix of a weight, in the form of kernels/arrays.py.
 
     Float rows are the values themselves. FP8 codes come with the scales of their tiles, so that kernels can decode them as
     they go; `begin` then lies on a tile's edge. With `buffer` the rows may lie in it until it is used again.
-    Raises kernels.formats.NonFiniteError, whose index counts from `begin`, for what is no number.
+    Raises kernels.errors.NonFiniteError, whose index counts from `begin`, for what is no number.
     """
     return by_name(claim.dialect).rows(tensors, name, claim, expert, begin, end, buffer)
 
 
-def decoded_rows(tensors: Tensors, name: str, claim: Claim, expert: int | None, begin: int, end: int):
+def as_tensors(weight: np.ndarray, scale: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `stored_rows` gives, for torch."""
+    if scale is not None:
+        return as_tensor(weight, "F8_E4M3"), as_tensor(scale, "F32")
+    return as_tensor(weight, {"uint16": "BF16", "float16": "F16", "float32": "F32"}[weight.dtype.name]), None
+
+
+def decoded_rows(tensors: Tensors, name: str, claim: Claim, expert: int | None, begin: int, end: int) -> torch.Tensor:
     """Rows begin..end of one matrix of a weight as float32 [end - begin, in], exact."""
     from kernels.fp8 import decode_block_fp8
 
-    stored, scale = stored_rows(tensors, name, claim, expert, begin, end)
+    stored, scale = as_tensors(*stored_rows(tensors, name, claim, expert, begin, end))
     return stored.float() if scale is None else decode_block_fp8(stored, scale, claim.tile)
 
 
-def decoded(tensors: Tensors, name: str, claim: Claim):
+def decoded(tensors: Tensors, name: str, claim: Claim) -> torch.Tensor:
     """A whole weight as float32 [out, in] or [experts, out, in], exact."""
     import torch
 

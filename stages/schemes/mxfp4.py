@@ -19,12 +19,33 @@ def outputs(name: str, shape: tuple[int, ...], layout: str) -> list[Output]:
     return pair(name, shape, layout, (CODES, "weight_scale"), ("U8", "U8"), (shape[-1] // 2, shape[-1] // BLOCK))
 
 
-def quantize(weight, tile_scale, tile, rule, backend):
-    """Rows in float, or FP8 codes and their tile scales -> (codes, scale, [signal, error, decoded])."""
+def quantize(weight, tile_scale, tile, rule, backend, memory=None):
+    """Rows in float, or FP8 codes and their tile scales -> (codes, scale, [signal, error, decoded]); arrays, see kernels/arrays.py.
+
+    In `memory`, flat uint8 and large enough, the codes may lie until it is used again: fresh pages for each matrix cost as much as
+    a third of converting it.
+    """
+    if backend == "cpu":
+        from kernels.mxfp4.cpu import quantize_matrix
+
+        packed = None if memory is None else memory[:weight.size // 2].reshape(len(weight), -1)
+        codes, scale, sums = quantize_matrix(weight, tile_scale, rule=rule, tile=tile, packed=packed)
+        return codes, scale, sums.tolist()
+
     from kernels import mxfp4
 
-    made = mxfp4.quantize(weight, tile_scale, rule=rule, tile=tile, backend=backend)
-    return made.packed, made.scale, [float(made.signal), float(made.error), float(made.decoded)]
+    made = mxfp4.quantize(*on_device(weight, tile_scale, backend), rule=rule, tile=tile, backend=backend)
+    return made.packed.cpu().numpy(), made.scale.cpu().numpy(), [float(made.signal), float(made.error), float(made.decoded)]
+
+
+def on_device(weight, tile_scale, backend):
+    """Arrays as tensors where a backend wants them."""
+    import torch
+
+    from stages.dialects.reading import as_tensors
+
+    device = "cuda" if backend == "cuda" and torch.cuda.is_available() else "cpu"
+    return [part if part is None else part.to(device) for part in as_tensors(weight, tile_scale)]
 
 
 def dequantize(codes, scale):

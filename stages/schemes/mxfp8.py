@@ -23,12 +23,16 @@ def outputs(name: str, shape: tuple[int, ...], layout: str) -> list[Output]:
     return pair(name, shape, layout, (CODES, "weight_scale"), ("F8_E4M3", "U8"), (shape[-1], shape[-1] // BLOCK))
 
 
-def quantize(weight, tile_scale, tile, rule, backend):
-    """Rows in float, or FP8 codes and their tile scales -> (codes, scale, [signal, error, decoded])."""
-    from kernels.formats import decode_block_fp8, encode_mxfp8
+def quantize(weight, tile_scale, tile, rule, backend, memory=None):
+    """Rows in float, or FP8 codes and their tile scales -> (codes, scale, [signal, error, decoded]); arrays, see kernels/arrays.py."""
+    import torch
 
+    from kernels.formats import decode_block_fp8, encode_mxfp8
+    from stages.dialects.reading import as_tensors
+
+    weight, tile_scale = as_tensors(weight, tile_scale)
     made = encode_mxfp8(weight if tile_scale is None else decode_block_fp8(weight, tile_scale, tile))
-    return made.codes, made.scale, [float(made.signal), float(made.error), float(made.decoded)]
+    return made.codes.view(torch.uint8).numpy(), made.scale.numpy(), [float(made.signal), float(made.error), float(made.decoded)]
 
 
 def dequantize(codes, scale):

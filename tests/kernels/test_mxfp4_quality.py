@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import FP8, MIDPOINTS, block_fp8, float_blocks, generator
 
-from kernels.mxfp4 import decode_block_fp8, dequantize, quantize, reference
+from kernels.fp8 import decode_block_fp8
+from kernels.mxfp4 import dequantize, quantize, reference
 
 VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from kernel_cases import FP8, block_fp8, check_refusals
 
-from kernels.mxfp4 import NonFiniteError, backends, decode_block_fp8, dequantize, quantize
+from kernels.fp8 import decode_block_fp8
+from kernels.mxfp4 import NonFiniteError, backends, dequantize, quantize
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
