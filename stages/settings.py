@@ -21,13 +21,13 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kernels.mxfp4 import RULES
 from stages.checkpoint.files import read_json, write_json
 from stages.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONF = PROJECT / "conf"
 RESULTS_FORMAT = 3  # of inspect.json, plan.json and receipts; raised with their meaning, so that older results are made again
-EXPONENT_RULES = ("mse", "ocp_floor", "even", "rceil")  # as kernels.mxfp4.RULES, which would cost an import of torch
 
 
 @dataclass
@@ -249,7 +249,7 @@ def _check(settings: Settings) -> None:
             raise UserError(f"conf: {key} {value!r} names a directory beside 'source': use letters, digits, '.', '_' and "
                             "'-', and another word than 'source'")
     for key, value, allowed in (
-        ("recipe.exponent_rule", recipe.exponent_rule, EXPONENT_RULES),
+        ("recipe.exponent_rule", recipe.exponent_rule, RULES),
         ("recipe.layout", recipe.layout, ("per_expert", "stacked")),
         ("device.backend", settings.device.backend, ("cpu", "cuda", "reference")),
         ("evaluation.dtype", settings.evaluation.dtype, ("float32", "bfloat16")),

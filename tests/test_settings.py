@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 from omegaconf import OmegaConf
 
-from kernels.mxfp4 import RULES
 from stages.checkpoint.files import write_json
 from stages.errors import UserError
-from stages.settings import CONF, EXPONENT_RULES, Settings, choices, load, overrides_from
+from stages.settings import CONF, Settings, choices, load, overrides_from
 
 GROUPS = [field.name for field in dataclasses.fields(Settings) if field.name != "results"]
 
@@ -38,10 +37,6 @@ def test_yaml_keys_and_schema_do_not_drift_apart(group):
         assert keys <= known, f"conf/{group}/{name}.yaml has keys without a field: {keys - known}"
         used |= keys
     assert used or group == "serving"
-
-
-def test_exponent_rules_are_those_of_the_kernels():
-    assert EXPONENT_RULES == RULES
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
