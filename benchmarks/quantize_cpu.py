@@ -8,8 +8,10 @@ GB/s counts source bytes, one per FP8 weight. Rows that start from BF16 or float
 """
 
 import argparse
+import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,24 +31,50 @@ def experts(count: int, out: int = 1280, columns: int = 4096):
     return codes, scale
 
 
-def eager_floor(codes, scale):
-    """Plain torch: decode, floor exponent, round, pack; the shortest correct program, expert by expert."""
-    midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-    for expert in range(len(codes)):
-        blocks = decode_block_fp8(codes[expert], scale[expert]).unflatten(-1, (-1, 32))
-        e = torch.frexp(blocks.abs().amax(-1)).exponent - 3
-        code = torch.bucketize(torch.ldexp(blocks.abs(), -e.unsqueeze(-1)), midpoints).to(torch.uint8)
-        code = (code | (blocks.signbit().to(torch.uint8) << 3)).flatten(-2)
-        code[..., 0::2] | (code[..., 1::2] << 4), (e + 127).to(torch.uint8)
+def torch_floor(codes, scale):
+    """Plain torch for one expert: decode, floor exponent, round, pack, without checks; also what torch.compile is given."""
+    out, columns = codes.shape
+    tiles = codes.float().view(out // 128, 128, columns // 128, 128) * scale[:, None, :, None]
+    blocks = tiles.reshape(out, columns // 32, 32)
+    magnitude = blocks.abs()
+    e = (magnitude.amax(-1).view(torch.int32) >> 23) - 129
+    u = magnitude * ((127 - e) << 23).view(torch.float32).unsqueeze(-1)
+    code = (u > 0.25).to(torch.uint8) + (u >= 0.75).to(torch.uint8) + (u > 1.25).to(torch.uint8) + (u >= 1.75).to(torch.uint8)
+    code = code + (u > 2.5).to(torch.uint8) + (u >= 3.5).to(torch.uint8) + (u > 5.0).to(torch.uint8)
+    code = (code | (blocks.signbit().to(torch.uint8) << 3)).view(out, columns // 2, 2)
+    return code[..., 0] | (code[..., 1] << 4), (e + 127).to(torch.uint8)
 
 
-def rows(count: int):
+def checked(function, codes, scale):
+    """`function`, after its bytes for the first expert were compared with ours."""
+    ours = quantize(codes[0], scale[0], rule="ocp_floor")
+    packed, exponents = function(codes[0], scale[0])
+    assert torch.equal(packed, ours.packed) and torch.equal(exponents, ours.scale), "not the same bytes"
+    return lambda: [function(*expert) for expert in zip(codes, scale)]
+
+
+def written_and_synced(codes, directory):
+    """Writes the source's bytes to a file and waits until they are on the disk."""
+    with tempfile.NamedTemporaryFile(dir=directory) as file:
+        file.write(memoryview(codes.view(torch.uint8).numpy()).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rows(count: int, directory: Path):
     """name -> function without arguments, or the reason why there is none."""
     codes, scale = experts(count)
-    table = {"memory copy of the source": lambda target=torch.empty_like(codes): target.copy_(codes)}
+    table = {
+        "memory copy of the source": lambda target=torch.empty_like(codes): target.copy_(codes),
+        "the source written to disk and synced": lambda: written_and_synced(codes, directory),
+    }
     for rule in RULES:
         table[f"mxforge, rule {rule}"] = lambda rule=rule: quantize(codes, scale, rule=rule)
-    table["torch eager, floor"] = lambda: eager_floor(codes, scale)
+    table["torch eager, floor"] = checked(torch_floor, codes, scale)
+    try:
+        table["torch.compile, floor"] = checked(torch.compile(torch_floor), codes, scale)
+    except Exception as error:  # noqa: BLE001 - whatever the compiler lacks here
+        table["torch.compile, floor"] = f"skipped: {str(error).splitlines()[0]}"
     wide = decode_block_fp8(codes, scale)
     try:
         from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_mx
@@ -84,9 +112,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experts", type=int, default=2, help="experts of 1280 x 4096 weights")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--directory", type=Path, default=Path(__file__).resolve().parents[1] / "results", help="where the disk to measure is")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    table, size = rows(options.experts)
+    table, size = rows(options.experts, options.directory)
     seconds = {name: [] for name, run in table.items() if callable(run)}
     for repetition in range(options.repetitions + 1):
         for name in seconds:

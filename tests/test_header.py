@@ -1,7 +1,11 @@
 """Headers: exactly the format, exactly the library's bytes, and no file that lies about itself."""
 
+import errno
+import fcntl
+import hashlib
 import json
 import math
+import os
 import struct
 
 import pytest
@@ -11,6 +15,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
+from stages.checkpoint import writer as writer_module
+from stages.checkpoint.files import DIRECT
 from stages.checkpoint.header import DTYPE_BYTES, parse_header, read_header, render_header, sorted_specs
 from stages.checkpoint.reader import DTYPES, ShardReader
 from stages.checkpoint.writer import ShardWriter
@@ -85,6 +91,37 @@ def test_a_written_shard_is_read_back_by_the_library_bit_for_bit(tmp_path):
             assert file.get_tensor(name).dtype == tensor.dtype
             assert torch.equal(file.get_tensor(name).float(), tensor.float())
     assert writer.size == (tmp_path / "out.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("refused", ["nothing", "opening", "writing"])
+def test_a_shard_of_many_blocks_is_whole_also_where_direct_writes_are_refused(tmp_path, monkeypatch, refused):
+    """Tensors across block edges, a tail that fills no page; file systems refuse O_DIRECT when opening or when writing, or write less."""
+    monkeypatch.setattr(writer_module, "BLOCK_BYTES", 1 << 16)
+    system_open, system_write, calls = os.open, os.write, []
+
+    def careful_open(path, flags, *mode, **keywords):
+        if refused == "opening" and flags & DIRECT:
+            raise OSError(errno.EINVAL, "refused")
+        return system_open(path, flags, *mode, **keywords)
+
+    def careful_write(handle, data):
+        calls.append(len(data))
+        if refused == "writing" and fcntl.fcntl(handle, fcntl.F_GETFL) & DIRECT:
+            raise OSError(errno.EINVAL, "refused")
+        return system_write(handle, data[:4096 * 3] if len(data) == 1 << 16 else data)
+
+    monkeypatch.setattr(os, "open", careful_open)
+    monkeypatch.setattr(writer_module.os, "write", careful_write)
+    tensors = {name: torch.randint(256, (size,), dtype=torch.uint8) for name, size in zip("abcde", (5, 200_000, 1, 65_536, 77_777))}
+    path = tmp_path / "out.safetensors"
+    with ShardWriter(path, [(name, "U8", tuple(tensor.shape)) for name, tensor in tensors.items()], None, hashed={"b", "e"}) as writer:
+        for name, tensor in tensors.items():
+            for piece in tensor.split(30_000):
+                writer.write(name, piece.numpy())
+    raw = path.read_bytes()
+    assert raw == save(tensors) and len(raw) == writer.size and hashlib.sha256(raw).hexdigest() == writer.sha256
+    assert writer.tensor_sha256 == {name: hashlib.sha256(tensors[name].numpy()).hexdigest() for name in "be"}
+    assert len(calls) > 5
 
 
 @pytest.mark.parametrize("mistake", ["order", "too much", "too little"])

@@ -1,20 +1,29 @@
 """MXFP4 on NVIDIA GPUs with Triton: one read of the weights, one write of the result.
 
 A tile is NB blocks of 32 weights, [NB, 32], one block per row of the tile, so every decision of a block is a reduction over
-the tile's second axis. Decoding:
+the tile's second axis. FP8 is decoded by placing the code's seven bits over float32's last exponent bits, where subnormals
+stay subnormals: one exact product with 2^120, one rounding in the product with the scale, as in kernels.fp8; the same in
+Triton's interpreter and on GPUs without FP8 conversion. u = w * 2^-e0 is exact wherever a code can be other than zero.
 
-    v = m                      if m < 8             m = code & 127; v counts units of 2^-9
-        (8 + m % 8) << (m/8-1) otherwise
-    w = (v * 2^-9) * scale     v has 4 significant bits: one rounding, as in kernels.fp8
+Rule `mse` without `importance` decides by two integers per block. An element's least error is u^2 - T(u), where T is convex and
+piecewise linear, T(u) = sum over neighbours p < q of E2M1 of 2 (q - p) max(0, u - (p + q) / 2). Take x = |w| 2^-b; with r its
+distance from the nearest integer, going from exponent b to b + 1 costs the block
 
-done on integers, because it is the same in Triton's interpreter and on GPUs without FP8 conversion. Rounding to E2M1 runs in
-float32: u = w * 2^-e0 is exact wherever a code can be other than zero. Errors are summed in float64, where they are exact
-(kernels/mxfp4/__init__.py), so neither the reduction's order nor fused multiply-adds can change a byte; `importance` gives
-that up, and there the columns are added one by one with contraction off.
+    sum of max(0, r - 1/4) over x < 2   less   4 sum of max(0, x - 7)         x <= 10
 
-Statistics: a program reduces its tile to three float64 sums, torch adds the programs' sums; no atomics, so that a run
-repeats to the last bit. Roads not taken: tables per tile as in cpu.py (shared-memory lookups cost more here than seven
-comparisons); a hardware cvt.e2m1x2, which only Blackwell has and which cannot choose the exponent.
+At b = e0, x < 8; both sums are of multiples of 2^-25 and 2^-21, exact in int32 as read from float32's bits. Only one comparison
+is needed: b + 1 can win only if amax > 7 * 2^b, and e0 - 1 only if amax < 4.46875 * 2^e0, where the second sum for b = e0 - 1
+is smaller than 31/4, the most the first can be. So b = e0 - 1 for such blocks (x < 8.9375) and b = e0 for all others.
+
+With `importance` errors are summed in float64, the columns added one by one; its launch forbids fused multiply-adds, which
+would skip the rounding of a product. Elsewhere every product that one could absorb is exact, so it cannot change a byte.
+
+Statistics: the 32 squares of a block are added in float32, in units of 4^e, blocks in float64: the decoded energy is exact, the
+other two sums are right to 1e-6, which is 4e-6 dB; converting each weight to float64 would take as many cycles as all the rest.
+A program reduces its blocks' to three sums, torch adds the programs'; no atomics, so that a run repeats to the last bit.
+
+Roads not taken: tables per tile as in cpu.py (shared-memory lookups cost more here than the arithmetic); a hardware
+cvt.e2m1x2, which only Blackwell has and which cannot choose the exponent.
 
 With TRITON_INTERPRET=1, set before the first import of triton, the same kernels run on CPU tensors; for tests, slow.
 """
@@ -27,8 +36,10 @@ from kernels.fp8 import NonFiniteError, check_finite, decode_block_fp8
 
 BLOCK = 32
 RULE_NUMBER = {"mse": 0, "ocp_floor": 1, "even": 2, "rceil": 3}
-BLOCKS_PER_PROGRAM = 64
+BLOCKS_PER_STEP, STEPS = 64, 8
+BLOCKS_PER_PROGRAM = BLOCKS_PER_STEP * STEPS
 BYTES_PER_PROGRAM = 2048
+TWO_TO_120, TWO_TO_126, TWO_TO_MINUS_126 = tl.constexpr(2.0**120), tl.constexpr(2.0**126), tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -44,134 +55,164 @@ def power64(e):
 
 
 @triton.jit
-def round_to_code(x):
-    """Tile function: nearest E2M1 magnitude code (0-7, int32) of float32 x >= 0; ties to even; saturates."""
-    code = (x > 0.25).to(tl.int32) + (x >= 0.75).to(tl.int32) + (x > 1.25).to(tl.int32) + (x >= 1.75).to(tl.int32)
-    return code + (x > 2.5).to(tl.int32) + (x >= 3.5).to(tl.int32) + (x > 5.0).to(tl.int32)
+def round_to_e2m1(u):
+    """Tile function: nearest E2M1 value (float32) of float32 u >= 0; ties to even; saturates.
 
-
-@triton.jit
-def doubled_value(code):
-    """Twice the E2M1 value of a magnitude code, int32: 0 1 2 3 4 6 8 12, the hexadecimal digits of one constant."""
-    return ((0xC8643210 >> (code.to(tl.int64) * 4)) & 15).to(tl.int32)
+    E2M1 steps by p / 2, p the power of two below u or 1: just the ulp that the float32 sum u + 2^22 p has.
+    """
+    clamped = tl.minimum(u, 6.0)
+    p = tl.maximum(clamped.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000).to(tl.float32, bitcast=True)
+    large = p * 4194304.0
+    return (clamped + large) - large
 
 
 @triton.jit
 def decode_fp8(code, scale):
-    """Tile function: float32 weight of e4m3fn codes (int32); infinity for the NaN codes, which the caller refuses."""
-    m = code & 127
-    shift = tl.maximum((m >> 3) - 1, 0)
-    v = tl.where(m < 8, m, (8 + (m & 7)) << shift)
-    magnitude = tl.where(m == 127, float("inf"), (v.to(tl.float32) * 0.001953125) * scale)
-    return tl.where(code > 127, -magnitude, magnitude)
+    """Tile function: float32 |w| of e4m3fn codes (int32); 480 * scale for the NaN codes."""
+    return (((code & 127) << 20).to(tl.float32, bitcast=True) * TWO_TO_120) * scale
 
 
 @triton.jit
-def block_error(x, change: tl.constexpr, factor, WEIGHTED: tl.constexpr):
-    """Tile function: D(e0 + change) per block, [NB] float64; x = |u| float32 [NB, 32], factor float64 [NB, 32]."""
+def block_error(x, change: tl.constexpr, factor):
+    """Tile function: weighted D(e0 + change) per block, [NB] float64; x = |u| float32 and factor float64 [NB, 32]."""
     step: tl.constexpr = 2.0**change
     inverse: tl.constexpr = 2.0 ** (-change)
-    q = doubled_value(round_to_code(x * inverse)).to(tl.float64) * (0.5 * step)
-    term = q * (q - 2.0 * x.to(tl.float64))  # q - 2x has at most 29 bits: exact
-    if WEIGHTED:
-        term = factor * term
-        column = tl.arange(0, 32)[None, :]
-        total = tl.zeros([x.shape[0]], tl.float64)
-        for j in tl.static_range(32):
-            total += tl.sum(tl.where(column == j, term, 0.0), axis=1)  # one term and 31 zeros: picks column j
-        return total
-    else:
-        return tl.sum(term, axis=1)
+    q = round_to_e2m1(x * inverse).to(tl.float64) * step
+    term = factor * (q * (q - 2.0 * x.to(tl.float64)))  # q - 2x has at most 29 bits: one rounding, that of factor * term
+    column = tl.arange(0, 32)[None, :]
+    total = tl.zeros([x.shape[0]], tl.float64)
+    for j in tl.static_range(32):
+        total += tl.sum(tl.where(column == j, term, 0.0), axis=1)  # one term and 31 zeros: picks column j
+    return total
 
 
 @triton.jit
-def choose_exponent(magnitude, factor, RULE: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Tile function: exponents int32 [NB] of |w| float32 [NB, 32]."""
-    amax = tl.max(magnitude, axis=1).to(tl.float64)
-    bits = amax.to(tl.int64, bitcast=True)  # every float32, subnormals too, is a normal float64
-    f = (bits >> 52).to(tl.int32) - 1023
-    fraction = bits & 0xFFFFFFFFFFFFF
-    e = f - 2
+def least_weighted_error(magnitude, e, factor):
+    """Tile function: the exponent of least weighted error beside e, int32 [NB]."""
+    x = magnitude * power32(-e)[:, None]
+    least = block_error(x, 0, factor)
+    up = block_error(x, 1, factor)
+    down = block_error(x, -1, factor)
+    change = tl.where(up < least, 1, 0)
+    least = tl.minimum(up, least)
+    return e + tl.where((down < least) & (e > -127), -1, change)
+
+
+@triton.jit
+def least_error(magnitude, e, fraction):
+    """Tile function: the exponent of least error beside e = e0, int32 [NB]; the two comparisons are in the module docstring."""
+    low = (fraction < 0xF0000) & (e > -127)
+    base = e - low.to(tl.int32)
+    x = magnitude * power32(-base)[:, None]
+    near = tl.minimum(x, 2.0)
+    loss = tl.maximum(tl.abs(near - ((near + 8388608.0) - 8388608.0)), 0.25)  # adding 2^23 rounds to an integer
+    gain = tl.maximum(x - 3.0, 4.0)
+    lost = tl.sum(loss.to(tl.int32, bitcast=True) - 0x3E800000, axis=1)  # in 2^-25: the bits of .25 to .5 count their ulps
+    gained = tl.sum(gain.to(tl.int32, bitcast=True) - 0x40800000, axis=1)  # in 2^-21: those of 4 to 8
+    difference = lost.to(tl.int64) - 64 * gained.to(tl.int64)
+    return base + ((difference < 0) | ((difference == 0) & low)).to(tl.int32)
+
+
+@triton.jit
+def choose_exponent(magnitude, amax, factor, RULE: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Tile function: exponents int32 [NB] of |w| float32 [NB, 32], amax int32 [NB] the bits of each block's largest."""
+    fraction = amax & 0x7FFFFF
+    e = (amax >> 23) - 129  # f - 2; of a subnormal amax some number below -127, as it should be
     if RULE == 2:  # amax / 2^f >= 1.75
-        e += (fraction >= 0xC000000000000).to(tl.int32)
+        e += (fraction >= 0x600000).to(tl.int32)
     if RULE == 3:  # amax > 6 * 2^(f - 2), that is amax / 2^f > 1.5
-        e += (fraction > 0x8000000000000).to(tl.int32)
+        e += (fraction > 0x400000).to(tl.int32)
     e = tl.maximum(e, -127)
     if RULE == 0:
-        x = magnitude * power32(-e)[:, None]
-        least = block_error(x, 0, factor, WEIGHTED)
-        up = block_error(x, 1, factor, WEIGHTED)
-        down = block_error(x, -1, factor, WEIGHTED)
-        change = tl.where(up < least, 1, 0)
-        least = tl.minimum(up, least)
-        e += tl.where((down < least) & (e > -127), -1, change)
+        if WEIGHTED:
+            e = least_weighted_error(magnitude, e, factor)
+        else:
+            e = least_error(magnitude, e, fraction)
     return e
 
 
 @triton.jit
 def quantize_kernel(
-    weight, tile_scale, importance, packed, scale, sums, bad,
-    out, columns, tile_rows, tile_columns, scale_rows, scale_columns,
-    FP8: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr, WEIGHTED: tl.constexpr, NB: tl.constexpr,
+    weight, tile_scale, importance, packed, scale, sums, bad, out, columns, scale_rows, scale_columns,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FP8: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr,
+    WEIGHTED: tl.constexpr, NB: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Pointer kernel. Grid (programs per matrix, E); a program converts NB consecutive blocks of matrix program_id(1)."""
+    """Pointer kernel. Grid (programs per matrix, E); a program converts STEPS * NB consecutive blocks of matrix program_id(1)."""
     expert = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0) * NB + tl.arange(0, NB)
     per_row = columns // 32
-    inside = block < out * per_row
-    row = block // per_row
-    first = (block % per_row) * 32
+    blocks = out * per_row
+    weight += expert * out * columns
+    packed += expert * blocks * 16
+    scale += expert * blocks
+    signal = tl.zeros([NB], tl.float64)
+    error = tl.zeros([NB], tl.float64)
+    decoded = tl.zeros([NB], tl.float64)
+    refused = tl.zeros([NB], tl.int32)
     j = tl.arange(0, 32)
-    mask = inside[:, None] & (j[None, :] >= 0)
-    element = expert * out * columns + row.to(tl.int64)[:, None] * columns + first[:, None] + j[None, :]
-    if FP8:
-        code = tl.load(weight + element, mask=mask, other=0).to(tl.int32)
-        s = tl.load(tile_scale + (expert * scale_rows + row // tile_rows) * scale_columns + first // tile_columns, mask=inside, other=1.0)
-        w = decode_fp8(code, s[:, None])
-    elif BF16:  # by its bits: the interpreter's own conversion loses subnormals
-        w = (tl.load(weight + element, mask=mask, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        w = tl.load(weight + element, mask=mask, other=0.0).to(tl.float32)
-    bits = w.to(tl.int32, bitcast=True)
-    negative = bits < 0
-    refused = (bits & 0x7FFFFFFF) >= 0x7F800000  # NaN or infinite
-    any_refused = tl.max(tl.max(refused.to(tl.int32), axis=1), axis=0)
-    magnitude = tl.where(refused, 0.0, tl.abs(w))
-    factor = magnitude.to(tl.float64)
-    if WEIGHTED:
-        factor = tl.load(importance + first[:, None] + j[None, :], mask=mask, other=0.0).to(tl.float64)
-    e = choose_exponent(magnitude, factor, RULE, WEIGHTED)
-    code = round_to_code(magnitude * power32(-e)[:, None])
+    for step in range(STEPS):
+        block = (tl.program_id(0) * STEPS + step) * NB + tl.arange(0, NB)
+        inside = block < blocks
+        mask = inside[:, None] & (j[None, :] >= 0)
+        element = block[:, None] * 32 + j[None, :]
+        limit = tl.full([NB], 0x7F800000, tl.int32)  # NaN or infinite from here on
+        factor = 0.0
+        if FP8:
+            fp8 = tl.load(weight + element, mask=mask, other=0).to(tl.int32)
+            row = block // per_row
+            tile = (expert * scale_rows + row // TILE_ROWS) * scale_columns + (block - row * per_row) * 32 // TILE_COLUMNS
+            s = tl.load(tile_scale + tile, mask=inside, other=1.0)
+            magnitude = decode_fp8(fp8, s[:, None])
+            limit = (480.0 * s).to(tl.int32, bitcast=True)  # also where it overflows
+            sign = (fp8 >> 4) & 8
+        else:
+            if BF16:  # by its bits: the interpreter's own conversion loses subnormals
+                bits = tl.load(weight + element, mask=mask, other=0).to(tl.int32) << 16
+            else:
+                bits = tl.load(weight + element, mask=mask, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
+            magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+            sign = (bits >> 28) & 8
+        if WEIGHTED:
+            first = (block % per_row) * 32
+            factor = tl.load(importance + first[:, None] + j[None, :], mask=mask, other=0.0).to(tl.float64)
+        amax = tl.max(magnitude.to(tl.int32, bitcast=True), axis=1)
+        refused |= (amax >= limit).to(tl.int32)
+        e = choose_exponent(magnitude, amax, factor, RULE, WEIGHTED)
+        u = magnitude * power32(-e)[:, None]
+        q = round_to_e2m1(u)
 
-    value = doubled_value(code).to(tl.float64) * power64(e - 1)[:, None]
-    exact = magnitude.to(tl.float64)
-    noise = exact - value
-    program = (expert * tl.num_programs(0) + tl.program_id(0)) * 3
-    tl.store(sums + program, tl.sum(tl.sum(exact * exact, axis=1), axis=0))
-    tl.store(sums + program + 1, tl.sum(tl.sum(noise * noise, axis=1), axis=0))
-    tl.store(sums + program + 2, tl.sum(tl.sum(value * value, axis=1), axis=0))
-    tl.store(bad + expert * tl.num_programs(0) + tl.program_id(0), any_refused)
+        noise = u - q  # exact
+        unit = power64(2 * e)
+        signal += tl.sum(u * u, axis=1).to(tl.float64) * unit
+        error += tl.sum(noise * noise, axis=1).to(tl.float64) * unit
+        decoded += tl.sum(q * q, axis=1).to(tl.float64) * unit  # exact: multiples of 1/4 up to 1152
 
-    nibble = code | (negative.to(tl.int32) << 3)
-    low, high = tl.split(tl.reshape(nibble, [NB, 16, 2]))
-    target = expert * out * per_row + block
-    half = tl.arange(0, 16)
-    tl.store(packed + target[:, None] * 16 + half[None, :], (low | (high << 4)).to(tl.uint8), mask=inside[:, None])
-    tl.store(scale + target, (e + 127).to(tl.uint8), mask=inside)
+        code = (q * TWO_TO_MINUS_126).to(tl.int32, bitcast=True) >> 22  # E2M1 is float32's least numbers without 22 bits
+        low, high = tl.split(tl.reshape(code | sign, [NB, 16, 2]))
+        half = tl.arange(0, 16)
+        tl.store(packed + block[:, None] * 16 + half[None, :], (low | (high << 4)).to(tl.uint8), mask=inside[:, None])
+        tl.store(scale + block, (e + 127).to(tl.uint8), mask=inside)
+    program = expert * tl.num_programs(0) + tl.program_id(0)
+    tl.store(sums + program * 3, tl.sum(signal, axis=0))
+    tl.store(sums + program * 3 + 1, tl.sum(error, axis=0))
+    tl.store(sums + program * 3 + 2, tl.sum(decoded, axis=0))
+    tl.store(bad + program, tl.max(refused, axis=0))
 
 
 @triton.jit
 def block_unit(scale):
-    """Tile function: 2^(scale byte - 128), float32: the unit of `doubled_value`. 2^-128 and 2^-127 are subnormal."""
+    """Tile function: 2^(scale byte - 127), float32; 2^-127 is subnormal."""
     s = scale.to(tl.int32)
-    return tl.where(s > 1, (s - 1) << 23, 0x00200000 << s).to(tl.float32, bitcast=True)
+    return tl.where(s > 0, s << 23, 0x00400000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def decode_nibble(nibble, unit):
-    """Tile function: float32 weight of int32 nibbles."""
-    magnitude = doubled_value(nibble & 7).to(tl.float32) * unit
-    return tl.where(nibble > 7, -magnitude, magnitude)
+def decode_nibble(nibble):
+    """Tile function: float32 value of the low four bits of int32.
+
+    The three bits of the magnitude are float32's last exponent bits and first significand bit, 2^-126 of the value, zero and 1/2
+    included; the arithmetic shift leaves copies of the sign between, which the mask removes.
+    """
+    return (((nibble << 28) >> 6) & -0x7E400000).to(tl.float32, bitcast=True) * TWO_TO_126
 
 
 @triton.jit
@@ -181,7 +222,7 @@ def dequantize_kernel(packed, scale, result, bytes_in_all, BF16: tl.constexpr, N
     inside = byte < bytes_in_all
     pair = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
     unit = block_unit(tl.load(scale + byte // 16, mask=inside, other=127))
-    weight = tl.interleave(decode_nibble(pair & 15, unit), decode_nibble(pair >> 4, unit))
+    weight = tl.interleave(decode_nibble(pair) * unit, decode_nibble(pair >> 4) * unit)
     column = tl.program_id(0).to(tl.int64) * (2 * N) + tl.arange(0, 2 * N)
     if BF16:  # result is int16: upper half of the float32, whose lower half is zero for every MXFP4 value
         bits = weight.to(tl.int32, bitcast=True) >> 16
@@ -225,9 +266,9 @@ def quantize(weight, tile_scale, rule, tile, importance):
             source.view(torch.uint8) if fp8 else source.view(torch.int16) if bf16 else source,
             source_scale.contiguous() if fp8 else sums,  # unused pointers still need a tensor
             importance.contiguous() if importance is not None else sums,
-            packed, scale, sums, bad, out, columns, tile[0], tile[1], *(source_scale.shape[1:] if fp8 else (0, 0)),
-            FP8=fp8, BF16=bf16, RULE=RULE_NUMBER[rule], WEIGHTED=importance is not None, NB=BLOCKS_PER_PROGRAM,
-            num_warps=4, enable_fp_fusion=False,
+            packed, scale, sums, bad, out, columns, *(source_scale.shape[1:] if fp8 else (0, 0)),
+            TILE_ROWS=tile[0], TILE_COLUMNS=tile[1], FP8=fp8, BF16=bf16, RULE=RULE_NUMBER[rule],
+            WEIGHTED=importance is not None, NB=BLOCKS_PER_STEP, STEPS=STEPS, num_warps=4, enable_fp_fusion=importance is None,
         )  # fmt: skip
     if bool(bad.any()):
         refuse(weight, tile_scale, tile)
@@ -243,5 +284,5 @@ def dequantize(packed, scale, dtype):
         grid = (triton.cdiv(packed.numel(), BYTES_PER_PROGRAM),)
         bf16 = dtype == torch.bfloat16
         target = result.view(torch.int16) if bf16 else result
-        dequantize_kernel[grid](packed, scale, target, packed.numel(), BF16=bf16, N=BYTES_PER_PROGRAM, num_warps=4)
+        dequantize_kernel[grid](packed, scale, target, packed.numel(), BF16=bf16, N=BYTES_PER_PROGRAM, num_warps=4, enable_fp_fusion=False)
     return result

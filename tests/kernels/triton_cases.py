@@ -39,5 +39,7 @@ def test_nan_infinity_and_bad_tile_scales_are_refused_at_their_index():
     check_refusals("cuda", DEVICE)
 
 
-def test_gemm_is_accurate():
-    check_gemm("cuda", DEVICE, *((1280, 4096, (1, 33, 300)) if LARGE else (72, 160, (1, 7, 40))))
+@pytest.mark.parametrize("shape", [(1280, 4096, (1, 33, 300)), (1280, 1312, (5, 300))] if LARGE else [(72, 160, (1, 7, 40)), (24, 256, (7, 200))])
+def test_gemm_is_accurate(shape):
+    """`in` with and without whole tiles: the kernel reads their scales in different ways."""
+    check_gemm("cuda", DEVICE, *shape)

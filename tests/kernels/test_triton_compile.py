@@ -1,0 +1,129 @@
+"""The Triton kernels become sound machine code for an H100, on a machine without a GPU.
+
+Compiled in a process of its own, because triton reads TRITON_INTERPRET once, when it is imported. There the project's own
+functions run on small CPU tensors, with every launch replaced by its compilation, so that the code examined is the code that
+they would run: their constants, their alignments, their options.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def compile_all(target: int) -> dict[str, dict]:
+    """Call the backends for sm_<target>; name -> stack bytes per thread, PTX, number of machine instructions by opcode."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from kernels.gemm import cuda as gemm
+    from kernels.mxfp4 import cuda as mxfp4
+
+    class Driver:
+        """What a launch asks of a GPU before it compiles."""
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", target, 32)
+
+    def compile_only(kernel, *arguments, grid, warmup, **options):
+        made.append((kernel.__name__, launch(kernel, *arguments, grid=grid, warmup=True, **options)))
+
+    triton.runtime.driver.set_active(Driver())
+    launch, JITFunction.run = JITFunction.run, compile_only
+    tools, result = Path(triton.__file__).parent / "backends" / "nvidia" / "bin", {}
+
+    def quantize(importance=None):
+        weight = torch.zeros(2, 128, 256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        mxfp4.quantize(weight, torch.ones(2, 1, 2), "mse", (128, 128), importance)
+
+    def multiply(tokens, experts, dtype=torch.bfloat16):
+        packed, scale = torch.zeros(experts, 256, 256, dtype=torch.uint8), torch.zeros(experts, 256, 16, dtype=torch.uint8)
+        offsets = torch.linspace(0, tokens, experts + 1).long()
+        gemm.grouped_linear(torch.zeros(tokens, 512, dtype=dtype), packed, scale, offsets)
+
+    cases = {
+        "quantize FP8": quantize,
+        "quantize with importance": lambda: quantize(torch.ones(256)),
+        "dequantize": lambda: mxfp4.dequantize(torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(64, 4, dtype=torch.uint8), torch.bfloat16),
+        "gemm grouped": lambda: multiply(24, 8),
+        "gemm 1024 tokens": lambda: multiply(1024, 1),
+        "gemm float32": lambda: multiply(8, 1, torch.float32),
+    }
+    for name, call in cases.items():
+        made = []
+        call()
+        for kernel, compiled in made:
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(compiled.asm["cubin"])
+                file.flush()
+                usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+                code = subprocess.run([tools / "nvdisasm", "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
+            names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
+            result[f"{name}: {kernel}"] = {
+                "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "ptx": compiled.asm["ptx"],
+                "code": {n: names.count(n) for n in sorted(set(names))},
+            }  # fmt: skip
+    return result
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[str, dict]:
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    missing = [name for name in ("ptxas", "cuobjdump", "nvdisasm") if not (tools / name).exists()]
+    if missing:
+        pytest.skip(f"this triton brings no {', '.join(missing)}")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "CUDA_VISIBLE_DEVICES": ""}
+    environment["TRITON_DISABLE_LINE_INFO"] = "1"  # quicker
+    run = subprocess.run([sys.executable, "-W", "ignore", __file__, "90"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+def count(kernel: dict, start: str) -> int:
+    return sum(n for name, n in kernel["code"].items() if name.startswith(start))
+
+
+def test_no_kernel_spills_registers_or_flushes_subnormals(compiled):
+    assert len(compiled) == 7  # the grouped case launches two
+    for name, kernel in compiled.items():
+        assert kernel["stack"] == 0 and count(kernel, "LDL") + count(kernel, "STL") == 0, f"{name} spills: {kernel['stack']} bytes of stack"
+        assert ".ftz" not in kernel["ptx"], name
+
+
+def test_sums_that_choose_exponents_have_no_contracted_float64_products(compiled):
+    """fl64(importance * term) is rounded before it is added; elsewhere the choice is made on integers."""
+    kernel = compiled["quantize with importance: quantize_kernel"]
+    assert count(kernel, "DMUL") and count(kernel, "DADD") and not count(kernel, "DFMA") and not count(kernel, "FFMA")
+
+
+def test_large_loads_are_vectors(compiled):
+    assert count(compiled["quantize FP8: quantize_kernel"], "LDG.E.128")
+    assert count(compiled["dequantize: dequantize_kernel"], "LDG.E.128") and count(compiled["dequantize: dequantize_kernel"], "STG.E.128")
+
+
+@pytest.mark.parametrize("name, instruction", [("grouped", "HMMA"), ("1024 tokens", "HGMMA")])
+def test_bfloat16_gemm_multiplies_on_tensor_cores_and_loads_ahead(compiled, name, instruction):
+    kernel = compiled[f"gemm {name}: grouped_kernel"]
+    assert count(kernel, instruction), sorted(kernel["code"])
+    assert count(kernel, "LDGSTS") and not count(kernel, "LDG.E.U8"), f"{name}: a load waits in the loop: {sorted(kernel['code'])}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(int(sys.argv[1]))))
