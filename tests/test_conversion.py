@@ -240,6 +240,15 @@ def ready_to_convert(converted, results: Path):
     return settings
 
 
+def test_converting_on_a_cpu_does_without_torch(converted, tmp_path):
+    """Importing it takes longer than converting a gigabyte, and every shard is a process."""
+    ready_to_convert(converted, tmp_path)
+    script = "import sys; from stages.quantize_experts import main; main(); sys.exit('torch' in sys.modules and 'torch was imported')"
+    command = [sys.executable, "-c", script, f"results={tmp_path}", f"source.path={TINY}", "--shard", "model-00002.safetensors"]
+    ran = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert ran.returncode == 0 and "SQNR" in ran.stdout, ran.stderr
+
+
 def test_a_killed_conversion_leaves_no_partial_file_and_a_rerun_gives_the_same_bytes(converted, tmp_path):
     """SIGKILL in the middle of a shard: no file under the final name, and the next run makes the same release."""
     settings = ready_to_convert(converted, tmp_path)
