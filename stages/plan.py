@@ -15,6 +15,7 @@ from pathlib import Path
 from stages.checkpoint.files import human_bytes, read_json, render_json, write_json
 from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
 from stages.dialects.experts import check_experts
+from stages.dialects.plain import WEIGHT_DTYPES
 from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, projection_of
 from stages.download import check_disk
 from stages.errors import UserError, exit_with_one_line
@@ -28,7 +29,6 @@ from stages.settings import RESULTS_FORMAT, Settings, as_dict, load, stage_parse
 
 JOBS_OF_A_SHARD, JOBS_OF_A_RUN = 2, 10  # of the workflow: download and quantize; all others
 SHARD_METADATA = {"format": "pt"}  # the library's readers want to know the framework
-FLOATS = ("BF16", "F16", "F32")
 
 
 def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
@@ -65,7 +65,7 @@ def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
 def _check_weight(name: str, entry: dict, recipe: str, layout: str) -> None:
     """UserError for a weight that cannot become what the recipe makes of it."""
     where = f"{entry['shard']}: {name}"
-    if entry["dialect"] == "plain" and entry["dtype"] not in FLOATS:
+    if entry["dialect"] == "plain" and entry["dtype"] not in WEIGHT_DTYPES:
         raise UserError(f"{where} has dtype {entry['dtype']}, which is no floating-point weight; recipe {recipe} must "
                         "not name it")
     if entry["role"] not in QUANTIZABLE or not entry["matrix"]:
