@@ -27,8 +27,7 @@ def without_collection():
         yield
     finally:
         if was_on:
-            gc.freeze()
-            gc.enable()
+            gc.enable()  # without gc.freeze(), after which triton's modules report at exit that they were never freed
 
 
 def exit_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
