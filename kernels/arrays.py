@@ -3,11 +3,14 @@
 numpy has no BF16 and no FP8. Here uint16 holds BF16 bits and uint8 holds FP8 or E8M0 bytes; float16 and float32 are themselves.
 """
 
+import functools
+
 import numpy as np
 
 from kernels.errors import NonFiniteError
 
 
+@functools.cache
 def e4m3_values() -> np.ndarray:
     """float32 [256]: the value of each e4m3fn code; 0x7f and 0xff are NaN."""
     code = np.arange(256)

@@ -600,12 +600,6 @@ def float_rows(weight, bits, importance, weighted, rule, packed, scales, statist
     return True
 
 
-@functools.cache
-def code_values() -> np.ndarray:
-    """float32 value of each e4m3fn code."""
-    return e4m3_values()
-
-
 def table_shift(weight, tile_scale, tile, importance):
     """log2 of a tile's width in blocks where tables pay and hold all of the matrix, else None."""
     if tile_scale is None or importance is not None or not weight.size or tile[0] * tile[1] < 4096:
@@ -667,7 +661,7 @@ def quantize_matrix(weight, tile_scale=None, *, rule="mse", tile=(128, 128), imp
     with exact_subnormals():
         if shift is not None:
             source = np.ascontiguousarray(weight).reshape(-1)
-            fine = fp8_matrix(source, out, columns, tile_scale, tile[0], np.uint64(shift), code_values(), number_of_rule, *target)
+            fine = fp8_matrix(source, out, columns, tile_scale, tile[0], np.uint64(shift), e4m3_values(), number_of_rule, *target)
         else:
             fine = by_panels(weight, tile_scale, number_of_rule, tile, importance, target)
         if not fine:
@@ -684,7 +678,7 @@ def float_panel(weight, tile_scale, tile, begin, end):
     """Rows begin..end as float32; one rounding where codes are multiplied by their scale."""
     if tile_scale is None:
         return np.ascontiguousarray(to_float32(weight[begin:end]))
-    rows = code_values()[weight[begin:end]]
+    rows = e4m3_values()[weight[begin:end]]
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
         rows *= np.repeat(tile_scale[np.arange(begin, end) // tile[0]], tile[1], axis=1)[:, :weight.shape[1]]
     return rows

@@ -81,14 +81,11 @@ class ShardReader:
         return view
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Raw bytes of a tensor, at most CHUNK at a time.
-
-        Two buffers alternate: a chunk stays valid until the next but one is asked for, so that it can be written meanwhile.
-        """
+        """Raw bytes of a tensor, at most CHUNK at a time; each is valid until the next is asked for."""
         info = self.info(name)
-        buffers = [bytearray(min(CHUNK, info.nbytes)), bytearray(min(CHUNK, max(0, info.nbytes - CHUNK)))]
-        for number, begin in enumerate(range(info.begin, info.end, CHUNK)):
-            yield self._read(begin, min(begin + CHUNK, info.end), buffers[number % 2])
+        buffer = bytearray(min(CHUNK, info.nbytes))
+        for begin in range(info.begin, info.end, CHUNK):
+            yield self._read(begin, min(begin + CHUNK, info.end), buffer)
 
     def sha256(self, name: str) -> str:
         """sha256 of a tensor's bytes."""
@@ -102,7 +99,7 @@ class ShardReader:
         info = self.info(name)
         stride = info.nbytes // info.shape[0] if info.shape[0] else 0
         raw = self._read(info.begin + begin * stride, info.begin + end * stride)
-        return self._tensor(name, raw, (end - begin, *info.shape[1:]))
+        return as_tensor(self._array(name, raw, (end - begin, *info.shape[1:])), info.dtype)
 
     def matrix_array(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None) -> np.ndarray:
         """Rows begin..end of a 2D tensor, or of matrix `expert` of a tensor that has experts first; shape [end - begin, in].
@@ -135,6 +132,3 @@ class ShardReader:
         if dtype not in DTYPES:
             raise UserError(f"{self.path.name}: tensor {name} has dtype {dtype}, which torch cannot hold; it can only pass through")
         return as_array(raw, dtype, shape)
-
-    def _tensor(self, name: str, raw: memoryview, shape: tuple[int, ...]) -> torch.Tensor:
-        return as_tensor(self._array(name, raw, shape), self.info(name).dtype)
