@@ -12,11 +12,12 @@ Every block, whatever its source, takes the same steps:
               and wrong by less than 4e-5 (32 terms of at most 4, added in five levels); where it is within DOUBT of zero
               (mostly exact ties), `exact_change` decides by the float64 sums of the reference.
     codes     how many of the seven midpoints a magnitude has passed
-    sums      of w^2, (w - w_hat)^2 and w_hat^2 in float64: u - q is exact in float32 (q lies within a factor of two of u, or
-              is 0), so are the squares in float64; u itself is exact unless below 2^-126, which only the sums could notice
+    sums      of w^2, (w - w_hat)^2 and w_hat^2. w - w_hat is exact in float32 (w_hat lies within a factor of two of w, or is 0).
+              Squares are added in float64, those of w and w - w_hat from block-FP8 in float32 first, 8 per lane, scaled by a
+              power of two so that none leaves float32's range: relative error at most 6e-7. Those of w_hat stay exact
 
 Block-FP8. All codes of a tile share one scale, so a tile has 127 magnitudes |w| = float32(code) * scale, rounded to float32,
-in the order of their codes. Tables per tile give e0 by code, and per exponent the codes at which the seven midpoints are
+in the order of their codes; 2^octave is the scale's own power of two. Tables per tile give e0 by code, and per exponent the codes at which the seven midpoints are
 passed: `codes` compares bytes. A row of the matrix goes through three loops (exponents, moves, bytes), because a branch on
 what a block needs, taken at random, costs more than reading the row from the cache again.
 
@@ -49,15 +50,15 @@ BLOCK = 32
 RULE_NUMBER = {"mse": 0, "ocp_floor": 1, "even": 2, "rceil": 3}
 MSE, FLOOR, EVEN, RCEIL = range(4)
 PANEL_BYTES = 1 << 18  # float32 row panel: stays in the second-level cache
+SPAN = 4  # blocks of one tile whose squares are added in float32 before float64 takes over
 OCTAVES = 24  # e4m3 spans 18 octaves of e0, and e runs one past either end
 ZERO_BLOCK = OCTAVES - 1  # row of the tables for blocks of zeros, which belong to no octave
 MAY_GO_UP, MAY_GO_DOWN = 64, 32  # added to a block's exponent index while it is not settled
 REFUSED = -1
 DOUBT = np.float32(1e-4)
-LARGEST_SCALE = 128.0  # a tensor with a tile scale from here on goes through panels: tables need scale * 2^120 in float32
+TABLE_SCALES = 2.0**-117, 2.0**112  # with a tile scale outside a tensor goes through panels: here all |w| > 0 are normal float32
 VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-HALF_STEP = (2.0 ** (np.arange(-160, 121) - 1.0)).astype(np.float32)  # [e + 160] is 2^(e - 1); tables need e from -127 to 15
 POWER = 2.0 ** np.arange(-160, 161)  # POWER[e + 160] is 2^e; a call of ldexp costs as much as half a block
 
 
@@ -135,7 +136,7 @@ def define_fill(lanes):
     return fill
 
 
-fill, eight = define_fill(BLOCK), define_fill(8)
+fill, eight = define_fill(BLOCK), define_fill(8)  # eight float64, or eight times the same four bytes
 
 
 def define_operator(symbol, of_integers, of_floats):
@@ -226,6 +227,43 @@ total = define_reduction(lambda builder, a, b: builder.fadd(a, b))
 count = define_reduction(lambda builder, a, b: builder.add(a, b))
 
 
+def fused(builder, a, b, c):
+    """a * b + c, rounded once, also where the machine has no instruction for it: sums are the same everywhere."""
+    bits = 64 if isinstance(a.type.element, ir.DoubleType) else 32
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(a.type, [a.type] * 3), f"llvm.fma.v{a.type.count}f{bits}")
+    return builder.call(function, [a, b, c])
+
+
+@intrinsic
+def multiply_add(typingctx, a, b, c):
+    """a * b + c, rounded once."""
+    return c(a, b, c), lambda context, builder, signature, args: fused(builder, *args)
+
+
+@intrinsic
+def fold_squares(typingctx, a):
+    """Half as many lanes: the squares of lane i and of lane i of the upper half."""
+    half = Vector(a.element, a.lanes // 2)
+
+    def generate(context, builder, signature, args):
+        low, high = (shuffled(builder, args[0], range(begin, begin + half.lanes)) for begin in (0, half.lanes))
+        return fused(builder, low, low, builder.fmul(high, high))
+
+    return half(a), generate
+
+
+@intrinsic
+def fold(typingctx, a):
+    """Half as many lanes: lane i of the upper half is added to lane i."""
+    half = Vector(a.element, a.lanes // 2)
+
+    def generate(context, builder, signature, args):
+        parts = [shuffled(builder, args[0], range(begin, begin + half.lanes)) for begin in (0, half.lanes)]
+        return builder.fadd(*parts)
+
+    return half(a), generate
+
+
 def define_conversion(method, element, lanes=BLOCK):
     """Converts a vector with a method of LLVM's builder."""
 
@@ -237,12 +275,22 @@ def define_conversion(method, element, lanes=BLOCK):
     return convert
 
 
-as_float = define_conversion("bitcast", F32)
+widen_to_64 = define_conversion("fpext", F64, 8)
+as_bytes = define_conversion("bitcast", U8)
 as_pairs = define_conversion("bitcast", U16, BLOCK // 2)
 widen_to_16 = define_conversion("zext", U16)
-widen_to_32 = define_conversion("zext", U32)
 narrow = define_conversion("trunc", U8)
 number = define_conversion("sitofp", F32)
+
+
+@intrinsic
+def half_precision(typingctx, bits):
+    """float32 values of IEEE float16 bits; in one instruction, and subnormals cost nothing, which is why small formats go through it."""
+
+    def generate(context, builder, signature, args):
+        return builder.fpext(builder.bitcast(args[0], ir.VectorType(ir.HalfType(), bits.lanes)), context.get_value_type(signature.return_type))
+
+    return Vector(F32, bits.lanes)(bits), generate
 
 
 @intrinsic
@@ -258,17 +306,13 @@ def fold_pairs(typingctx, pairs):
 
 @intrinsic
 def add_squares(typingctx, sums, v):
-    """Adds the squares of a float32 vector to float64 sums of 8 lanes, lane i to i modulo 8.
-
-    The products are exact in float64, so machines that fuse multiplication and addition and those that do not agree to the bit.
-    """
+    """Adds the squares of a float32 vector to float64 sums of 8 lanes, lane i to i modulo 8."""
 
     def generate(context, builder, signature, args):
         value, wide = args[0], context.get_value_type(sums)
-        multiply_add = cgutils.get_or_insert_function(builder.module, ir.FunctionType(wide, [wide] * 3), f"llvm.fmuladd.v{sums.lanes}f64")
         for begin in range(0, v.lanes, sums.lanes):
             part = builder.fpext(shuffled(builder, args[1], range(begin, begin + sums.lanes)), wide)
-            value = builder.call(multiply_add, [part, part, value])
+            value = fused(builder, part, part, value)
         return value
 
     return sums(sums, v), generate
@@ -402,12 +446,18 @@ def magnitudes(source, begin):
 
 
 @inline
-def decoded(codes, scale):
-    """float32(code) * scale from code magnitudes, rounded once. scale: the tile's * 2^120.
+def decoded(codes, unit):
+    """float32(code) * scale * 2^-n from code magnitudes, rounded once. unit: the tile's scale * 2^(8 - n).
 
-    Code bits moved to a float32's exponent and mantissa make the code's value * 2^-120, subnormal codes included.
+    Code bits moved to a float16's exponent and mantissa make the code's value * 2^-8, subnormal codes included.
     """
-    return as_float(widen_to_32(codes) << fill(np.uint32(20))) * floats(scale)
+    return half_precision(widen_to_16(codes) << fill(np.uint16(7))) * floats(unit)
+
+
+@inline
+def nearest(code):
+    """float32 values of E2M1 codes (0-7) * 2^-14."""
+    return half_precision(widen_to_16(code) << fill(np.uint16(9)))
 
 
 @jit
@@ -426,7 +476,7 @@ def fill_exponents(exponent, bits, lowest, rule):
 
 @jit
 def fill_last(last, begin, weight, t, e):
-    """last[begin + i] = largest code that does not pass midpoint i under exponent e, 126 if none does."""
+    """last[begin + i] = four times the largest code that does not pass midpoint i under exponent e, 126 if none does."""
     low = 0
     for i in range(7):
         middle, high = MIDPOINTS[i] * power(e), 127
@@ -437,7 +487,7 @@ def fill_last(last, begin, weight, t, e):
                 high = code
             else:
                 low = code + 1
-        last[begin + i] = low - 1
+        last[begin + i] = (low - 1) * 0x01010101
 
 
 @inline
@@ -457,60 +507,63 @@ def find_exponents(source, begin, blocks, shift, exponent, chosen, up, down):
 
 
 @inline
-def move_exponents(source, begin, shift, lowest, scale, chosen, which, upwards, block_of):
+def move_exponents(source, begin, shift, lowest, unit, octave, weight, chosen, which, upwards, block_of):
     """Loop 2, mse only: of the listed blocks, those move whose neighbouring exponent is better."""
     for block in which:
         t = np.uint64(block) >> shift
         e = lowest[t] + chosen[block]
-        w = decoded(magnitudes(source, begin + np.uint64(BLOCK * block)), scale[t])
-        u = w * floats(power(-e))
+        codes = magnitudes(source, begin + np.uint64(BLOCK * block))
+        u = decoded(codes, unit[t]) * floats(power(octave[t] - e))
         difference = rise(u) if upwards else fall(u)
         change = np.int64(difference < 0)
         if abs(difference) < DOUBT:
-            store(block_of, np.uint64(0), w)
-            change = abs(exact_change(block_of, e, block_of, 0, False))
+            store(block_of, np.uint64(0), decoded(codes, unit[t]))
+            change = abs(exact_change(block_of, e - octave[t], weight[t], 0, False))
         chosen[block] += change if upwards else -change
 
 
 @inline
-def write_row(source, begin, blocks, shift, lowest, scale, weight, chosen, last, has_last, packed, scales, statistics):
+def write_row(source, begin, blocks, shift, lowest, unit, octave, weight, chosen, last, has_last, packed, scales, statistics):
     """Loop 3: bytes of a row, and its share of the statistics."""
-    signal, error, square = no_sums(), no_sums(), 0.0
+    signal, error, square = no_sums(), no_sums(), no_sums()
     zero = fill(np.uint8(0))
-    for block in range(blocks):
-        t, k = np.uint64(block) >> shift, np.uint64(chosen[block])
-        e = lowest[t] + chosen[block]
-        table = t * np.uint64(OCTAVES) + k
-        passed = table << np.uint64(3)
-        if not has_last[table]:
-            fill_last(last, passed, weight, t, e)
-            has_last[table] = True
-        start = begin + np.uint64(BLOCK * block)
-        target = start >> np.uint64(5)
-        source_codes = load(source, start)
-        codes = source_codes & fill(np.uint8(127))
-        # each comparison gives -1 where a midpoint is passed; the code counts all seven once, the value in halves counts
-        # the first four once, the next two twice, the last four times
-        ones = above(codes, fill(last[passed])) + above(codes, fill(last[passed + np.uint64(1)]))
-        ones = ones + above(codes, fill(last[passed + np.uint64(2)])) + above(codes, fill(last[passed + np.uint64(3)]))
-        twos = above(codes, fill(last[passed + np.uint64(4)])) + above(codes, fill(last[passed + np.uint64(5)]))
-        four = above(codes, fill(last[passed + np.uint64(6)]))
-        code = zero - (ones + twos + four)
-        halves = code - (twos + four + four + four)
-        write_block(code, (source_codes >> fill(np.uint8(4))) & fill(np.uint8(8)), target, packed)
-        if k == ZERO_BLOCK:
-            scales[target] = 0
-            continue
-        scales[target] = e + 127
-        half = HALF_STEP[np.uint64(e + 160)]
-        w = decoded(codes, scale[t])
-        signal = add_squares(signal, w)
-        error = add_squares(error, w - number(widen_to_32(halves)) * floats(half))
-        wide = widen_to_16(halves)
-        square += np.float64(half) * np.float64(half) * np.float64(count(wide * wide))
+    span = SPAN if shift >= np.uint64(2) else 1 << np.int64(shift)
+    for first in range(0, blocks, span):
+        t = np.uint64(first) >> shift
+        signal_of, error_of = fill(np.float32(0)), fill(np.float32(0))
+        for block in range(first, min(first + span, blocks)):
+            k = np.uint64(chosen[block])
+            e = lowest[t] + chosen[block]
+            table = t * np.uint64(OCTAVES) + k
+            passed = table << np.uint64(3)
+            if not has_last[table]:
+                fill_last(last, passed, weight, t, e)
+                has_last[table] = True
+            start = begin + np.uint64(BLOCK * block)
+            target = start >> np.uint64(5)
+            source_codes = load(source, start)
+            codes = source_codes & fill(np.uint8(127))
+            # each comparison gives -1 where a midpoint is passed
+            code = above(codes, as_bytes(eight(last[passed]))) + above(codes, as_bytes(eight(last[passed + np.uint64(1)])))
+            code = code + above(codes, as_bytes(eight(last[passed + np.uint64(2)]))) + above(codes, as_bytes(eight(last[passed + np.uint64(3)])))
+            code = code + above(codes, as_bytes(eight(last[passed + np.uint64(4)]))) + above(codes, as_bytes(eight(last[passed + np.uint64(5)])))
+            code = zero - (code + above(codes, as_bytes(eight(last[passed + np.uint64(6)]))))
+            write_block(code, (source_codes >> fill(np.uint8(4))) & fill(np.uint8(8)), target, packed)
+            if k == ZERO_BLOCK:
+                scales[target] = 0
+                continue
+            scales[target] = e + 127
+            w, q = decoded(codes, unit[t]), nearest(code)
+            difference = multiply_add(q, floats(-power(e - octave[t] + 14)), w)
+            signal_of = multiply_add(w, w, signal_of)
+            error_of = multiply_add(difference, difference, error_of)
+            square = multiply_add(eight(power(e + 14) * power(e + 14)), widen_to_64(fold(fold_squares(q))), square)
+        factor = eight(power(octave[t]) * power(octave[t]))
+        signal = multiply_add(factor, widen_to_64(fold(fold(signal_of))), signal)
+        error = multiply_add(factor, widen_to_64(fold(fold(error_of))), error)
     statistics[0] += total(signal)
     statistics[1] += total(error)
-    statistics[2] += square
+    statistics[2] += total(square)
 
 
 @jit
@@ -522,9 +575,9 @@ def fp8_matrix(source, rows, columns, tile_scale, tile_rows, shift, base, rule, 
     blocks, tiles = columns // BLOCK, tile_scale.shape[1]
     weight = np.empty((tiles, 128), np.float32)
     bits = weight.view(np.uint32)
-    lowest, scale = np.empty(tiles, np.int64), np.empty(tiles, np.float32)
+    lowest, octave, unit = np.empty(tiles, np.int64), np.empty(tiles, np.int64), np.empty(tiles, np.float32)
     exponent = np.empty((tiles, 128), np.int8)
-    last = np.empty(tiles * OCTAVES * 8, np.uint8)
+    last = np.empty(tiles * OCTAVES * 8, np.uint32)
     has_last = np.empty(tiles * OCTAVES, np.bool_)
     chosen = np.empty(blocks, np.int8)
     up, down = np.empty(blocks + 1, np.int32), np.empty(blocks + 1, np.int32)
@@ -532,7 +585,8 @@ def fp8_matrix(source, rows, columns, tile_scale, tile_rows, shift, base, rule, 
     for row in range(rows):
         if row % tile_rows == 0:
             for t in range(tiles):
-                scale[t] = tile_scale[row // tile_rows, t] * np.float32(2.0**120)
+                octave[t] = exponent_of(np.float32(tile_scale[row // tile_rows, t]).view(np.uint32), FLOOR) + 2
+                unit[t] = tile_scale[row // tile_rows, t] * power(8 - octave[t])
                 for code in range(128):
                     weight[t, code] = base[code] * tile_scale[row // tile_rows, t]
             fill_exponents(exponent, bits, lowest, rule)
@@ -541,9 +595,9 @@ def fp8_matrix(source, rows, columns, tile_scale, tile_rows, shift, base, rule, 
         ups, downs = find_exponents(source, begin, blocks, shift, exponent, chosen, up, down)
         if ups < 0:
             return False
-        move_exponents(source, begin, shift, lowest, scale, chosen, up[:ups], True, block_of)
-        move_exponents(source, begin, shift, lowest, scale, chosen, down[:downs], False, block_of)
-        write_row(source, begin, blocks, shift, lowest, scale, weight, chosen, last, has_last, packed, scales, statistics)
+        move_exponents(source, begin, shift, lowest, unit, octave, weight, chosen, up[:ups], True, block_of)
+        move_exponents(source, begin, shift, lowest, unit, octave, weight, chosen, down[:downs], False, block_of)
+        write_row(source, begin, blocks, shift, lowest, unit, octave, weight, chosen, last, has_last, packed, scales, statistics)
     return True
 
 
@@ -611,7 +665,7 @@ def table_shift(weight, tile_scale, tile, importance):
         return None
     else:
         shift = width.bit_length() - 1
-    return shift if float(tile_scale.max()) < LARGEST_SCALE else None
+    return shift if TABLE_SCALES[0] <= float(tile_scale.min()) and float(tile_scale.max()) <= TABLE_SCALES[1] else None
 
 
 @contextmanager

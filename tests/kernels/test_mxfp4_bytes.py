@@ -9,6 +9,7 @@ from kernel_cases import block_fp8, compare, every_code, float_blocks, generator
 from kernels.mxfp4 import RULES, dequantize, quantize
 
 SCALES = [1.0, 0.7, 3e-4, 2.0**-126, 3.1e-38, 1e-40, 3e-43, 2.0**-149, 1e30, 7.5e35, 100.0, 127.99, 128.0]
+SCALES += [1.17 * 2.0**-117, 0.99 * 2.0**-117, 2.0**112, 1.01 * 2.0**112]  # where the cpu kernel goes from tables to panels
 
 
 @pytest.mark.parametrize("rule", RULES)

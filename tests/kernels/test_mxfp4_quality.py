@@ -54,8 +54,8 @@ def test_statistics_are_those_of_the_decoded_weights():
     codes, scale = block_fp8((2, 130, 160))
     made = quantize(codes, scale)
     weight, decoded = decode_block_fp8(codes, scale).double(), dequantize(made.packed, made.scale).double()
-    for got, wanted in ((made.signal, weight**2), (made.error, (weight - decoded) ** 2), (made.decoded, decoded**2)):
-        torch.testing.assert_close(got, wanted.sum((1, 2)), rtol=1e-12, atol=0)
+    for got, wanted, tolerance in ((made.signal, weight**2, 1e-6), (made.error, (weight - decoded) ** 2, 1e-6), (made.decoded, decoded**2, 1e-12)):
+        torch.testing.assert_close(got, wanted.sum((1, 2)), rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
