@@ -3,23 +3,22 @@
 Every block, whatever its source, takes the same steps:
 
     e0        from the bits of its largest magnitude, by integer arithmetic
-    change    mse only: is e0 + 1 or e0 - 1 better? With u = |w| 2^-e0 the differences of squared errors are, term by term,
-                  D(e0 + 1) - D(e0) = tent(u; 0.5, 0.25) + tent(u; 1.5, 0.25) - 4 max(0, u - 7)             for u < 8
-                  D(e0 - 1) - D(e0) = 2 max(0, u - 3.5) - tent(u; 0.25, 0.125) / 2 - tent(u; 0.75, 0.125) / 2   for u <= 4.5
-              where tent(u; c, h) = max(0, h - |u - c|): the two grids differ around c only. So e0 + 1 cannot win unless the
-              largest u exceeds 7, and e0 - 1 cannot unless it is below 4.47: above, it loses more than 31/16 on the largest
-              element, and the other 31 win back at most 1/16 each. At most one neighbour is evaluated. Its sum is float32
-              and wrong by less than 4e-5 (32 terms of at most 4, added in five levels); where it is within DOUBT of zero
-              (mostly exact ties), `exact_change` decides by the float64 sums of the reference.
+    change    mse only: is a neighbour of e0 better? From exponent b to b + 1 the squared error, in units of 4^b, grows by
+                  sum of max(0, r - 1/4) over x < 2   less   4 sum of max(0, x - 7)        x = |w| 2^-b <= 10, r = |x - round(x)|
+              because the two grids differ below 2 and above 7 only. Float32's bits count both terms in whole ulps, of 2^-25 and
+              2^-21, so the sums are exact in int32. One comparison is enough: e0 + 1 can win only where the largest x for b = e0
+              exceeds 7, and e0 - 1 only where that for b = e0 - 1 is below 8.9375: above, the second term alone is 31/4, the
+              most that the other 31 weights can bring in the first. Blocks in between keep e0
     codes     how many of the seven midpoints a magnitude has passed
     sums      of w^2, (w - w_hat)^2 and w_hat^2. w - w_hat is exact in float32 (w_hat lies within a factor of two of w, or is 0).
               Squares are added in float64, those of w and w - w_hat from block-FP8 in float32 first, 8 per lane, scaled by a
               power of two so that none leaves float32's range: relative error at most 6e-7. Those of w_hat stay exact
 
 Block-FP8. All codes of a tile share one scale, so a tile has 127 magnitudes |w| = float32(code) * scale, rounded to float32,
-in the order of their codes; 2^octave is the scale's own power of two. Tables per tile give e0 by code, and per exponent the codes at which the seven midpoints are
-passed: `codes` compares bytes. A row of the matrix goes through three loops (exponents, moves, bytes), because a branch on
-what a block needs, taken at random, costs more than reading the row from the cache again.
+in the order of their codes; 2^octave is the scale's own power of two. Tables per tile give b by code, and per exponent the
+codes at which the seven midpoints are passed: `codes` compares bytes. A row of the matrix goes through three loops
+(exponents, changes, bytes), because a branch on what a block needs, taken at random, costs more than reading the row from
+the cache again.
 
 BF16, F16 and F32 weights, `importance`, and tiles too small to pay for tables go through float32 row panels, which are the
 only temporary copy of the weights.
@@ -53,9 +52,8 @@ PANEL_BYTES = 1 << 18  # float32 row panel: stays in the second-level cache
 SPAN = 4  # blocks of one tile whose squares are added in float32 before float64 takes over
 OCTAVES = 24  # e4m3 spans 18 octaves of e0, and e runs one past either end
 ZERO_BLOCK = OCTAVES - 1  # row of the tables for blocks of zeros, which belong to no octave
-MAY_GO_UP, MAY_GO_DOWN = 64, 32  # added to a block's exponent index while it is not settled
+OPEN, LOW = 64, 32  # added to a block's exponent index b: b + 1 may be better; b is e0 - 1
 REFUSED = -1
-DOUBT = np.float32(1e-4)
 TABLE_SCALES = 2.0**-117, 2.0**112  # with a tile scale outside a tensor goes through panels: here all |w| > 0 are normal float32
 VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
@@ -162,16 +160,22 @@ define_operator(operator.lshift, "shl", None)
 define_operator(operator.rshift, "lshr", None)
 
 
-def larger(builder, a, b):
+def larger(builder, a, b, relation=">"):
     """Lane by lane; neither is NaN."""
     is_float = isinstance(a.type.element if isinstance(a.type, ir.VectorType) else a.type, ir.FloatType)
-    return builder.select(builder.fcmp_ordered(">", a, b) if is_float else builder.icmp_unsigned(">", a, b), a, b)
+    return builder.select((builder.fcmp_ordered if is_float else builder.icmp_unsigned)(relation, a, b), a, b)
 
 
 @intrinsic
 def maximum(typingctx, a, b):
     """The larger of two vectors, lane by lane."""
     return a(a, b), lambda context, builder, signature, args: larger(builder, *args)
+
+
+@intrinsic
+def minimum(typingctx, a, b):
+    """The smaller of two vectors, lane by lane."""
+    return a(a, b), lambda context, builder, signature, args: larger(builder, *args, relation="<")
 
 
 def define_comparison(relation):
@@ -276,6 +280,7 @@ def define_conversion(method, element, lanes=BLOCK):
 
 
 widen_to_64 = define_conversion("fpext", F64, 8)
+bits_of = define_conversion("bitcast", U32)
 as_bytes = define_conversion("bitcast", U8)
 as_pairs = define_conversion("bitcast", U16, BLOCK // 2)
 widen_to_16 = define_conversion("zext", U16)
@@ -359,18 +364,16 @@ def exponent_of(bits, rule):
 
 
 @inline
-def may_move(bits):
-    """What of e0 + 1 and e0 - 1 could be better under mse, by amax's float32 bits: MAY_GO_UP, MAY_GO_DOWN or 0.
+def undecided(bits):
+    """From amax's float32 bits under mse: OPEN where e0 + 1 may be better than e0, OPEN + LOW where e0 - 1 may be, else 0.
 
-    u = 4 * mantissa of amax, so u > 7 where the mantissa exceeds 1.75; u <= 4.5 where it is at most 1.125. Below 2^-125 e0 is
-    clamped to -127: u < 4, so e0 + 1 cannot win, and there is no e0 - 1. Up to 2^-124 e0 is -127, too, and may only rise.
+    x = 4 * mantissa of amax for b = e0, so x > 7 where the mantissa exceeds 1.75, and below 8.9375 / 2 where it is below
+    1.1171875. Up to 2^-124 e0 is -127, the least there is; below 2^-125 it is so because it was clamped, and x < 4.
     """
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
-    if exponent < 2:
-        return 0
-    if mantissa > 0x600000:
-        return MAY_GO_UP
-    return MAY_GO_DOWN if mantissa <= 0x100000 and exponent > 2 else 0
+    if exponent >= 2 and mantissa > 0x600000:
+        return OPEN
+    return OPEN + LOW if exponent > 2 and mantissa < 0xF0000 else 0
 
 
 @inline
@@ -380,23 +383,14 @@ def floats(x):
 
 
 @inline
-def tent(u, center, half):
-    """max(0, half - |u - center|)"""
-    return maximum(floats(0.0), floats(half) - magnitude(u - floats(center)))
-
-
-@inline
-def rise(u):
-    """Sum of the error differences of e0 + 1 to e0: negative where e0 + 1 is better. u < 8."""
-    mirrored = magnitude(u - floats(1.0))  # the tents at 0.5 and 1.5 in one
-    return total(tent(mirrored, 0.5, 0.25) - floats(4.0) * maximum(floats(0.0), u - floats(7.0)))
-
-
-@inline
-def fall(u):
-    """Sum of the error differences of e0 - 1 to e0. u <= 4.5."""
-    mirrored = magnitude(u - floats(0.5))  # the tents at 0.25 and 0.75 in one
-    return total(floats(2.0) * maximum(floats(0.0), u - floats(3.5)) - floats(0.5) * tent(mirrored, 0.25, 0.125))
+def step_up(x, low):
+    """1 where exponent b + 1 is better than b, else 0, by x = |w| 2^-b <= 10; among equals e0 is, which is b + 1 if `low`."""
+    near = minimum(x, floats(2.0))
+    r = magnitude(near - ((near + floats(8388608.0)) - floats(8388608.0)))  # adding 2^23 rounds to an integer
+    lost = count(bits_of(maximum(r, floats(0.25))) - fill(np.uint32(0x3E800000)))  # bits of .25 to .5 count 2^-25
+    gained = count(bits_of(maximum(x - floats(3.0), floats(4.0))) - fill(np.uint32(0x40800000)))  # those of 4 to 8: 2^-21
+    difference = np.int64(lost) - 64 * np.int64(gained)
+    return np.int64(difference < 0 or (difference == 0 and low))
 
 
 @jit
@@ -410,12 +404,11 @@ def value_of(x):
 
 
 @jit
-def exact_change(block, e0, importance, first, weighted):
-    """The mse rule's decision for 32 magnitudes, from the reference's float64 sums; with importance in their stated order."""
+def weighted_change(block, e0, importance, first):
+    """The mse rule's decision for 32 magnitudes with importance: float64 sums in the reference's stated order."""
     same = up = down = 0.0
     for j in range(BLOCK):
-        u = np.float64(block[j]) * power(-e0)
-        factor = np.float64(importance[first + j]) if weighted else 1.0
+        u, factor = np.float64(block[j]) * power(-e0), np.float64(importance[first + j])
         q = value_of(u)
         same += factor * (q * q - 2.0 * u * q)
         q = 2.0 * value_of(0.5 * u)
@@ -462,7 +455,7 @@ def nearest(code):
 
 @jit
 def fill_exponents(exponent, bits, lowest, rule):
-    """exponent[tile, code] = index of e0 above lowest[tile] by a block's largest code, with what may move; or REFUSED."""
+    """exponent[tile, code] = index of b above lowest[tile] by a block's largest code, with OPEN and LOW; or REFUSED."""
     for t in range(len(lowest)):
         lowest[t] = exponent_of(bits[t, 1], FLOOR) - 1
         exponent[t, 0] = ZERO_BLOCK
@@ -470,8 +463,10 @@ def fill_exponents(exponent, bits, lowest, rule):
             if bits[t, code] >= 0x7F800000:
                 exponent[t, code] = REFUSED
                 continue
-            e = exponent_of(bits[t, code], rule)
-            exponent[t, code] = e - lowest[t] + (may_move(bits[t, code]) if rule == MSE else 0)
+            exponent[t, code] = exponent_of(bits[t, code], rule) - lowest[t]
+            if rule == MSE:
+                more = undecided(bits[t, code])
+                exponent[t, code] += more - (more & LOW) // LOW
 
 
 @jit
@@ -491,35 +486,28 @@ def fill_last(last, begin, weight, t, e):
 
 
 @inline
-def find_exponents(source, begin, blocks, shift, exponent, chosen, up, down):
-    """Loop 1: chosen[block] = index of e0; lists of the blocks that may move. Their lengths, -1 if a weight is not finite."""
-    ups = downs = 0
+def find_exponents(source, begin, blocks, shift, exponent, chosen, open_blocks):
+    """Loop 1: chosen[block] = index of b, with LOW; lists the blocks that are OPEN. Their number, -1 if a weight is not finite."""
+    found = 0
     for block in range(blocks):
         top = largest(magnitudes(source, begin + np.uint64(BLOCK * block)))
         k = exponent[np.uint64(block) >> shift, top]
         if k < 0:
-            return -1, 0
-        chosen[block] = k & 31
-        up[ups] = down[downs] = block
-        ups += k >> 6
-        downs += (k >> 5) & 1
-    return ups, downs
+            return -1
+        chosen[block] = k & (OPEN - 1)
+        open_blocks[found] = block
+        found += k // OPEN
+    return found
 
 
 @inline
-def move_exponents(source, begin, shift, lowest, unit, octave, weight, chosen, which, upwards, block_of):
-    """Loop 2, mse only: of the listed blocks, those move whose neighbouring exponent is better."""
-    for block in which:
-        t = np.uint64(block) >> shift
-        e = lowest[t] + chosen[block]
-        codes = magnitudes(source, begin + np.uint64(BLOCK * block))
-        u = decoded(codes, unit[t]) * floats(power(octave[t] - e))
-        difference = rise(u) if upwards else fall(u)
-        change = np.int64(difference < 0)
-        if abs(difference) < DOUBT:
-            store(block_of, np.uint64(0), decoded(codes, unit[t]))
-            change = abs(exact_change(block_of, e - octave[t], weight[t], 0, False))
-        chosen[block] += change if upwards else -change
+def decide_exponents(source, begin, shift, lowest, unit, octave, chosen, open_blocks):
+    """Loop 2, mse only: of the listed blocks, those rise to b + 1 for which it is better."""
+    for block in open_blocks:
+        t, low = np.uint64(block) >> shift, chosen[block] & LOW
+        k = chosen[block] - low
+        w = decoded(magnitudes(source, begin + np.uint64(BLOCK * block)), unit[t])
+        chosen[block] = k + step_up(w * floats(power(octave[t] - lowest[t] - k)), low != 0)
 
 
 @inline
@@ -580,8 +568,7 @@ def fp8_matrix(source, rows, columns, tile_scale, tile_rows, shift, base, rule, 
     last = np.empty(tiles * OCTAVES * 8, np.uint32)
     has_last = np.empty(tiles * OCTAVES, np.bool_)
     chosen = np.empty(blocks, np.int8)
-    up, down = np.empty(blocks + 1, np.int32), np.empty(blocks + 1, np.int32)
-    block_of = np.empty(BLOCK, np.float32)
+    open_blocks = np.empty(blocks + 1, np.int32)
     for row in range(rows):
         if row % tile_rows == 0:
             for t in range(tiles):
@@ -592,11 +579,10 @@ def fp8_matrix(source, rows, columns, tile_scale, tile_rows, shift, base, rule, 
             fill_exponents(exponent, bits, lowest, rule)
             has_last[:] = False
         begin = np.uint64(row * columns)
-        ups, downs = find_exponents(source, begin, blocks, shift, exponent, chosen, up, down)
-        if ups < 0:
+        found = find_exponents(source, begin, blocks, shift, exponent, chosen, open_blocks)
+        if found < 0:
             return False
-        move_exponents(source, begin, shift, lowest, unit, octave, weight, chosen, up[:ups], True, block_of)
-        move_exponents(source, begin, shift, lowest, unit, octave, weight, chosen, down[:downs], False, block_of)
+        decide_exponents(source, begin, shift, lowest, unit, octave, chosen, open_blocks[:found])
         write_row(source, begin, blocks, shift, lowest, unit, octave, weight, chosen, last, has_last, packed, scales, statistics)
     return True
 
@@ -621,19 +607,14 @@ def float_rows(weight, bits, importance, weighted, rule, packed, scales, statist
             if top >= 0x7F800000:
                 return False
             e = exponent_of(top, rule)
-            if rule == MSE and top:
+            if rule == MSE and top and weighted:
                 store(block_of, np.uint64(0), w)
-                if weighted:
-                    e += exact_change(block_of, e, importance, column, True)
-                else:
-                    move = may_move(top)
-                    if move:
-                        u = w * floats(power(-e))
-                        difference = rise(u) if move == MAY_GO_UP else fall(u)
-                        change = np.int64(difference < 0)
-                        if abs(difference) < DOUBT:
-                            change = abs(exact_change(block_of, e, importance, 0, False))
-                        e += change if move == MAY_GO_UP else -change
+                e += weighted_change(block_of, e, importance, column)
+            elif rule == MSE:
+                more = undecided(top)
+                if more:
+                    low = (more & LOW) // LOW
+                    e += step_up(w * floats(power(low - e)), low == 1) - low
             u = w * floats(power(-e))
             ones = above(u, floats(0.25)) + reached(u, floats(0.75))
             ones = ones + above(u, floats(1.25)) + reached(u, floats(1.75))
