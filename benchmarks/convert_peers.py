@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 from convert_cpu import COLUMNS, PROJECT, ROWS, read_into_cache, timed
-from safetensors.torch import save_file
+
+from stages.checkpoint.header import render_header, sorted_specs
 
 PEER = """
 import sys, time
@@ -38,12 +39,17 @@ def make_source(directory: Path, experts: int) -> int:
     """Writes the checkpoint; returns the bytes of its shard."""
     directory.mkdir()
     generator, tensors = torch.Generator().manual_seed(0), {}
-    for expert in range(experts):
-        for name, rows, columns in (("gate", ROWS, COLUMNS), ("up", ROWS, COLUMNS), ("down", COLUMNS, ROWS)):
+    for name, rows, columns in (("gate", ROWS, COLUMNS), ("up", ROWS, COLUMNS), ("down", COLUMNS, ROWS)):
+        codes = (torch.randn(rows, columns, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        scale = torch.rand(rows // 128, columns // 128, generator=generator) * 1e-4 + 1e-4
+        for expert in range(experts):
             prefix = f"model.layers.0.mlp.experts.{expert}.{name}_proj.weight"
-            tensors[prefix] = (torch.randn(rows, columns, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
-            tensors[f"{prefix}_scale_inv"] = torch.rand(rows // 128, columns // 128, generator=generator) * 1e-4 + 1e-4
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+            tensors[prefix], tensors[f"{prefix}_scale_inv"] = ("F8_E4M3", codes.view(torch.uint8)), ("F32", scale)
+    specs = sorted_specs([(name, dtype, tuple(tensor.shape)) for name, (dtype, tensor) in tensors.items()])
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(render_header(specs, {"format": "pt"}))
+        for name, _, _ in specs:
+            file.write(tensors[name][1].numpy().tobytes())
     (directory / "config.json").write_text(json.dumps({
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_hidden_layers": 1, "hidden_size": COLUMNS, "num_experts": experts,
         "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}}))
@@ -59,6 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     seconds: dict[str, list[float]] = {"llm-compressor": [], "llm-compressor, after its start": [], "mxforge, all stages": [],
                                        "mxforge, its shard": []}
+    memory: dict[str, list[int]] = {"llm-compressor": [], "mxforge, its shard": []}
     with tempfile.TemporaryDirectory(dir=PROJECT / "results") as temporary:
         size = make_source(Path(temporary) / "source", arguments.experts)
         settings = ["source=local", f"source.path={temporary}/source", f"results={temporary}/results"]
@@ -66,23 +73,26 @@ def main() -> None:
             shutil.rmtree(f"{temporary}/peer", ignore_errors=True)
             shutil.rmtree(f"{temporary}/results", ignore_errors=True)
             read_into_cache(Path(temporary) / "source" / "model.safetensors")
-            took, _, output = timed([arguments.peer, "-c", PEER, f"{temporary}/source", f"{temporary}/peer"])
+            took, resident, output = timed([arguments.peer, "-c", PEER, f"{temporary}/source", f"{temporary}/peer"])
             seconds["llm-compressor"].append(took)
+            memory["llm-compressor"].append(resident)
             seconds["llm-compressor, after its start"].append(float(output.rpartition("worked")[2]))
             read_into_cache(Path(temporary) / "source" / "model.safetensors")
             total = 0.0
             for stage in ("download --metadata", "inspect_format", "plan", "download --shard model.safetensors",
                           "quantize_experts --shard model.safetensors", "assemble_release"):
                 name, *extra = stage.split()
-                took = timed([sys.executable, "-m", f"stages.{name}", *settings, *extra])[0]
+                took, resident, _ = timed([sys.executable, "-m", f"stages.{name}", *settings, *extra])
                 total += took
                 if name == "quantize_experts":
                     seconds["mxforge, its shard"].append(took)
+                    memory["mxforge, its shard"].append(resident)
             seconds["mxforge, all stages"].append(total)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"{size / 1e9:.2f} GB of block FP8, warm; medians of {arguments.repetitions}, taken in turn")
     for name, median in medians.items():
         print(f"{name:31} {median:7.1f} s  {size / median / 1e6:7.1f} MB/s of source")
+    print("peak resident memory: " + ", ".join(f"{name} {max(values) / 1e6:.0f} MB" for name, values in memory.items()))
     print(f"end to end: {medians['llm-compressor'] / medians['mxforge, all stages']:.1f} times as fast; without the peer's start against our "
           f"whole process for the shard: {medians['llm-compressor, after its start'] / medians['mxforge, its shard']:.1f}")
 

@@ -31,7 +31,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from kernels import mxfp4
 from kernels.arrays import first_index, to_float32
 from kernels.errors import NonFiniteError
-from stages.checkpoint.files import human_bytes, sha256_file, write_json
+from stages.checkpoint.files import human_bytes, read_json, sha256_file, write_json
 from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import ShardReader, as_array
 from stages.checkpoint.writer import ShardWriter
@@ -248,6 +248,15 @@ def _check_header(reader: ShardReader, plan: dict, shard: str) -> None:
                                 f"{entry['dtype']} {entry['shape']} when it was inspected; run inspect_format again")
 
 
+def _check_digest(settings: Settings, shard: str, digest: str) -> None:
+    """UserError where the bytes that were converted are not those that the hub listed; the download is deleted."""
+    listed = read_json(settings.source_directory / "listing.json", "download --metadata")["files"].get(shard, {}).get("sha256")
+    if listed and digest != listed:
+        (settings.shard_directory / shard).unlink()
+        raise UserError(f"{settings.shard_directory / shard}: has sha256 {digest[:12]}..., the hub listed {listed[:12]}...; it was changed "
+                        f"after it was downloaded and is deleted, run again (or download --shard {shard})")
+
+
 def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Quantizer, writer: ShardWriter, progress: ProgressReport) -> None:
     """Streams all tensors of the output file, in its order."""
     pending: dict[Matrix, list] = {}  # scale bytes wait until their codes are written
@@ -296,7 +305,8 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
         kept = {output.name for output in outputs if output.part == "weight"}
         with ShardWriter(target, specs_of(outputs), SHARD_METADATA, kept) as writer:
             _write(plan, outputs, reader, quantizer, writer, progress)
-        source_digest = source_sha256.result()
+            source_digest = source_sha256.result()
+            _check_digest(settings, shard, source_digest)  # before the output takes its name
     assert writer.size == promised["file_bytes"], f"{shard}: {writer.size} bytes, planned {promised['file_bytes']}"
     seconds = time.monotonic() - start
     source_bytes = source_path.stat().st_size

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stages import download, evaluate
+from stages import download, evaluate, inspect_format, plan, quantize_experts
 from stages.checkpoint.header import render_header
 from stages.errors import UserError
 from stages.settings import load
@@ -262,6 +262,22 @@ def test_bytes_that_are_not_those_the_hub_listed_are_deleted_and_refused(hub, se
     assert not list((settings.shard_directory).glob("*"))
     hub.corrupt = None
     assert download.fetch_shard(settings, SHARD).exists()
+
+
+def test_a_download_that_changed_before_it_is_converted_is_deleted_and_refused(hub, settings):
+    download.fetch_metadata(settings)
+    inspect_format.run(settings)
+    made = plan.run(settings)
+    path = download.fetch_shard(settings, SHARD)
+    last = path.read_bytes()[-1]
+    with open(path, "r+b") as file:  # one bit of a weight, which no other check could see
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(UserError, match=rf"{SHARD}: has sha256 .* the hub listed .* changed after it was downloaded"):
+        quantize_experts.convert_shard(settings, made, SHARD)
+    assert not path.exists() and not list((settings.run_directory / "shards").glob("*"))
+    download.fetch_shard(settings, SHARD)
+    assert quantize_experts.convert_shard(settings, made, SHARD)["source"]["sha256"] == hashlib.sha256((TINY / SHARD).read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(("change", "words"), [
