@@ -3,7 +3,7 @@
 A shard of routed experts at Step-3.7 shapes (1280 x 4096 and 4096 x 1280, block FP8) is made in a temporary directory on the
 disk of --directory. In turn, `--repetitions` times: one process runs the quantize_experts stage (start, read, convert, hash,
 write, fsync), one copies the same source bytes and syncs them, and one does the bare work on them in this order: read a matrix,
-convert it, write it, without hashes, sync or the process's start. Printed: medians, their ratios, and the converter's peak
+convert it, write it, without hashes, sync or the process's start; each writes a new file. Printed: medians, their ratios, and the converter's peak
 resident memory. With --cold the source is dropped from the page cache before each, as it is when a shard was downloaded long
 ago; without, both read from the page cache and the disk is in the figures through what is written and synced.
 
@@ -144,6 +144,8 @@ def main() -> None:
         memory = []
         for _ in range(arguments.repetitions):
             for name, command in (("convert", convert), ("copy", copy), ("bare work", bare)):
+                for made in (f"{temporary}/copy", f"{temporary}/bare", *Path(temporary).glob(f"results/*/*/shards/{source.name}")):
+                    Path(made).unlink(missing_ok=True)
                 (drop_from_cache if arguments.cold else read_into_cache)(source)
                 took, resident, output = timed(command)
                 seconds[name].append(float(output) if command is bare else took)
