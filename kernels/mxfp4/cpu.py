@@ -290,10 +290,20 @@ number = define_conversion("sitofp", F32)
 
 @intrinsic
 def half_precision(typingctx, bits):
-    """float32 values of IEEE float16 bits; in one instruction, and subnormals cost nothing, which is why small formats go through it."""
+    """float32 values of non-negative finite IEEE float16 bits.
+
+    One instruction on nearly all machines, for which subnormals cost nothing, unlike for a multiplication: that is why small formats
+    go through it. Where LLVM would call a library that numba does not bring, the bits move to float32's place and are scaled.
+    """
 
     def generate(context, builder, signature, args):
-        return builder.fpext(builder.bitcast(args[0], ir.VectorType(ir.HalfType(), bits.lanes)), context.get_value_type(signature.return_type))
+        kind = context.get_value_type(signature.return_type)
+        triple, _, features = context.codegen().magic_tuple()
+        if "+f16c" in features.split(",") or triple.startswith(("aarch64", "arm64")):
+            return builder.fpext(builder.bitcast(args[0], ir.VectorType(ir.HalfType(), bits.lanes)), kind)
+        wide = ir.VectorType(ir.IntType(32), bits.lanes)
+        moved = builder.shl(builder.zext(args[0], wide), ir.Constant(wide, [13] * bits.lanes))
+        return builder.fmul(builder.bitcast(moved, kind), ir.Constant(kind, [2.0**112] * bits.lanes))
 
     return Vector(F32, bits.lanes)(bits), generate
 

@@ -1,5 +1,11 @@
 """The CPU backend writes the reference's bytes, whatever the weights."""
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -150,3 +156,16 @@ def test_fresh_fp8_blocks_convert_alike(data):
 @settings(max_examples=40, deadline=None)
 def test_fresh_float_blocks_convert_alike(values, rule):
     compare("cpu", "cpu", torch.tensor([values]), name="fresh", rule=rule)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the processor that is pretended is an x86-64 one")
+def test_a_processor_without_newer_instructions_gives_the_same_bytes_and_sums(tmp_path):
+    codes, scale = every_code(0.7)
+    here = quantize(codes, scale)
+    code = ("from kernel_cases import every_code; from kernels.mxfp4 import quantize; made = quantize(*every_code(0.7))\n"
+            "print(made.packed.sum().item(), made.scale.sum().item(), *(x.item().hex() for x in made[2:]))")
+    old = {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | old | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-500:]
+    assert run.stdout.split() == [str(here.packed.sum().item()), str(here.scale.sum().item()), *(x.item().hex() for x in here[2:])]
