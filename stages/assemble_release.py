@@ -34,7 +34,9 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
     for shard in plan["shards"]:
         path = (settings.run_directory / "shards" / shard).with_suffix(".json")
         receipt = read_json(path, f"quantize_experts --shard {shard}")
-        if receipt["plan_sha256"] != plan_hash(plan, shard):
+        if not all(isinstance(receipt.get(key), dict) for key in ("source", "output", "tensors", "quantized")):
+            raise UserError(f"{path} is damaged: delete it and run quantize_experts --shard {shard} again")
+        if receipt.get("plan_sha256") != plan_hash(plan, shard):
             raise UserError(f"{path} was made under another plan; run quantize_experts --shard {shard} again")
         receipts[shard] = receipt
     return receipts

@@ -141,7 +141,7 @@ def _list_local(source: SourceSettings) -> list[SourceFile]:
 def _hub_error(source: SourceSettings, what: str, error: Exception) -> UserError:
     from huggingface_hub import errors
 
-    place = f"{source.repository}@{source.revision[:12]}"
+    place = f"{source.repository}@{source.revision[:12]}" if source.revision else source.repository
     remedies = (
         (errors.GatedRepoError, "access must be granted: accept the licence on the hub and set HF_TOKEN"),
         (errors.RepositoryNotFoundError, "no such repository, or it is private: check source.repository and set HF_TOKEN"),

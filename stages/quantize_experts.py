@@ -149,6 +149,7 @@ class Places:
         info = TensorInfo(stored["dtype"], tuple(stored["shape"]), 0, stored["bytes"])
         if self._settings.source.path:
             with ShardReader(Path(self._settings.source.path) / stored["shard"]) as other:
+                _check_tensor(other, stored["shard"], name, stored)
                 return Loose(other.array(name), info)
         return Loose(as_array(bytearray(read_tensor_bytes(self._settings, stored["shard"], name)), info.dtype, info.shape), info)
 
@@ -240,12 +241,25 @@ def check_kept(name: str, entry: dict, chunk: memoryview, begin: int) -> None:
 
 def _check_header(reader: ShardReader, plan: dict, shard: str) -> None:
     """UserError where the shard is not the one that was inspected."""
+    planned = {name for name, entry in plan["tensors"].items() if entry["shard"] == shard}
+    if more := sorted(set(reader.header.tensors) - planned):
+        raise UserError(f"{shard}: tensor {more[0]} was not there when it was inspected; run download --metadata and inspect_format again")
     for name, entry in plan["tensors"].items():
         if entry["shard"] == shard:
-            info = reader.info(name)
-            if (info.dtype, list(info.shape)) != (entry["dtype"], entry["shape"]):
-                raise UserError(f"{shard}: tensor {name} is {info.dtype} {list(info.shape)}, but was "
-                                f"{entry['dtype']} {entry['shape']} when it was inspected; run inspect_format again")
+            _check_tensor(reader, shard, name, entry)
+
+
+def _check_tensor(reader: ShardReader, shard: str, name: str, entry: dict) -> None:
+    info = reader.info(name)
+    if (info.dtype, list(info.shape)) != (entry["dtype"], entry["shape"]):
+        raise UserError(f"{shard}: tensor {name} is {info.dtype} {list(info.shape)}, but was "
+                        f"{entry['dtype']} {entry['shape']} when it was inspected; run inspect_format again")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _check_digest(settings: Settings, shard: str, digest: str) -> None:
@@ -290,6 +304,7 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
     promised = plan["shards"][shard]
     check_disk(target.parent, promised["file_bytes"], f"converted shard {shard}")
     with ExitStack() as stack:
+        identity = _identity(source_path)
         stop = threading.Event()
         hashing = stack.enter_context(ThreadPoolExecutor(1, "source-hash"))
         stack.callback(stop.set)  # runs before the executor waits, so a failure shows at once
@@ -306,7 +321,9 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
         with ShardWriter(target, specs_of(outputs), SHARD_METADATA, kept) as writer:
             _write(plan, outputs, reader, quantizer, writer, progress)
             source_digest = source_sha256.result()
-            _check_digest(settings, shard, source_digest)  # before the output takes its name
+            if _identity(source_path) != identity:  # before the output takes its name
+                raise UserError(f"{source_path} changed while it was converted; run download --metadata and inspect_format again")
+            _check_digest(settings, shard, source_digest)
     assert writer.size == promised["file_bytes"], f"{shard}: {writer.size} bytes, planned {promised['file_bytes']}"
     seconds = time.monotonic() - start
     source_bytes = source_path.stat().st_size

@@ -24,7 +24,7 @@ from stages.errors import exit_with_one_line
 from stages.plan import by_role, read_plan
 from stages.serving.commands import client_example, serve_commands
 from stages.serving.plots import serving_plot
-from stages.settings import Settings, load, stage_parser
+from stages.settings import Settings, command_for, load, stage_parser
 
 PACKAGES = ("torch", "numpy", "numba", "triton", "safetensors", "transformers", "snakemake", "hydra-core", "dvc")
 PROJECTION_COLORS = {"gate": "#2a78d6", "up": "#1baf7a", "down": "#eda100"}
@@ -149,8 +149,7 @@ def facts(settings: Settings) -> dict:
         "versions": versions(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "source_card": source_card(settings),
-        "command": f"snakemake --cores all --config source={_choice('source', settings.source.name)} "
-                   f"recipe={settings.recipe.name}",
+        "command": command_for(settings),
     }
 
 
@@ -161,12 +160,6 @@ def source_card(settings: Settings) -> str | None:
         return None
     text = path.read_text(encoding="utf-8", errors="replace")
     return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S)
-
-
-def _choice(group: str, name: str) -> str:
-    from stages.settings import choices
-
-    return name if name in choices(group) else "local"
 
 
 def _environment() -> jinja2.Environment:

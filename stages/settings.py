@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,6 +152,7 @@ class Settings:
         return Path(self.results) / str(self.source.name) / self.recipe.name
 
 
+OPEN_DICTIONARY = re.compile(r"\+{0,2}serving\.(goodput_ms|variables)\b")  # whose keys the user names, for which Hydra wants `++`
 ConfigStore.instance().store(name="schema", node=Settings)  # the first entry of conf/config.yaml's defaults list
 
 
@@ -191,21 +193,59 @@ def _one_line(error: Exception) -> str:
     return "conf: " + (f"{key.group(1)}: " if key else "") + " ".join(keep[:2])
 
 
+def _compose(overrides) -> Settings:
+    """conf/ with overrides, not yet checked beyond keys and types."""
+    overrides = ["++" + item.lstrip("+") if OPEN_DICTIONARY.match(item) else item for item in overrides]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="mxforge"):
+            composed = compose(config_name="config", overrides=overrides)
+        # merged once more because Hydra's `+key=value` may add keys that the schema does not have
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.to_container(composed)))
+    except ValueError as error:
+        if "Config group override" not in str(error):
+            raise
+        groups = ", ".join(field_.name for field_ in dataclasses.fields(Settings) if field_.name != "results")
+        raise UserError(f"conf: each of {groups} is chosen by the name of a file in conf/, not by null, a number or true and false: "
+                        f"got {' '.join(overrides)}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from None
+
+
+def _literal(value: object) -> str:
+    """A value in Hydra's notation."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_literal(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[A-Za-z_/][\w./-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf") else \
+            "'" + value.replace("'", "\\'") + "'"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def command_for(settings: Settings) -> str:
+    """The snakemake command that makes the same release: choices of conf/, and what differs from them."""
+    source = settings.source
+    chosen = {"source": source.name if source.name in choices("source") else "local" if source.path else "hub",
+              "recipe": settings.recipe.name, "release": settings.release.name}
+    chosen = {group: name for group, name in chosen.items() if name in choices(group)}
+    plain = as_dict(_compose([f"{group}={name}" for group, name in chosen.items()]))
+    different = [f"{group}.{key}={_literal(value)}" for group in ("source", "recipe", "release")
+                 for key, value in as_dict(getattr(settings, group)).items() if value != plain[group][key]]
+    command = "snakemake --cores all --config " + " ".join(f"{group}={name}" for group, name in chosen.items() if (group, name) != ("release", "default"))
+    if different:
+        command += " " + shlex.quote(f"overrides={json.dumps(different)}")
+    return command
+
+
 def load(overrides: list[str] | tuple[str, ...] = (), ask: bool = False) -> Settings:
     """Composes conf/ with Hydra overrides (`recipe=...`, `source.path=...`) and checks it against the schema.
 
     ask: let the hub say, once, at which revision a source stands that names none.
     Raises UserError with one line for a misspelt key, an unknown choice or a value of the wrong type.
     """
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="mxforge"):
-            composed = compose(config_name="config", overrides=list(overrides))
-        # merged once more because Hydra's `+key=value` may add keys that the schema does not have
-        settings: Settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings),
-                                                                 OmegaConf.to_container(composed)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error)) from None
+    settings = _compose(overrides)
     _check(settings)
     if settings.source.repository and not settings.source.revision:
         _pin(settings, ask)
@@ -258,21 +298,27 @@ def _check(settings: Settings) -> None:
     ):
         if value not in allowed:
             raise UserError(f"conf: {key} is {value!r}; choose one of {', '.join(allowed)}")
-    for key, value in (("device.lane", settings.device.lane), ("evaluation.context", settings.evaluation.context),
-                       ("evaluation.stride", settings.evaluation.stride)):
-        if value < 1:
-            raise UserError(f"conf: {key} is {value}; it must be at least 1")
+    for key, least in (("device.lane", 1), ("device.memory_mb", 1), ("evaluation.context", 2), ("evaluation.stride", 1),
+                       ("evaluation.maximum_tokens", 2), ("evaluation.gemm_tensors", 1), ("evaluation.gemm_tokens", 1),
+                       ("evaluation.memory_gb", 0), ("release.minimum_sqnr_db", 0), ("serving.windows", 1), ("serving.output_tokens", 1),
+                       ("serving.prompt_tokens", 1), ("serving.ramp_seconds", 0)):
+        group, name = key.split(".")
+        value = getattr(getattr(settings, group), name)
+        if value is not None and not value >= least:  # NaN is not
+            raise UserError(f"conf: {key} is {value}; it must be at least {least}")
+    if not settings.results:
+        raise UserError("conf: results is empty; name the directory that everything is written to")
     if settings.serving.kind == "endpoint" and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", settings.serving.url or ""):
         raise UserError(f"conf: serving=endpoint needs serving.url=http://HOST:PORT, not {settings.serving.url!r}")
     serving = settings.serving
-    for key, value in (("windows", serving.windows), ("output_tokens", serving.output_tokens),
-                       ("prompt_tokens", serving.prompt_tokens), *(("concurrencies", n) for n in serving.concurrencies)):
-        if value < 1:
-            raise UserError(f"conf: serving.{key} has {value}; it must be at least 1")
-    if serving.window_seconds <= 0 or serving.ramp_seconds < 0:
-        raise UserError("conf: serving.window_seconds must be above 0 and serving.ramp_seconds not below")
+    if not serving.concurrencies or min(serving.concurrencies) < 1:
+        raise UserError(f"conf: serving.concurrencies is {serving.concurrencies}; it must name numbers of streams, each at least 1")
+    if not serving.window_seconds > 0:
+        raise UserError(f"conf: serving.window_seconds is {serving.window_seconds}; it must be above 0")
     if wrong := set(serving.goodput_ms) - {"ttft", "tpot", "end_to_end"}:
         raise UserError(f"conf: serving.goodput_ms has {sorted(wrong)[0]!r}; choose from ttft, tpot, end_to_end")
+    if wrong := [limit for limit in serving.goodput_ms.values() if not limit > 0]:
+        raise UserError(f"conf: serving.goodput_ms has {wrong[0]}; limits are milliseconds above 0")
     if settings.evaluation.via == "vllm" and settings.serving.kind == "none":
         raise UserError("conf: evaluation.via=vllm needs a server: add serving=vllm_cpu, vllm_cuda or endpoint")
     if settings.evaluation.stride >= settings.evaluation.context:
@@ -322,6 +368,8 @@ def overrides_from(config: dict) -> list[str]:
             raise UserError(f"--config {key}={value}: unknown; choose from {', '.join(groups)} and overrides")
         result.append(f"{key}={value}")
     extra = config.get("overrides") or []
+    if not isinstance(extra, str | list | tuple):
+        raise UserError(f"--config overrides={extra}: is no list; write 'overrides=[\"recipe.layout=stacked\"]'")
     for item in extra.split() if isinstance(extra, str) else extra:
         if not isinstance(item, str) or "=" not in item:
             raise UserError(f"--config overrides: {item!r} is not KEY=VALUE; write 'overrides=[\"recipe.layout=stacked\"]'")

@@ -414,11 +414,11 @@ class Checkup:
                     break
 
     def _plain_numbers(self) -> Iterator[str]:
-        """Unquantized matrices that hold NaN or infinity, or nothing but zeros."""
+        """Unquantized weights that hold NaN or infinity, and matrices of nothing but zeros (a norm may be)."""
         import torch
 
         for name, info in self.tensors.items():
-            if self.quick or info.dtype not in ("BF16", "F16", "F32") or len(info.shape) < 2 or not name.endswith("weight"):
+            if self.quick or info.dtype not in ("BF16", "F16", "F32") or not name.endswith("weight"):
                 continue
             largest = torch.zeros(())
             for chunk in self.readers[self.where[name]].chunks(name):
@@ -426,7 +426,7 @@ class Checkup:
                 largest = torch.maximum(largest, values.abs().max().float())  # NaN stays
             if not bool(torch.isfinite(largest)):
                 yield f"{self.where[name]}: {name} holds NaN or infinity"
-            elif math.prod(info.shape) and not bool(largest):
+            elif len(info.shape) > 1 and math.prod(info.shape) and not bool(largest):
                 yield f"{self.where[name]}: {name} holds nothing but zeros"
 
     def manifest(self) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Reads the release back from disk and proves it, trusting nothing but the plan and the receipts.
 
 Each check is a row of the proof table in the report. A single failure ends the stage with a non-zero exit and the first
-fault named; verify.json is written either way, so that the report can show what failed.
+fault named. What failed is in verify.failed.json; a report and a card of an earlier, proven release are then removed.
 """
 
 from __future__ import annotations
@@ -116,9 +116,14 @@ class Verification:
         floor = self.settings.release.minimum_sqnr_db
         names = {(o.matrix.group, o.matrix.number, o.part): (name, shard, o) for name, (shard, o) in self.planned.items() if o.matrix}
         count = 0
+        missing = {(output.matrix.group, number): name for name, (_, output) in self.planned.items() if output.part == "codes"
+                   for number in (range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.number])}
         for shard in self.plan["shards"]:
             for group, sums in self.receipts[shard]["quantized"].items():
                 for number, signal, error, decoded in sums:
+                    if missing.pop((group, number), None) is None:
+                        yield f"{shard}: its receipt measures {group} number {number}, which was not planned or was measured before"
+                        continue
                     single = (group, number, "codes") in names
                     (codes, _, output), (scale, _, _) = (names[group, number if single else None, part] for part in ("codes", "scale"))
                     energy = self._energy(shard, codes, scale, None if single else number, output.source)
@@ -129,6 +134,7 @@ class Verification:
                         yield (f"{shard}: {codes} has {10 * math.log10(signal / error):.2f} dB SQNR, below the floor of "
                                f"{floor} dB (release.minimum_sqnr_db)")
                     count += 1
+        yield from (f"{name}: matrix {number} of {group} was not measured when it was quantized" for (group, number), name in missing.items())
         self.checked["quantized"] = count
 
     def _energy(self, shard: str, codes_name: str, scale_name: str, expert: int | None, source: str) -> float:
@@ -203,10 +209,12 @@ def run(settings: Settings) -> dict:
         print(f"{'pass' if row['passed'] else 'FAIL'}  {row['title']}{count}")
     write_json(settings.run_directory / ("verify.json" if result["passed"] else "verify.failed.json"), result)
     if not result["passed"]:
+        for name in ("report.html", "card.md"):  # of an earlier release, which they call proven
+            (settings.run_directory / name).unlink(missing_ok=True)
         faults = [fault for row in result["checks"] for fault in row["faults"]]
         raise UserError(f"{settings.run_directory / 'release'}: {faults[0]}"
                         + (f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else "")
-                        + "; do not publish it, remove the damaged shard and its receipt and run again")
+                        + "; do not publish it; verify.failed.json has all faults, and a damaged shard is made again once it and its receipt are removed")
     (settings.run_directory / "verify.failed.json").unlink(missing_ok=True)
     return result
 

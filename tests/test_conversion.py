@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import mmap
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from kernels import mxfp4
 from kernels.fp8 import decode_block_fp8
-from stages import (download, evaluate, inspect_format, plan, quantize_experts, report, serve_bench, validate_gemm,
+from stages import (assemble_release, download, evaluate, inspect_format, plan, quantize_experts, report, serve_bench, validate_gemm,
                     verify_release)
 from stages.checkpoint.files import read_json
 from stages.checkpoint.header import render_header, sorted_specs
@@ -431,3 +433,87 @@ def test_scales_in_another_shard_are_fetched_from_it(converted, tmp_path, monkey
     assert all(raw_bytes(tensor) == raw_bytes(theirs[name]) for name, tensor in made.items())
     if place == "hub":
         assert 0 < moved < 100_000, f"{moved} bytes for scales of 2 kB"
+
+
+def prepared(overrides):
+    """Settings and plan of a source whose shards are there, ready to be converted."""
+    settings = load(overrides)
+    download.fetch_metadata(settings)
+    inspect_format.run(settings)
+    made = plan.run(settings)
+    for shard in made["shards"]:
+        download.fetch_shard(settings, shard)
+    return settings, made
+
+
+def test_a_shard_that_another_process_is_writing_is_refused_and_left_to_it(tmp_path):
+    from stages.checkpoint.files import atomic_write
+
+    path = tmp_path / "shard"
+    (tmp_path / "shard.part").write_bytes(b"left by a run that was killed")
+    code = ("import sys, pathlib\nfrom stages.checkpoint.files import atomic_write\nfrom stages.errors import UserError\n"
+            "try:\n    with atomic_write(pathlib.Path(sys.argv[1]), direct=True): print('wrote')\n"
+            "except UserError as error: print(error)")
+    page = mmap.mmap(-1, 4096)  # aligned, as direct writes must be
+    with atomic_write(path, direct=True) as file:
+        file.write(page)
+        run = subprocess.run([sys.executable, "-c", code, str(path)], cwd=PROJECT, capture_output=True, text=True)
+        assert "another process is writing this file" in run.stdout, run
+        file.write(page)
+    assert path.read_bytes() == bytes(8192) and [p.name for p in tmp_path.iterdir()] == ["shard"]
+    with pytest.raises(ZeroDivisionError), atomic_write(path, direct=True) as file:
+        file.write(page)
+        1 / 0
+    assert path.read_bytes() == bytes(8192) and [p.name for p in tmp_path.iterdir()] == ["shard"]
+
+
+def test_a_shard_that_gained_a_tensor_after_it_was_inspected_is_refused(checkpoint, local):
+    settings, made = prepared(local)
+    shard = sorted(made["shards"])[0]
+    tensors = load_file(checkpoint / shard)
+    save_file(tensors | {"model.extra.weight": torch.ones(4)}, checkpoint / shard, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="model.extra.weight was not there when it was inspected"):
+        quantize_experts.convert_shard(settings, made, shard)
+
+
+def test_a_source_that_changes_while_it_is_converted_is_refused(checkpoint, local, monkeypatch):
+    settings, made = prepared(local)
+    shard = sorted(made["shards"])[-1]
+    write = quantize_experts._write
+
+    def change_and_write(*arguments):
+        write(*arguments)
+        with open(checkpoint / shard, "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+
+    monkeypatch.setattr(quantize_experts, "_write", change_and_write)
+    with pytest.raises(UserError, match="changed while it was converted"):
+        quantize_experts.convert_shard(settings, made, shard)
+    assert not list((settings.run_directory / "shards").glob("*"))
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "stacked"])
+def test_a_matrix_that_was_never_measured_fails_the_verification(tmp_path, layout):
+    settings = convert(f"results={tmp_path}", f"source.path={TINY}", "serving=none", f"recipe.layout={layout}")
+    path = settings.run_directory / "shards" / "model-00003.json"
+    (settings.run_directory / "report.html").write_text("Proven.")
+    receipt = json.loads(path.read_text())
+    group = next(iter(receipt["quantized"]))
+    receipt["quantized"][group].pop(1)
+    path.write_text(json.dumps(receipt))
+    with pytest.raises(UserError, match="matrix 1 of .* was not measured"):
+        verify_release.run(settings)
+    assert not (settings.run_directory / "report.html").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"plan_sha256": "x", "source": 1}'])
+def test_a_receipt_of_another_form_is_named(tmp_path, converted, text):
+    shutil.copytree(converted.results, tmp_path / "results", symlinks=True)
+    settings = load([f"results={tmp_path / 'results'}", f"source.path={TINY}", "serving=none"])
+    path = settings.run_directory / "shards" / "model-00003.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="model-00003.json is damaged"):
+        assemble_release.run(settings)

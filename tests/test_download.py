@@ -456,3 +456,8 @@ def test_the_command_line_downloads_from_the_hub(hub, tmp_path):
                              env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "results/hub_tiny/mxfp4_experts/source" / SHARD).read_bytes() == (TINY / SHARD).read_bytes()
+
+
+def test_a_hub_that_cannot_be_asked_for_a_revision_is_one_line(hub, tmp_path):
+    with pytest.raises(UserError, match="somebody/tiniest: .*no such repository"):
+        download.resolve("somebody/tiniest", None)

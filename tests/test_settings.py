@@ -1,13 +1,15 @@
 """conf/ and its schema: what a user types is understood, or answered with one line."""
 
 import dataclasses
+import shlex
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from stages.checkpoint.files import write_json
 from stages.errors import UserError
-from stages.settings import CONF, Settings, choices, load, overrides_from
+from stages.settings import CONF, Settings, choices, command_for, load, overrides_from
 
 GROUPS = [field.name for field in dataclasses.fields(Settings) if field.name != "results"]
 
@@ -73,3 +75,34 @@ def test_snakemake_config_becomes_overrides():
 
 def test_a_local_source_is_named_after_its_directory():
     assert load(["source=local", "source.path=/data/My-Model"]).source.name == "My-Model"
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("recipe=null", "chosen by the name of a file"), ("device=1", "chosen by the name of a file"), ("results=", "results is empty"),
+    ("evaluation.gemm_tokens=0", "at least 1"), ("evaluation.maximum_tokens=-5", "at least 2"), ("evaluation.memory_gb=nan", "at least 0"),
+    ("release.minimum_sqnr_db=nan", "at least 0"), ("device.memory_mb=0", "at least 1"), ("serving.concurrencies=[]", "numbers of streams"),
+    ("serving.goodput_ms={ttft: -1}", "above 0"),
+])
+def test_values_that_would_turn_a_proof_into_nothing_are_refused(override, words):
+    with pytest.raises(UserError, match=words):
+        load([override])
+
+
+def test_limits_and_variables_are_given_without_hydras_plus():
+    settings = load(["serving.goodput_ms={ttft: 500, tpot: 50}", "+serving.variables={A: b}"])
+    assert settings.serving.goodput_ms == {"ttft": 500, "tpot": 50} and settings.serving.variables["A"] == "b"
+
+
+@pytest.mark.parametrize("overrides", [
+    [], ["recipe=mxfp4_experts_stacked"], ["source=local", "source.path='/data/my model'", "source.name=m"],
+    ["recipe.exponent_rule=even", "release.draft_scales=true"],
+    ["source=hub", "source.repository=a/b", "source.revision=" + "0" * 40, "source.shards=[x.safetensors]"],
+    ["recipe.groups=[{scheme: mxfp4, patterns: ['.*\\.moe\\..\"x\".*']}]"],
+])
+def test_the_command_on_the_card_makes_the_same_release(overrides):
+    settings = load(overrides)
+    words = shlex.split(command_for(settings))
+    assert words[:4] == ["snakemake", "--cores", "all", "--config"]
+    config = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words[4:])}  # as snakemake reads them
+    again = load(overrides_from(config))
+    assert (again.source, again.recipe, again.release) == (settings.source, settings.recipe, settings.release)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def _open_direct(path: str, flags: int) -> int:
+def _open_direct(path: Path, flags: int) -> int:
     """A file to write past the page cache, or an ordinary one where the file system has no such thing."""
     try:
         return os.open(path, flags | DIRECT, 0o666)
@@ -33,6 +34,44 @@ def _open_direct(path: str, flags: int) -> int:
         if error.errno != errno.EINVAL:
             raise
         return os.open(path, flags, 0o666)
+
+
+def _locked(part: Path, direct: bool) -> int:
+    """An empty file under this name that no other process writes; what an earlier, killed one left is emptied.
+
+    Small files wait for each other; a large one (`direct`) that somebody else is writing is refused. The lock ends with the process.
+    """
+    while True:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        handle = _open_direct(part, flags) if direct else os.open(part, flags, 0o666)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if direct else 0))
+            except BlockingIOError:
+                raise UserError(f"{part}: another process is writing this file; wait for it or stop it, then run again") from None
+            except OSError:
+                pass  # some network file systems know no locks
+            ours, there = os.fstat(handle), os.stat(part)
+            if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):
+                os.ftruncate(handle, 0)
+                return handle
+        except FileNotFoundError:
+            pass  # whoever held the lock has renamed the file meanwhile
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+@contextmanager
+def naming(path: Path):
+    """An OSError of reading or writing an open file, which knows it by number only, gets its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -45,18 +84,16 @@ def atomic_write(path: Path, direct: bool = False):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb", **({"buffering": 0, "opener": _open_direct} if direct else {})) as file:
+    with naming(path), open(_locked(part, direct), "wb", 0 if direct else -1) as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+            os.replace(part, path)  # while it is locked
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
         sync_directory(path.parent)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:  # a failed write knows its file by number only
-            error.filename = str(path)
-        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,20 +113,23 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path, made_by: str) -> dict:
-    """Reads a result of an earlier stage; a missing or broken one names the stage that makes it."""
+    """Reads an earlier stage's result, a JSON object; a missing or broken one names the stage that makes it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run {made_by} first") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({str(error)[:120]}): delete it and run {made_by} again") from None
+    if not isinstance(result, dict):
+        raise UserError(f"{path} is damaged (not an object in braces): delete it and run {made_by} again")
+    return result
 
 
 def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
     """sha256 of a file's bytes as 64 hexadecimal digits. Where `stop` gets set meanwhile, "" at once: nobody asks any more."""
     digest = hashlib.sha256()
     buffer = bytearray(1 << 20)  # stays in the cache between reading and hashing
-    with open(path, "rb", buffering=0) as file:
+    with naming(path), open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             if stop is not None and stop.is_set():
                 return ""

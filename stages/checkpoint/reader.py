@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.checkpoint.files import CHUNK
+from stages.checkpoint.files import CHUNK, naming
 from stages.checkpoint.header import Header, TensorInfo, read_header
 from stages.errors import UserError
 
@@ -73,7 +73,8 @@ class ShardReader:
             buffer = bytearray(end - begin)
         view, position = memoryview(buffer)[:end - begin], begin
         while position < end:
-            count = os.preadv(self._handle, [view[position - begin:]], self.header.data_start + position)
+            with naming(self.path):
+                count = os.preadv(self._handle, [view[position - begin:]], self.header.data_start + position)
             if count == 0:
                 raise UserError(f"{self.path}: ends {end - position} bytes early while being read; it changed after "
                                 "its header was checked, download it again")
