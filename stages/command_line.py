@@ -163,7 +163,11 @@ def parser() -> argparse.ArgumentParser:
 @exit_with_one_line
 def main() -> None:
     """Entry point of the console script."""
-    arguments = parser().parse_args()
+    arguments, rest = parser().parse_known_args()
+    if rest and (not hasattr(arguments, "overrides") or any(item.startswith("-") or "=" not in item for item in rest)):
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest  # argparse takes settings before an option only
     arguments.run(arguments)
 
 

@@ -31,6 +31,7 @@ from stages.dialects.reading import Tensors, decoded_rows
 from stages.dialects.roles import role_of
 from stages.download import INDEX
 from stages.errors import UserError
+from stages.quantize_experts import USUAL_SIZES
 from stages.schemes import SCHEMES, vllm_rules
 from stages.schemes.architectures import UNKNOWN, architecture_of
 from stages.schemes.kept import stored_as
@@ -347,6 +348,7 @@ class Checkup:
 
         sizes: dict[str, dict[str, float]] = defaultdict(dict)
         seen: dict[tuple[str, bytes], str] = {}
+        same: list[str] = []
         for module, stored, info, codes_name, scale in self.decodable():
             codes_reader, scale_reader = self.readers[self.where[codes_name]], self.readers[self.where[scale]]
             for expert in range(info.shape[0]) if len(info.shape) == 3 else (None,):
@@ -376,8 +378,14 @@ class Checkup:
                     yield f"{label}: decodes to infinite weights; its block scales are out of range"
                 elif not size and self.source is None:
                     yield f"{label}: decodes to nothing but zeros"
+                elif size and not USUAL_SIZES[0] < size < USUAL_SIZES[1]:
+                    yield f"{label}: decodes to weights of {size:.1e} (root mean square), which no network has; its block scales are wrong"
                 else:
+                    same += [label] if sampled.numel() >= 64 and bool((sampled == sampled.flatten()[0]).all()) and size else []
                     sizes[key][label] = size
+        if same:
+            self.notes.append(f"{same[0]}{f' and {len(same) - 1} more' if len(same) > 1 else ''}: all blocks looked at have the same scale, "
+                              "which weights hardly ever come to; compare with --source")
         yield from self._fp8_numbers()
         yield from self._plain_numbers()
         for members in sizes.values() if self.source is None else ():  # a source knows better
@@ -591,6 +599,7 @@ class Checkup:
                 except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                     # a stranger's file of a form that nobody foresaw is a fault of the file, and must not hide the other checks
                     faults.append(f"could not be checked, something has a form that it cannot have ({type(error).__name__}: {str(error)[:120]})")
+                title += " (names and sizes, no hashes)" if key == "manifest" and self.quick else ""
                 rows.append({"check": key, "title": title, "passed": not faults, "count": self.counts.get(key), "faults": faults})
         return {"directory": str(self.directory), "passed": all(row["passed"] for row in rows), "checks": rows, "notes": self.notes}
 

@@ -97,6 +97,9 @@ TENSOR_DAMAGES = {
     "packed_of_one_dimension": (lambda t: t.update({f"{LAYER}.3.gate_proj.{p}": t[f"{LAYER}.3.gate_proj.{p}"][0].clone()
                                                     for p in ("weight_packed", "weight_scale")}), "pairs", "which is no matrix"),
     "scales_out_of_range": (lambda t: [t[name].fill_(254) for name in t if name.endswith("weight_scale")], "numbers", "infinite"),
+    "scales_zero": (lambda t: [t[name].zero_() for name in t if name.endswith("weight_scale")], "numbers", "which no network has"),
+    "scales_huge": (lambda t: [t[name].fill_(200) for name in t if name.endswith("weight_scale")], "numbers", "which no network has"),
+    "nan_in_a_norm": (lambda t: t["model.layers.2.input_layernorm.weight"].__setitem__(0, math.nan), "numbers", "holds NaN"),
     "packed_zeros": (lambda t: [t[name].zero_() for name in t if name.endswith("weight_packed")], "numbers", "nothing but zeros"),
     "one_expert_twice": (lambda t: [t.update({f"{LAYER}.3.{n}": t[f"{LAYER}.4.{n}"].clone()})
                                     for n in ("up_proj.weight_packed", "up_proj.weight_scale")], "numbers", "was written twice"),
@@ -113,6 +116,11 @@ TENSOR_DAMAGES = {
         {f"model.layers.2.self_attn.o_proj.{p}": t[f"{LAYER}.3.down_proj.{p}"].clone() for p in ("weight_packed", "weight_scale")})),
         "coverage", "no target claims it"),
 }
+
+
+def test_scales_that_are_all_alike_are_noted(release):
+    change(release, lambda t: [t[name].fill_(120) for name in t if name.endswith("weight_scale")])
+    assert any("all blocks looked at have the same scale" in note for note in Checkup(release).run()["notes"])
 
 
 def test_a_sound_release_passes_every_check_and_shows_one_page(converted, release):
@@ -340,6 +348,15 @@ def test_what_is_no_source_is_one_line():
             command_line.settings_of(str(TINY), "mxfp4_experts", [override], "results")
     with pytest.raises(UserError, match="choose one of"):
         command_line.settings_of(str(TINY), "null", [], "results")
+
+
+def test_settings_of_a_plan_may_follow_its_options():
+    for words in (("--json", "device.lane=4"), ("device.lane=4", "--json")):
+        ran = mxforge("plan", TINY, *words)
+        assert ran.returncode == 0 and json.loads(ran.stdout)["roles"], ran.stderr
+    for words in (("--jason", "device.lane=4"), ("--json", "words")):
+        ran = mxforge("plan", TINY, *words)
+        assert ran.returncode == 2 and "unrecognized arguments: " + words[words[0] == "--json"] in ran.stderr
 
 
 @pytest.mark.parametrize("name", ["it's", "a${b}", "back\\slash\\", "a, [b] = {c}", "with space"])
