@@ -28,6 +28,7 @@ from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, as_dict, load, stage_parser, text_path
 
 BYTES = {"float32": 4, "bfloat16": 2}
+FEWEST_TOKENS = 16  # of a text: fewer measure nothing, and draft layers look several ahead
 
 
 def decibels(signal: float, error: float) -> float | None:
@@ -207,6 +208,9 @@ def perplexity(settings: Settings, plan: dict) -> dict:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
     release = settings.run_directory / "release"
     tokens = tokens_of(text, release, evaluation.maximum_tokens)
+    if len(tokens) < FEWEST_TOKENS:
+        raise UserError(f"{path}: {len(tokens)} tokens to score, too few for a figure; give a longer evaluation.text or evaluation.maximum_tokens, "
+                        f"at least {FEWEST_TOKENS}")
     result["text"] = {"name": path.name, "sha256": sha256_file(path), "tokens": len(tokens),
                       "bytes": len(text.encode())}
     if source is None or (evaluation.via == "vllm" and settings.serving.kind == "endpoint"):

@@ -517,3 +517,9 @@ def test_a_receipt_of_another_form_is_named(tmp_path, converted, text):
     path.write_text(text)
     with pytest.raises(UserError, match="model-00003.json is damaged"):
         assemble_release.run(settings)
+
+
+def test_a_text_of_a_few_tokens_is_refused_in_one_line(converted, tmp_path):
+    settings = load([f"results={converted.results}", f"source.path={TINY}", "serving=none", "evaluation.maximum_tokens=3"])
+    with pytest.raises(UserError, match="3 tokens to score, too few"):
+        evaluate.perplexity(settings, plan.read_plan(settings))
