@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import sys
 import threading
 import time
@@ -161,8 +162,13 @@ class Quantizer:
         if not mxfp4.available(backend):
             raise UserError(f"device.backend={backend} does not run on this machine; choose one of "
                             f"{', '.join(mxfp4.backends())}")
-        # compiles or loads the kernel before the clock starts
-        SCHEMES["mxfp4"].quantize(np.zeros((1, 32), np.uint8), np.ones((1, 1), np.float32), (128, 128), "mse", backend)
+        try:  # compiles or loads the kernel before the clock starts
+            SCHEMES["mxfp4"].quantize(np.zeros((1, 32), np.uint8), np.ones((1, 1), np.float32), (128, 128), "mse", backend)
+        except (EOFError, pickle.UnpicklingError):
+            from kernels.mxfp4 import cpu
+
+            raise UserError(f"{cpu.fp8_matrix.stats.cache_path}: the compiled kernels that numba keeps there are damaged; delete that directory "
+                            "and run again") from None
         self._tensors, self._plan, self._shard = Tensors(places), plan, shard
         self._backend, self._progress = backend, progress
         largest = max((entry["bytes"] // (entry["matrix"][0] if len(entry["matrix"]) == 3 else 1)

@@ -523,3 +523,17 @@ def test_a_text_of_a_few_tokens_is_refused_in_one_line(converted, tmp_path):
     settings = load([f"results={converted.results}", f"source.path={TINY}", "serving=none", "evaluation.maximum_tokens=3"])
     with pytest.raises(UserError, match="3 tokens to score, too few"):
         evaluate.perplexity(settings, plan.read_plan(settings))
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_a_damaged_cache_of_compiled_kernels_is_named(checkpoint, local, tmp_path, suffix):
+    settings, _ = prepared(local)
+    command = [sys.executable, "-m", "stages.quantize_experts", "--shard", "model-00003.safetensors", *local]
+    cache = tmp_path / "cache"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache)}
+    first = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    for path in cache.rglob(f"*.{suffix}"):
+        path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2 if suffix == "nbc" else 0])
+    again = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 1 and str(cache) in again.stderr and again.stderr.count("\n") == 1 and "delete" in again.stderr, again.stderr
