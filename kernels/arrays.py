@@ -45,6 +45,19 @@ def e8m0_to_float32(scale: np.ndarray) -> np.ndarray:
     return bits.view(np.float32)
 
 
+def check_matrix(weight: np.ndarray, tile_scale: np.ndarray | None, tile: tuple[int, int], block: int) -> None:
+    """What every kernel asks of a matrix to convert: whole blocks, and FP8 codes exactly where there are scales, one for each tile.
+
+    Raises AssertionError; NonFiniteError as `check_tile_scale`.
+    """
+    out, columns = weight.shape
+    assert columns % block == 0, f"in = {columns}"
+    assert (weight.dtype == np.uint8) == (tile_scale is not None), f"{weight.dtype} with tile scale {tile_scale is not None}"
+    if tile_scale is not None:
+        assert tile_scale.shape == (-(-out // tile[0]), -(-columns // tile[1])), f"{tile_scale.shape} for {weight.shape} in tiles {tile}"
+        check_tile_scale(tile_scale)
+
+
 def check_tile_scale(tile_scale: np.ndarray) -> None:
     """Raise NonFiniteError at the first scale that is not positive and finite."""
     bad = ~(np.isfinite(tile_scale) & (tile_scale > 0))

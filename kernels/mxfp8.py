@@ -8,7 +8,7 @@ evenly spaced by 2^-9, adding 2^14 does the same.
 import numba
 import numpy as np
 
-from kernels.arrays import check_tile_scale, first_index
+from kernels.arrays import check_matrix, first_index
 from kernels.errors import NonFiniteError
 from kernels.mxfp4.cpu import exact_subnormals, float_panel, jit, panel_height
 
@@ -85,11 +85,7 @@ def encode_matrix(weight, tile_scale=None, tile=(128, 128)):
         NonFiniteError: names the first tile scale that is not positive and finite, or the first weight that is not finite or rounds to 2^128.
     """
     out, columns = weight.shape
-    assert columns % BLOCK == 0, f"in = {columns}"
-    assert (weight.dtype == np.uint8) == (tile_scale is not None), f"{weight.dtype} with tile scale {tile_scale is not None}"
-    if tile_scale is not None:
-        assert tile_scale.shape == (-(-out // tile[0]), -(-columns // tile[1])), f"{tile_scale.shape} for {weight.shape} in tiles {tile}"
-        check_tile_scale(tile_scale)
+    check_matrix(weight, tile_scale, tile, BLOCK)
     codes, scale, statistics = np.empty((out, columns), np.uint8), np.empty((out, columns // BLOCK), np.uint8), np.zeros(3)
     height = panel_height(columns)
     with exact_subnormals():

@@ -247,12 +247,11 @@ def check_kept(name: str, entry: dict, chunk: memoryview, begin: int) -> None:
 
 def _check_header(reader: ShardReader, plan: dict, shard: str) -> None:
     """UserError where the shard is not the one that was inspected."""
-    planned = {name for name, entry in plan["tensors"].items() if entry["shard"] == shard}
-    if more := sorted(set(reader.header.tensors) - planned):
+    planned = {name: entry for name, entry in plan["tensors"].items() if entry["shard"] == shard}
+    if more := sorted(reader.header.tensors.keys() - planned.keys()):
         raise UserError(f"{shard}: tensor {more[0]} was not there when it was inspected; run download --metadata and inspect_format again")
-    for name, entry in plan["tensors"].items():
-        if entry["shard"] == shard:
-            _check_tensor(reader, shard, name, entry)
+    for name, entry in planned.items():
+        _check_tensor(reader, shard, name, entry)
 
 
 def _check_tensor(reader: ShardReader, shard: str, name: str, entry: dict) -> None:

@@ -42,7 +42,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, overload, register_model
 
-from kernels.arrays import check_tile_scale, e4m3_values, first_index, to_float32
+from kernels.arrays import check_matrix, e4m3_values, first_index, to_float32
 from kernels.errors import NonFiniteError
 
 BLOCK = 32
@@ -94,6 +94,12 @@ def at(context, builder, signature, args):
     vector = signature.args[2] if len(signature.args) == 3 else signature.return_type
     data = context.make_array(signature.args[0])(context, builder, args[0]).data
     return builder.bitcast(builder.gep(data, [args[1]]), context.get_value_type(vector).as_pointer())
+
+
+def halves(builder, vector):
+    """The lower and the upper half of a vector's lanes."""
+    width = vector.type.count // 2
+    return shuffled(builder, vector, range(width)), shuffled(builder, vector, range(width, 2 * width))
 
 
 @intrinsic
@@ -215,10 +221,9 @@ def define_reduction(combine):
     @intrinsic
     def reduce(typingctx, a):
         def generate(context, builder, signature, args):
-            value, width = args[0], a.lanes
-            while width > 1:
-                width //= 2
-                value = combine(builder, shuffled(builder, value, range(width)), shuffled(builder, value, range(width, 2 * width)))
+            value = args[0]
+            while value.type.count > 1:
+                value = combine(builder, *halves(builder, value))
             return builder.extract_element(value, ir.Constant(INDEX, 0))
 
         return a.element(a), generate
@@ -250,7 +255,7 @@ def fold_squares(typingctx, a):
     half = Vector(a.element, a.lanes // 2)
 
     def generate(context, builder, signature, args):
-        low, high = (shuffled(builder, args[0], range(begin, begin + half.lanes)) for begin in (0, half.lanes))
+        low, high = halves(builder, args[0])
         return fused(builder, low, low, builder.fmul(high, high))
 
     return half(a), generate
@@ -260,12 +265,7 @@ def fold_squares(typingctx, a):
 def fold(typingctx, a):
     """Half as many lanes: lane i of the upper half is added to lane i."""
     half = Vector(a.element, a.lanes // 2)
-
-    def generate(context, builder, signature, args):
-        parts = [shuffled(builder, args[0], range(begin, begin + half.lanes)) for begin in (0, half.lanes)]
-        return builder.fadd(*parts)
-
-    return half(a), generate
+    return half(a), lambda context, builder, signature, args: builder.fadd(*halves(builder, args[0]))
 
 
 def define_conversion(method, element, lanes=BLOCK):
@@ -692,11 +692,7 @@ def quantize_matrix(weight, tile_scale=None, *, rule="mse", tile=(128, 128), imp
         NonFiniteError: names the first weight or tile scale that MXFP4 cannot represent.
     """
     out, columns = weight.shape
-    assert columns % BLOCK == 0, f"in = {columns}"
-    assert (weight.dtype == np.uint8) == (tile_scale is not None), f"{weight.dtype} with tile scale {tile_scale is not None}"
-    if tile_scale is not None:
-        assert tile_scale.shape == (-(-out // tile[0]), -(-columns // tile[1])), f"{tile_scale.shape} for {weight.shape} in tiles {tile}"
-        check_tile_scale(tile_scale)
+    check_matrix(weight, tile_scale, tile, BLOCK)
     packed = np.empty((out, columns // 2), np.uint8) if packed is None else packed
     scale = np.empty((out, columns // BLOCK), np.uint8) if scale is None else scale
     statistics = np.zeros(3)
