@@ -84,6 +84,7 @@ rule verify_release:
     output: f"{RUN}/verify.json"
     params: release=as_json(S.release)
     log: f"{RUN}/logs/verify_release.log"
+    threads: 64  # as many as there are
     shell: stage("verify_release")
 
 rule evaluate:

@@ -1,29 +1,100 @@
 """Reads the release back from disk and proves it, trusting nothing but the plan and the receipts.
 
-Each check is a row of the proof table in the report. A single failure ends the stage with a non-zero exit and the first
-fault named. What failed is in verify.failed.json; a report and a card of an earlier, proven release are then removed.
+Every shard is read once, by as many threads as there are cores: each byte goes into the sha256 of its file, into that of its tensor
+where it passed through, and into the sum of squares of its matrix where it is quantized (kernels/energy.py). Each check is a row
+of the proof table in the report. A single failure ends the stage with a non-zero exit and the first fault named. What failed is in
+verify.failed.json; a report and a card of an earlier, proven release are then removed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from kernels.energy import energy
 from stages.assemble_release import INDEX, auxiliary_files, read_receipts
 from stages.checkpoint.files import read_json, sha256_file, write_json
+from stages.checkpoint.header import Header, read_header
 from stages.checkpoint.reader import ShardReader
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.plan import coverage, index_json, outputs_of_shard, read_plan, release_config
-from stages.schemes import SCHEMES, draft_scales
+from stages.schemes import draft_scales
 from stages.schemes.modules import Output
 from stages.settings import Settings, load, stage_parser
 
 RELATIVE_TOLERANCE = 1e-9  # of sums of squares that two implementations add up in different orders
-DECODE_WEIGHTS = 4 << 20  # weights decoded at once while re-reading
+PANEL_BYTES = 1 << 20  # of codes read at once: they stay in the cache until they were hashed and summed
+
+
+@dataclass
+class Reading:
+    """What one pass over a shard of the release found."""
+
+    sha256: str = ""
+    passed: dict[str, set[str]] = field(default_factory=dict)  # tensor that passed through -> sha256 of its bytes here and in a local source
+    energies: dict[tuple[str, int | None], float] = field(default_factory=dict)  # codes, matrix of a 3D tensor -> sum of w_hat^2
+
+
+def read_shard(path: Path, planned: dict[str, Output], schemes: dict[str, str], source: Path | None) -> Reading:
+    """Reads a shard of the release once; planned: its tensors by name; schemes: those of the source's weights.
+
+    A tensor that is not as planned is hashed with the file and left to the inventory. UserError where the file is no sound shard.
+    """
+    reading, whole = Reading(), hashlib.sha256()
+    scales = {output.matrix: output for output in planned.values() if output.part == "scale"}
+    with ShardReader(path) as reader:
+        found = reader.header.tensors
+
+        def fits(output: Output | None) -> bool:
+            info = output and found.get(output.name)
+            return info is not None and (info.dtype, tuple(info.shape)) == (output.dtype, output.shape)
+
+        whole.update(reader.head())
+        for name, info in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
+            output = planned.get(name)
+            if fits(output) and output.part == "codes" and fits(scales.get(output.matrix)):
+                for expert in range(info.shape[0]) if len(info.shape) == 3 else (None,):
+                    reading.energies[name, expert] = _energy(reader, output, scales[output.matrix], expert, schemes[output.source], whole)
+                continue
+            digest = hashlib.sha256() if output and output.part == "weight" else None
+            for chunk in reader.chunks(name):
+                whole.update(chunk)
+                if digest:
+                    digest.update(chunk)
+            if digest:
+                reading.passed[name] = {digest.hexdigest()}
+    reading.sha256 = whole.hexdigest()
+    if source is not None and source.exists():
+        with ShardReader(source) as reader:
+            for name, digests in reading.passed.items():
+                digests.add(reader.sha256(planned[name].source))
+    return reading
+
+
+def _energy(reader: ShardReader, codes: Output, scale: Output, expert: int | None, scheme: str, whole) -> float:
+    """Sum of squares of what one matrix decodes to; its codes also go into the digest `whole`."""
+    rows, width = codes.shape[-2:]
+    total, step = 0.0, max(1, PANEL_BYTES // max(1, width))
+    buffer = bytearray(min(step, rows) * width)
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        panel = reader.matrix_array(codes.name, expert, begin, end, buffer)
+        whole.update(panel)
+        total += energy(panel, reader.matrix_array(scale.name, expert, begin, end), scheme)
+    return total
+
+
+def threads() -> int:
+    """How many to read with: what Snakemake gave to the job, or the cores that this process may use."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) else len(os.sched_getaffinity(0))
 
 
 class Verification:
@@ -38,8 +109,10 @@ class Verification:
                         for output in outputs_of_shard(self.plan, shard)}
         self.planned |= {name: (draft_scales.SHARD, Output(name, "F32", (1,), name, "constant"))
                          for name in self.plan["draft_scales"]}
+        self.schemes = {name: entry["scheme"] for name, entry in self.plan["tensors"].items() if entry["scheme"]}
         self.shards = [*self.plan["shards"], *([draft_scales.SHARD] if self.plan["draft_scales"] else [])]
-        self.readers = {}
+        self.headers: dict[str, Header] = {}
+        self.readings: dict[str, Future] = {}
         self.checked: dict[str, int] = {}
 
     def files(self) -> Iterator[str]:
@@ -50,17 +123,21 @@ class Verification:
         yield from (f"{name}: is missing" for name in sorted(expected - present))
         yield from (f"{name}: does not belong to the release" for name in sorted(present - expected))
         for name, entry in manifest["files"].items():
-            path = self.release / name
-            if name in present and (path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]):
+            if name in present and ((self.release / name).stat().st_size != entry["bytes"] or self._sha256(name) != entry["sha256"]):
                 yield f"{name}: its bytes are not those of the manifest"
         self.checked["files"] = len(expected)
+
+    def _sha256(self, name: str) -> str:
+        if name in self.readings and not self.readings[name].exception():
+            return self.readings[name].result().sha256
+        return sha256_file(self.release / name)
 
     def inventory(self) -> Iterator[str]:
         """Every planned tensor is in its shard once, with its dtype and shape, and there is none besides."""
         seen = {}
         for shard in self.shards:
-            self.readers[shard] = ShardReader(self.release / shard)
-            for name, info in self.readers[shard].header.tensors.items():
+            self.headers[shard] = read_header(self.release / shard)
+            for name, info in self.headers[shard].tensors.items():
                 if name in seen:
                     yield f"{name}: is in {seen[name]} and in {shard}"
                 seen[name] = shard
@@ -72,15 +149,16 @@ class Verification:
                     yield (f"{shard}: {name} is {info.dtype} {list(info.shape)}, planned {output.dtype} "
                            f"{list(output.shape)} in {planned_shard}")
         yield from (f"{name}: is in no shard" for name in self.planned if name not in seen)
-        for name, value in self.plan["draft_scales"].items():
-            if name in seen and self.readers[seen[name]].tensor(name).item() != value:
-                yield f"{name}: is not the inert {value}"
+        if self.plan["draft_scales"]:
+            with ShardReader(self.release / draft_scales.SHARD) as reader:
+                yield from (f"{name}: is not the inert {value}" for name, value in self.plan["draft_scales"].items()
+                            if seen.get(name) == draft_scales.SHARD and reader.array(name).item() != value)
         self.checked["tensors"] = len(self.planned)
 
     def index(self) -> Iterator[str]:
         """The index names every tensor with its shard, and total_size is the true number of tensor bytes."""
         weight_map = {name: shard for name, (shard, _) in self.planned.items()}
-        total = sum(info.nbytes for reader in self.readers.values() for info in reader.header.tensors.values())
+        total = self._tensor_bytes()
         if (self.release / INDEX).read_text(encoding="utf-8") != index_json(weight_map, total):
             yield f"{INDEX}: does not list exactly the tensors of the shards with total_size {total}"
 
@@ -89,15 +167,10 @@ class Verification:
         the shard was converted and, where the source is a local directory, those that it holds now."""
         count = 0
         for shard in self.plan["shards"]:
-            local = Path(self.settings.source.path) / shard if self.settings.source.path else None
-            with ShardReader(local) if local and local.exists() else nullcontext() as source:
-                for name, (planned_shard, output) in self.planned.items():
-                    if planned_shard != shard or output.part != "weight":
-                        continue
-                    digests = {self.receipts[shard]["tensors"][name], self.readers[shard].sha256(name)}
-                    if source is not None:
-                        digests.add(source.sha256(output.source))
-                    if len(digests) != 1:
+            passed = self.readings[shard].result().passed
+            for name, (planned_shard, output) in self.planned.items():
+                if planned_shard == shard and output.part == "weight":
+                    if passed.get(name, set()) != {self.receipts[shard]["tensors"][name]}:
                         yield f"{shard}: {name} is not bit-identical to the source"
                     count += 1
         self.checked["passthrough"] = count
@@ -111,24 +184,25 @@ class Verification:
         self.checked["auxiliary"] = len(names)
 
     def quantized(self) -> Iterator[str]:
-        """Every quantized tensor, decoded from disk by the reference, has the energy that was measured, and its SQNR
+        """Every quantized tensor, as it lies on the disk, has the energy that was measured, and its SQNR
         is above the floor: swapped names, swapped shards and scales off by one all change the energy."""
         floor = self.settings.release.minimum_sqnr_db
-        names = {(o.matrix.group, o.matrix.number, o.part): (name, shard, o) for name, (shard, o) in self.planned.items() if o.matrix}
+        names = {(o.matrix.group, o.matrix.number): name for name, (_, o) in self.planned.items() if o.part == "codes"}
         count = 0
         missing = {(output.matrix.group, number): name for name, (_, output) in self.planned.items() if output.part == "codes"
                    for number in (range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.number])}
         for shard in self.plan["shards"]:
+            energies = self.readings[shard].result().energies
             for group, sums in self.receipts[shard]["quantized"].items():
                 for number, signal, error, decoded in sums:
                     if missing.pop((group, number), None) is None:
                         yield f"{shard}: its receipt measures {group} number {number}, which was not planned or was measured before"
                         continue
-                    single = (group, number, "codes") in names
-                    (codes, _, output), (scale, _, _) = (names[group, number if single else None, part] for part in ("codes", "scale"))
-                    energy = self._energy(shard, codes, scale, None if single else number, output.source)
-                    if not math.isclose(energy, decoded, rel_tol=RELATIVE_TOLERANCE):
-                        yield (f"{shard}: {codes} decodes to a sum of squares of {energy!r}, measured were {decoded!r} "
+                    single = (group, number) in names
+                    codes = names[group, number if single else None]
+                    found = energies[codes, None if single else number]
+                    if not math.isclose(found, decoded, rel_tol=RELATIVE_TOLERANCE):
+                        yield (f"{shard}: {codes} decodes to a sum of squares of {found!r}, measured were {decoded!r} "
                                "when it was quantized")
                     if error and 10 * math.log10(signal / error) < floor:
                         yield (f"{shard}: {codes} has {10 * math.log10(signal / error):.2f} dB SQNR, below the floor of "
@@ -136,17 +210,6 @@ class Verification:
                     count += 1
         yield from (f"{name}: matrix {number} of {group} was not measured when it was quantized" for (group, number), name in missing.items())
         self.checked["quantized"] = count
-
-    def _energy(self, shard: str, codes_name: str, scale_name: str, expert: int | None, source: str) -> float:
-        scheme, reader = SCHEMES[self.plan["tensors"][source]["scheme"]], self.readers[shard]
-        rows, width = reader.info(codes_name).shape[-2:]
-        total, step = 0.0, max(1, DECODE_WEIGHTS // (2 * width))
-        for begin in range(0, rows, step):
-            end = min(begin + step, rows)
-            codes = reader.matrix_rows(codes_name, expert, begin, end)
-            scale = reader.matrix_rows(scale_name, expert, begin, end)
-            total += scheme.dequantize(codes, scale).double().square().sum().item()
-        return total
 
     def config(self) -> Iterator[str]:
         """config.json is the source's but for quantization_config, and vLLM's matching claims every module rightly."""
@@ -161,7 +224,7 @@ class Verification:
     def sizes(self) -> Iterator[str]:
         """Bytes of tensors, shard files, index and config are exactly what the plan predicted."""
         actual = {
-            "release_tensor_bytes": sum(i.nbytes for r in self.readers.values() for i in r.header.tensors.values()),
+            "release_tensor_bytes": self._tensor_bytes(),
             "release_shard_file_bytes": sum((self.release / s).stat().st_size for s in self.shards),
             "release_index_bytes": (self.release / INDEX).stat().st_size,
             "release_config_bytes": (self.release / "config.json").stat().st_size,
@@ -170,6 +233,9 @@ class Verification:
             if value != self.plan[key]:
                 yield f"{key}: {value} on disk, {self.plan[key]} predicted"
         self.checked["sizes"] = len(actual)
+
+    def _tensor_bytes(self) -> int:
+        return sum(info.nbytes for header in self.headers.values() for info in header.tensors.values())
 
     CHECKS: tuple[tuple[str, str, Callable], ...] = (
         ("files", "Files have the manifest's hashes, none is missing, none extra", files),
@@ -184,6 +250,14 @@ class Verification:
 
     def run(self) -> dict:
         """The content of verify.json."""
+        with ThreadPoolExecutor(threads()) as pool:
+            for shard in self.shards:
+                planned = {name: output for name, (where, output) in self.planned.items() if where == shard}
+                local = Path(self.settings.source.path) / shard if self.settings.source.path else None
+                self.readings[shard] = pool.submit(read_shard, self.release / shard, planned, self.schemes, local)
+            return self._checked()
+
+    def _checked(self) -> dict:
         rows = []
         for key, title, check in self.CHECKS:
             faults = []
@@ -196,8 +270,6 @@ class Verification:
                 faults.append(f"could not be checked: {error} cannot be read")
             rows.append({"check": key, "title": title, "passed": not faults, "count": self.checked.get(key),
                          "faults": faults[:20], "fault_count": len(faults)})
-        for reader in self.readers.values():
-            reader.close()
         return {"passed": all(row["passed"] for row in rows), "checks": rows}
 
 

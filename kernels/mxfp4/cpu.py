@@ -49,6 +49,7 @@ BLOCK = 32
 RULE_NUMBER = {"mse": 0, "ocp_floor": 1, "even": 2, "rceil": 3}
 MSE, FLOOR, EVEN, RCEIL = range(4)
 PANEL_BYTES = 1 << 18  # float32 row panel: stays in the second-level cache
+ROUNDED_WEIGHTS = 1 << 22  # that torch rounds to float16 at once: starting its threads takes milliseconds
 SPAN = 4  # blocks of one tile whose squares are added in float32 before float64 takes over
 OCTAVES = 24  # e4m3 spans 18 octaves of e0, and e runs one past either end
 ZERO_BLOCK = OCTAVES - 1  # row of the tables for blocks of zeros, which belong to no octave
@@ -789,21 +790,21 @@ def quantize(weight, tile_scale, rule, tile, importance):
 
 
 @jit
-def decode_rows(packed, scale, bits, value_bits):
-    """packed uint8 [rows, in/2] -> float32 bits [rows, in].
+def decode_rows(packed, scale, bits, value_bits, exponent_at):
+    """packed uint8 [rows, in/2] -> the bits of floats [rows, in], whose exponent field begins at bit `exponent_at`.
 
-    value * 2^(s - 127) is value's float32 bits with s - 127 added to the exponent field, except for zero and where the sum
+    value * 2^(s - 127) is value's bits with s - 127 added to the exponent field, except for zero and where the sum
     leaves the field (s below 3 or above 252): there float64 arithmetic, rounded once, gives subnormals and infinity.
     """
     rows, half = packed.shape
-    table = np.empty(16, np.uint32)
+    table = np.empty(16, value_bits.dtype)
     for row in range(rows):
         for block in range(half // 16):
             s = scale[row, block]
             if 3 <= s <= 252:
-                shift = np.uint32((np.int64(s) - 127) << 23)
+                shift = (np.int64(s) - 127) << exponent_at
                 for code in range(16):
-                    table[code] = value_bits[code, 127] if code & 7 == 0 else np.uint32(value_bits[code, 127] + shift)
+                    table[code] = value_bits[code, 127] if code & 7 == 0 else value_bits[code, 127] + shift
             else:
                 for code in range(16):
                     table[code] = value_bits[code, s]
@@ -814,29 +815,36 @@ def decode_rows(packed, scale, bits, value_bits):
 
 
 @functools.cache
-def value_table() -> np.ndarray:
-    """uint32 [16, 256]: float32 bits of nibble under scale byte."""
+def value_table(dtype: str) -> tuple[np.ndarray, int]:
+    """(bits [16, 256] of nibble under scale byte, bit at which their exponent begins) in float32 (uint32) or bfloat16 (uint16).
+
+    BF16 is float32's upper half, which holds all of MXFP4's two significant bits, those of subnormals, too.
+    """
     signed = np.concatenate((VALUES, -VALUES))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # overflow to infinity is what float32 holds there
-        return (signed[:, None] * 2.0 ** (np.arange(256) - 127.0)).astype(np.float32).view(np.uint32)
+        bits = (signed[:, None] * 2.0 ** (np.arange(256) - 127.0)).astype(np.float32).view(np.uint32)
+    return (bits, 23) if dtype == "float32" else ((bits >> 16).astype(np.uint16), 7)
 
 
 def dequantize(packed, scale, dtype):
-    """Row panels through float32 bits; for other dtypes each panel is rounded by torch."""
+    """Bits of float32 or bfloat16, row by row; float16 is rounded by torch from panels of float32."""
     import torch
 
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
+    result = torch.empty(shape, dtype=dtype)
     if not packed.numel():
-        return torch.empty(shape, dtype=dtype)
-    packed = packed.contiguous().reshape(-1, packed.shape[-1])
-    scale = scale.contiguous().reshape(-1, scale.shape[-1])
-    result = torch.empty(len(packed), shape[-1], dtype=dtype)
-    height = max(1, PANEL_BYTES // max(1, 4 * shape[-1]))
-    panel = torch.empty(min(height, len(packed)), shape[-1], dtype=torch.float32)
-    for r in range(0, len(packed), height):
-        rows = result[r : r + height] if dtype == torch.float32 else panel[: min(height, len(packed) - r)]
-        decode_rows(packed[r : r + height].numpy(), scale[r : r + height].numpy(), rows.numpy().view(np.uint32), value_table())
-        if dtype != torch.float32:
-            result[r : r + height] = rows
-    return result.reshape(shape)
+        return result
+    packed, scale = (part.contiguous().reshape(-1, part.shape[-1]).numpy() for part in (packed, scale))
+    rows = result.view(-1, shape[-1])
+    if dtype == torch.float16:
+        height = max(1, ROUNDED_WEIGHTS // shape[-1])
+        for begin in range(0, len(rows), height):
+            bits = np.empty((len(rows[begin : begin + height]), shape[-1]), np.uint32)
+            decode_rows(packed[begin : begin + height], scale[begin : begin + height], bits, *value_table("float32"))
+            rows[begin : begin + height] = torch.from_numpy(bits.view(np.float32))
+    elif dtype == torch.float32:
+        decode_rows(packed, scale, rows.numpy().view(np.uint32), *value_table("float32"))
+    else:
+        decode_rows(packed, scale, rows.view(torch.uint16).numpy(), *value_table("bfloat16"))
+    return result

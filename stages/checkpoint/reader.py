@@ -81,6 +81,11 @@ class ShardReader:
             position += count
         return view
 
+    def head(self) -> bytes:
+        """Everything before the data section: the header and its length."""
+        with naming(self.path):
+            return os.pread(self._handle, self.header.data_start, 0)
+
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Raw bytes of a tensor, at most CHUNK at a time; each is valid until the next is asked for."""
         info = self.info(name)
