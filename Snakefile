@@ -2,14 +2,15 @@
 #   snakemake --cores all --config source=step37_fp8 recipe=mxfp4_experts 'overrides=["device.lane=4"]'
 import shlex, sys
 sys.path.insert(0, workflow.basedir)
+from stages.download import local_files
 from stages.errors import UserError
 from stages.serving.environment import PLUGIN, ingredients, marker_inputs, plugin_files
-from stages.settings import RESULTS_FORMAT, as_json, load, local_files, overrides_from, shards_of, text_path
+from stages.settings import CONVERTING, as_json, code_of, load, overrides_from, shards_of, text_path
 try:
     OVERRIDES = overrides_from(config)
     S = load(OVERRIDES, ask=True)
     SHARDS = [name.removesuffix(".safetensors") for name in shards_of(S.source)]
-    TEXT = str(text_path(S))
+    FILES, TEXT = local_files(S.source), str(text_path(S))
 except UserError as error:
     sys.exit(f"error: {error}")
 
@@ -17,8 +18,9 @@ PLUGIN = [str(PLUGIN / path) for path in plugin_files()]
 SERVER = marker_inputs(S.serving)
 SOURCE, RUN = str(S.source_directory), str(S.run_directory)
 RELEASE = f"{RUN}/release/manifest.json"
+CODE = code_of(*CONVERTING)
 PYTHON, SETTINGS = shlex.quote(sys.executable), shlex.join(OVERRIDES)  # filled in late: they are no part of a rule's code
-stage = lambda name, extra="": (f"{{PYTHON}} -m stages.{name} {{SETTINGS}} {extra} 2>&1 | tee {{log}} "
+stage = lambda name, extra="": (f"{{PYTHON}} -m stages.{name} {{SETTINGS}} {extra} 2>&1 | tee {{log:q}} "
                                 f"| sed -u 's/^/{name:16} | /'")
 workflow.global_resources.setdefault("lane", S.device.lane)  # source shards on disk and in work at any time
 wildcard_constraints: shard="|".join(map(re.escape, SHARDS))
@@ -28,23 +30,23 @@ rule all:
     input: f"{RUN}/report.html", f"{RUN}/verify.json", RELEASE, expand(f"{RUN}/shards/{{shard}}.safetensors", shard=SHARDS)
 
 rule download_metadata:
-    input: local_files(S.source)
+    input: FILES
     output: listing=f"{SOURCE}/listing.json", headers=f"{SOURCE}/headers.json", auxiliary=directory(f"{SOURCE}/auxiliary")
-    params: source=as_json(S.source)
+    params: source=[S.source.path, S.source.repository, S.source.revision]
     log: f"{SOURCE}/logs/metadata.log"
     shell: stage("download", "--metadata")
 
 rule inspect_format:
     input: rules.download_metadata.output
     output: f"{RUN}/inspect.json"
-    params: format=RESULTS_FORMAT
+    params: code=CODE
     log: f"{RUN}/logs/inspect_format.log"
     shell: stage("inspect_format")
 
 rule plan:
     input: f"{RUN}/inspect.json"
     output: f"{RUN}/plan.json"
-    params: format=RESULTS_FORMAT, recipe=as_json(S.recipe), draft_scales=S.release.draft_scales
+    params: code=CODE, recipe=as_json(S.recipe), draft_scales=S.release.draft_scales
     log: f"{RUN}/logs/plan.log"
     shell: stage("plan")
 
@@ -54,17 +56,18 @@ rule download_shard:
     log: f"{RUN}/logs/download_shard/{{shard}}.log"
     resources: lane=1
     group: "shard"
-    shell: stage("download", "--shard {wildcards.shard}.safetensors")
+    shell: stage("download", "--shard {wildcards.shard:q}.safetensors")
 
 rule quantize_experts:
     input: plan=f"{RUN}/plan.json", source=f"{RUN}/source/{{shard}}.safetensors"
     output: shard=f"{RUN}/shards/{{shard}}.safetensors", receipt=f"{RUN}/shards/{{shard}}.json"
     log: f"{RUN}/logs/quantize_experts/{{shard}}.log"
+    params: code=CODE
     benchmark: f"{RUN}/benchmarks/quantize_experts/{{shard}}.tsv"
     resources: lane=1, mem_mb=S.device.memory_mb
     priority: 10
     group: "shard"
-    shell: stage("quantize_experts", "--shard {wildcards.shard}.safetensors")
+    shell: stage("quantize_experts", "--shard {wildcards.shard:q}.safetensors")
 
 rule validate_gemm:
     input: f"{RUN}/plan.json", expand(f"{RUN}/shards/{{shard}}.json", shard=SHARDS)
@@ -76,21 +79,23 @@ rule validate_gemm:
 rule assemble_release:
     input: f"{RUN}/plan.json", PLUGIN, expand(f"{RUN}/shards/{{shard}}.json", shard=SHARDS)
     output: RELEASE
+    params: code=code_of("stages/assemble_release.py")
     log: f"{RUN}/logs/assemble_release.log"
     shell: stage("assemble_release")
 
 rule verify_release:
     input: RELEASE
     output: f"{RUN}/verify.json"
-    params: release=as_json(S.release)
+    params: release=as_json(S.release), code=code_of("stages/verify_release.py", "kernels/energy.py")
     log: f"{RUN}/logs/verify_release.log"
     threads: 64  # as many as there are
     shell: stage("verify_release")
 
 rule evaluate:
-    input: f"{RUN}/verify.json", TEXT, SERVER if S.evaluation.via == "vllm" else []
+    input: RELEASE, ancient(f"{RUN}/verify.json"), TEXT, SERVER if S.evaluation.via == "vllm" else []
     output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
     params: evaluation=as_json(S.evaluation)
+    resources: mem_mb=int(1000 * S.evaluation.memory_gb)
     log: f"{RUN}/logs/evaluate.log"
     threads: 64  # as many as there are
     shell: stage("evaluate")
@@ -99,10 +104,10 @@ rule serve_environment:
     input: ingredients()
     output: "{environment}/installed.json"
     wildcard_constraints: environment=re.escape(S.serving.environment or "-")
-    shell: "{PYTHON} -m stages.serving.environment --directory {wildcards.environment}"
+    shell: "{PYTHON} -m stages.serving.environment --directory {wildcards.environment:q}"
 
 rule serve_bench:
-    input: f"{RUN}/verify.json", SERVER
+    input: RELEASE, ancient(f"{RUN}/verify.json"), SERVER
     output: f"{RUN}/serving.json"
     params: serving=as_json(S.serving)
     log: f"{RUN}/logs/serve_bench.log"
@@ -112,5 +117,6 @@ rule serve_bench:
 rule report:
     input: f"{RUN}/verify.json", f"{RUN}/gemm.json", f"{RUN}/sqnr.json", f"{RUN}/perplexity.json", f"{RUN}/serving.json"
     output: f"{RUN}/report.html", f"{RUN}/card.md", f"{RUN}/metrics.json", f"{RUN}/settings.yaml"
+    params: settings=[as_json(part) for part in (S.source, S.recipe, S.release)]
     log: f"{RUN}/logs/report.log"
     shell: stage("report")

@@ -7,6 +7,7 @@ code, licence) are the source's, byte for byte; its README.md goes below the mod
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import struct
@@ -55,6 +56,16 @@ def source_identity(settings: Settings, receipts: dict) -> dict:
             "shards": {shard: receipt["source"]["sha256"] for shard, receipt in receipts.items()}}
 
 
+def manifest_of(settings: Settings, plan: dict, receipts: dict, files: dict[str, dict]) -> dict:
+    """manifest.json for these files: everything but the hashes of what is no shard follows from plan and receipts."""
+    tensors = {output.name: receipts[shard]["tensors"][output.name]
+               for shard in plan["shards"] for output in outputs_of_shard(plan, shard) if output.part == "weight"}
+    tensors |= {name: hashlib.sha256(struct.pack("<f", value)).hexdigest() for name, value in plan["draft_scales"].items()}
+    files = files | {shard: {"bytes": receipt["output"]["bytes"], "sha256": receipt["output"]["sha256"]} for shard, receipt in receipts.items()}
+    return {"format_version": 1, "source": source_identity(settings, receipts), "recipe": plan["recipe_settings"],
+            "files": dict(sorted(files.items())), "tensors": dict(sorted(tensors.items()))}
+
+
 def run(settings: Settings) -> dict:
     """Builds results/<source>/<recipe>/release and returns its manifest."""
     plan = read_plan(settings)
@@ -64,20 +75,17 @@ def run(settings: Settings) -> dict:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
-        files, tensors, weight_map = {}, {}, {}
+        files, weight_map = {}, {}
         for shard, receipt in receipts.items():
             made = settings.run_directory / "shards" / shard
             if not made.exists() or made.stat().st_size != receipt["output"]["bytes"]:
                 raise UserError(f"{made} is not the file its receipt describes ({receipt['output']['bytes']} bytes); run "
                                 f"quantize_experts --shard {shard} again")
             os.link(made, building / shard)
-            files[shard] = {"bytes": receipt["output"]["bytes"], "sha256": receipt["output"]["sha256"]}
             for output in outputs_of_shard(plan, shard):
                 if output.name in weight_map:
                     raise UserError(f"tensor {output.name} would be in two shards, {weight_map[output.name]} and {shard}")
                 weight_map[output.name] = shard
-                if output.part == "weight":
-                    tensors[output.name] = receipt["tensors"][output.name]
         for name in auxiliary_files(settings):
             (building / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(settings.source_directory / "auxiliary" / name, building / name)
@@ -93,7 +101,6 @@ def run(settings: Settings) -> dict:
                     writer.write(name, struct.pack("<f", plan["draft_scales"][name]))
             files[draft_scales.SHARD] = {"bytes": writer.size, "sha256": writer.sha256}
             weight_map.update(dict.fromkeys(plan["draft_scales"], draft_scales.SHARD))
-            tensors.update(writer.tensor_sha256)
         section = plan["quantization_config"]
         modules, faults = coverage(plan, section)
         if faults:
@@ -103,16 +110,14 @@ def run(settings: Settings) -> dict:
         for name in (*map(str, auxiliary_files(settings)), *(f"{PLUGIN.name}/{path}" for path in bundled), "config.json", INDEX):
             path = building / name
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        manifest = {"format_version": 1, "source": source_identity(settings, receipts),
-                    "recipe": plan["recipe_settings"], "files": dict(sorted(files.items())),
-                    "tensors": dict(sorted(tensors.items()))}
+        manifest = manifest_of(settings, plan, receipts, files)
         write_json(building / "manifest.json", manifest)
         shutil.rmtree(release, ignore_errors=True)
         os.replace(building, release)
         sync_directory(release.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    print(f"release: {release} ({len(weight_map)} tensors in {len(receipts)} shards, {len(files)} files)")
+    print(f"release: {release} ({len(weight_map)} tensors in {len(receipts)} shards, {len(manifest['files'])} files)")
     return manifest
 
 

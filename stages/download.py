@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -133,6 +134,13 @@ def _list_local(source: SourceSettings) -> list[SourceFile]:
                                 "belongs to it")
             files.append(SourceFile(relative, path.stat().st_size, None, kind))
     return files
+
+
+def local_files(source: SourceSettings) -> list[str]:
+    """Paths of a local source's files that a release depends on, so that Snakemake notices a changed one; none for a hub, whose revision
+    cannot change. A name with what Snakemake reads as a wildcard is not watched."""
+    files = _list_local(source) if source.path else []
+    return [str(Path(source.path) / file.name) for file in files if file.kind != "ignored" and not re.search(r"[{}*?]", file.name)]
 
 
 # --- hub repositories -------------------------------------------------------------------------------------------------

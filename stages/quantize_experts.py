@@ -50,6 +50,7 @@ NO_TILE = (1, 1)  # of weights that come without tile scales
 KEPT_BYTES = 64 << 20  # of scales from other shards that are kept in memory
 USUAL_SIZES = (1e-9, 1e4)  # root mean square of a network's weights; outside of it a scale was misunderstood
 MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # mallopt's parameter and its value in bytes
+DECISIVE = ("shard", "dtype", "shape", "decision", "scheme")  # of a plan's entry, beside the fields of its Claim
 REPORT_SECONDS = 10.0  # between progress lines where the output is no terminal
 
 
@@ -95,12 +96,13 @@ def keep_memory_steady() -> None:
 
 
 def plan_hash(plan: dict, shard: str) -> str:
-    """sha256 over everything in the plan that determines this shard's bytes, scales in other shards among it."""
+    """sha256 over everything in the plan that determines this shard's bytes, scales in other shards among it; the rest is prose."""
     entries = {name: entry for name, entry in plan["tensors"].items() if entry["shard"] == shard}
     for entry in list(entries.values()):
         if entry["scheme"]:
             entries |= {name: plan["tensors"][name] for name in Claim.from_entry(entry).companions().values()}
-    part = {"format": RESULTS_FORMAT, "layout": plan["layout"], "exponent_rule": plan["exponent_rule"], "tensors": entries}
+    decisive = {name: {key: entry[key] for key in DECISIVE} | Claim.from_entry(entry).as_entry() for name, entry in entries.items()}
+    part = {"format": RESULTS_FORMAT, "layout": plan["layout"], "exponent_rule": plan["exponent_rule"], "tensors": decisive}
     return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
 
 

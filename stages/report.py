@@ -11,6 +11,7 @@ import io
 import os
 import platform
 import re
+import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,7 @@ from stages.errors import exit_with_one_line
 from stages.plan import by_role, read_plan
 from stages.serving.commands import client_example, serve_commands
 from stages.serving.plots import serving_plot
-from stages.settings import Settings, command_for, load, stage_parser
+from stages.settings import PROJECT, Settings, command_for, load, stage_parser
 
 PACKAGES = ("torch", "numpy", "numba", "triton", "safetensors", "transformers", "snakemake", "hydra-core", "dvc")
 PROJECTION_COLORS = {"gate": "#2a78d6", "up": "#1baf7a", "down": "#eda100"}
@@ -37,12 +38,24 @@ PLOT_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": Fal
 def versions() -> dict[str, str]:
     """Installed versions of the packages that produce bytes or figures."""
     found = {"python": platform.python_version()}
+    found["mxforge"] = _own_version()
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _own_version() -> str:
+    """The version, and the commit where this is a checkout; `+` behind it where files differ from the commit."""
+    git = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        described = subprocess.run(git, capture_output=True, text=True)
+    except OSError:
+        return metadata.version("mxforge")
+    commit = described.stdout.strip() if (PROJECT / ".git").exists() else ""
+    return metadata.version("mxforge") + (f" (commit {commit})" if commit else "")
 
 
 def svg_of(figure) -> str:
@@ -138,6 +151,8 @@ def facts(settings: Settings) -> dict:
     return {
         "schemes": schemes, "formats": " and ".join(FORMATS[scheme] for scheme in schemes),
         "commands": serve_commands(plan, config, serving.get("engine", {})), "client": client_example(config),
+        "origin": settings.source.repository or settings.source.origin,
+        "experts": any(entry["role"] == "routed_experts" for entry in plan["tensors"].values()),
         "settings": settings, "plan": plan, "roles": role_rows(plan), "gemm": gemm_rows,
         "verify": read_json(run_directory / "verify.json", "verify_release"),
         "sqnr": read_json(run_directory / "sqnr.json", "evaluate"),

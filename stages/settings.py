@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import hashlib
 import json
 import re
 import shlex
@@ -28,7 +29,9 @@ from stages.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONF = PROJECT / "conf"
-RESULTS_FORMAT = 3  # of inspect.json, plan.json and receipts; raised with their meaning, so that older results are made again
+CONVERTING = ("kernels", "stages/checkpoint", "stages/dialects", "stages/schemes", "stages/inspect_format.py", "stages/plan.py",
+              "stages/quantize_experts.py")  # the code on which a shard's bytes depend
+RESULTS_FORMAT = 4  # of inspect.json, plan.json and receipts; raised with their meaning, so that older results are made again
 
 
 @dataclass
@@ -42,6 +45,7 @@ class SourceSettings:
     # when the workflow first runs, which it records in results/<name>/source/revision.json and then keeps to
     shards: list[str] = field(default_factory=list)  # shard file names of a hub source with a revision
     license: str | None = None  # licence of the weights, for the model card
+    origin: str | None = None  # OWNER/NAME of the hub repository that a local directory is a copy of, for the model card
 
 
 @dataclass
@@ -152,6 +156,7 @@ class Settings:
         return Path(self.results) / str(self.source.name) / self.recipe.name
 
 
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 OPEN_DICTIONARY = re.compile(r"\+{0,2}serving\.(goodput_ms|variables)\b")  # whose keys the user names, for which Hydra wants `++`
 ConfigStore.instance().store(name="schema", node=Settings)  # the first entry of conf/config.yaml's defaults list
 
@@ -225,14 +230,19 @@ def _literal(value: object) -> str:
 
 
 def command_for(settings: Settings) -> str:
-    """The snakemake command that makes the same release: choices of conf/, and what differs from them."""
+    """The snakemake command that makes the same release: choices of conf/, and what differs from them.
+
+    It is published: a local source is DIRECTORY in it, whatever its path on this machine.
+    """
     source = settings.source
+    if source.path and source.name not in choices("source"):
+        source = dataclasses.replace(source, path="DIRECTORY")
     chosen = {"source": source.name if source.name in choices("source") else "local" if source.path else "hub",
               "recipe": settings.recipe.name, "release": settings.release.name}
     chosen = {group: name for group, name in chosen.items() if name in choices(group)}
     plain = as_dict(_compose([f"{group}={name}" for group, name in chosen.items()]))
-    different = [f"{group}.{key}={_literal(value)}" for group in ("source", "recipe", "release")
-                 for key, value in as_dict(getattr(settings, group)).items() if value != plain[group][key]]
+    different = [f"{group}.{key}={_literal(value)}" for group, part in (("source", source), ("recipe", settings.recipe), ("release", settings.release))
+                 for key, value in as_dict(part).items() if value != plain[group][key]]
     command = "snakemake --cores all --config " + " ".join(f"{group}={name}" for group, name in chosen.items() if (group, name) != ("release", "default"))
     if different:
         command += " " + shlex.quote(f"overrides={json.dumps(different)}")
@@ -279,6 +289,8 @@ def _check(settings: Settings) -> None:
     if source.repository and source.revision and not source.shards:
         raise UserError(f"conf: list the shard files of {source.repository} in source.shards=[...]: the workflow must "
                         "know them before the first byte")
+    if source.origin and not re.fullmatch(r"[\w.-]+/[\w.-]+", source.origin):
+        raise UserError(f"conf: source.origin is {source.origin!r}; it names a hub repository, OWNER/NAME")
     if source.name is None:
         source.name = Path(source.path).resolve().name if source.path else source.repository.rsplit("/", 1)[-1]
     for key, value in (("source.path", source.path), ("results", settings.results), ("evaluation.text", settings.evaluation.text)):
@@ -335,6 +347,17 @@ def _check(settings: Settings) -> None:
                                 f"{error}") from None
 
 
+def code_of(*parts: str) -> str:
+    """sha256 of files of this project, and of all Python files in its directories: a rule's parameter, so that what other code made is
+    made again."""
+    digest = hashlib.sha256()
+    for part in parts:
+        path = PROJECT / part
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.relative_to(PROJECT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def as_dict(part: object) -> dict:
     """A settings part as plain data, for JSON results, receipts and Snakemake's `params`."""
     return dataclasses.asdict(part)
@@ -380,7 +403,7 @@ def overrides_from(config: dict) -> list[str]:
 def shards_of(source: SourceSettings) -> list[str]:
     """Shard file names of a source: pinned for a hub repository, read off the directory for a local one."""
     if source.repository:
-        return list(source.shards)
+        return [_shard_name(name, source.repository) for name in source.shards]
     directory = Path(source.path)
     names = sorted(path.name for path in directory.glob("*.safetensors")) if directory.is_dir() else []
     if not names:
@@ -388,7 +411,14 @@ def shards_of(source: SourceSettings) -> list[str]:
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise UserError(f"{directory / missing[0]}: is a link to a file that is missing, or no file; complete the checkpoint")
-    return names
+    return [_shard_name(name, f"source.path={source.path}") for name in names]
+
+
+def _shard_name(name: str, where: str) -> str:
+    """The name, if it is one that a publisher would give: it becomes part of command lines and of Snakemake's patterns."""
+    if not SHARD_NAME.fullmatch(name):
+        raise UserError(f"{where}: has a shard named {name!r}; only letters, digits, '.', '_' and '-' are accepted, rename it")
+    return name
 
 
 def text_path(settings: Settings) -> Path:
@@ -397,8 +427,3 @@ def text_path(settings: Settings) -> Path:
         if path.is_file():
             return path
     raise UserError(f"evaluation.text={settings.evaluation.text}: no such file; name a UTF-8 text")
-
-
-def local_files(source: SourceSettings) -> list[str]:
-    """Files of a local source, so that a changed one is noticed; none for a hub, whose revision cannot change."""
-    return sorted(str(path) for path in Path(source.path).iterdir() if path.is_file()) if source.path else []

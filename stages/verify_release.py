@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernels.energy import energy
-from stages.assemble_release import INDEX, auxiliary_files, read_receipts
+from stages.assemble_release import INDEX, auxiliary_files, manifest_of, read_receipts
 from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.checkpoint.header import Header, read_header
 from stages.checkpoint.reader import ShardReader
@@ -91,6 +91,14 @@ def _energy(reader: ShardReader, codes: Output, scale: Output, expert: int | Non
     return total
 
 
+def _where(right: object, found: object, key: str) -> str:
+    """Path of the first value in which two JSON values differ."""
+    if isinstance(right, dict) and isinstance(found, dict):
+        differing = next(name for name in sorted(right.keys() | found.keys()) if right.get(name) != found.get(name))
+        return _where(right.get(differing), found.get(differing), f"{key}: {differing}")
+    return key
+
+
 def threads() -> int:
     """How many to read with: what Snakemake gave to the job, or the cores that this process may use."""
     given = os.environ.get("OMP_NUM_THREADS", "")
@@ -116,7 +124,7 @@ class Verification:
         self.checked: dict[str, int] = {}
 
     def files(self) -> Iterator[str]:
-        """Every file of the release is there, with the size and sha256 that the manifest gives, and no other file."""
+        """The manifest is what plan and receipts make of it; every file is there, with its size and sha256, and no other."""
         manifest = read_json(self.release / "manifest.json", "assemble_release")
         present = {str(p.relative_to(self.release)) for p in self.release.rglob("*") if p.is_file()}
         expected = {*manifest["files"], "manifest.json"}
@@ -125,6 +133,10 @@ class Verification:
         for name, entry in manifest["files"].items():
             if name in present and ((self.release / name).stat().st_size != entry["bytes"] or self._sha256(name) != entry["sha256"]):
                 yield f"{name}: its bytes are not those of the manifest"
+        right = manifest_of(self.settings, self.plan, self.receipts, manifest["files"])
+        for key in sorted(right.keys() | manifest.keys()):
+            if right.get(key) != manifest.get(key):
+                yield f"manifest.json: {_where(right.get(key), manifest.get(key), key)} is not what plan and receipts say"
         self.checked["files"] = len(expected)
 
     def _sha256(self, name: str) -> str:
@@ -238,7 +250,7 @@ class Verification:
         return sum(info.nbytes for header in self.headers.values() for info in header.tensors.values())
 
     CHECKS: tuple[tuple[str, str, Callable], ...] = (
-        ("files", "Files have the manifest's hashes, none is missing, none extra", files),
+        ("files", "Files have the hashes of manifest and receipts, none is missing, none extra", files),
         ("tensors", "Every planned tensor is there once, none extra, dtypes and shapes as planned", inventory),
         ("index", "The index names every tensor and its true total size", index),
         ("passthrough", "Everything not quantized is bit-identical to the source", passthrough),

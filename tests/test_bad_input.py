@@ -1,5 +1,6 @@
 """What users get wrong and disks get wrong: one line that says what, where and what to do; nothing half-written."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -265,14 +266,57 @@ def stray_file(release):
     (config_target_hits_nothing, "config"), (missing_tokenizer, "auxiliary"), (stray_file, "files"),
 ])
 def test_a_damaged_release_fails_the_check_that_is_meant_for_it(finished, damage, check):
-    for path in (finished.run_directory / "release").iterdir():  # damage the release, not the shards linked into it
+    unlinked(finished)
+    damage(finished.run_directory / "release")
+    assert check in failing(finished)
+
+
+def unlinked(settings):
+    """Files of the release become its own: damage then leaves the shards alone that are linked into it."""
+    for path in (settings.run_directory / "release").iterdir():
         if path.is_file():
             path.write_bytes((lambda data: path.unlink() or data)(path.read_bytes()))
-    damage(finished.run_directory / "release")
+
+
+def failing(settings) -> set[str]:
+    """The checks that fail."""
     with pytest.raises(UserError):
-        verify(finished)
-    rows = json.loads((finished.run_directory / "verify.failed.json").read_text())["checks"]
-    assert check in {row["check"] for row in rows if not row["passed"]}, rows
+        verify(settings)
+    rows = json.loads((settings.run_directory / "verify.failed.json").read_text())["checks"]
+    return {row["check"] for row in rows if not row["passed"]}
+
+
+def swap_nibbles(tensors):
+    codes = tensors["model.layers.1.moe.experts.3.up_proj.weight_packed"]
+    codes.copy_((codes >> 4) | (codes << 4))
+
+
+def flip_signs(tensors):
+    tensors["model.layers.1.moe.experts.3.up_proj.weight_packed"] ^= 0x88
+
+
+@pytest.mark.parametrize("damage", [swap_nibbles, flip_signs])
+def test_a_manifest_that_fits_the_damage_does_not_hide_it(finished, damage):
+    unlinked(finished)
+    release, shard = finished.run_directory / "release", "model-00002.safetensors"
+    rewrite(release / shard, damage)
+    manifest = json.loads((release / "manifest.json").read_text())
+    manifest["files"][shard]["sha256"] = hashlib.sha256((release / shard).read_bytes()).hexdigest()
+    (release / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    assert failing(finished) == {"files"}
+
+
+@pytest.mark.parametrize("change", [
+    lambda manifest: manifest["source"].update(revision="0" * 40), lambda manifest: manifest["recipe"].update(exponent_rule="even"),
+    lambda manifest: manifest["tensors"].popitem(), lambda manifest: manifest["source"]["shards"].update({"model-00002.safetensors": "0" * 64}),
+])
+def test_a_manifest_that_says_something_else_than_plan_and_receipts_is_found(finished, change):
+    unlinked(finished)
+    path = finished.run_directory / "release" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest, indent=2))
+    assert failing(finished) == {"files"}
 
 
 def test_assembling_with_a_shard_of_another_plan_is_refused(finished):

@@ -509,6 +509,18 @@ def test_a_matrix_that_was_never_measured_fails_the_verification(tmp_path, layou
     assert not (settings.run_directory / "report.html").exists()
 
 
+def test_a_receipt_outlives_other_words_in_the_plan_but_no_other_decision(converted):
+    made, shard = plan.read_plan(converted), "model-00003.safetensors"
+    before = quantize_experts.plan_hash(made, shard)
+    name = next(name for name, entry in made["tensors"].items() if entry["shard"] == shard and entry["scheme"])
+    made["tensors"][name] |= {"reason": "said in other words", "role": "another"}
+    assert quantize_experts.plan_hash(made, shard) == before
+    for change in ({"scheme": "mxfp8"}, {"tile": [64, 64]}, {"dialect": "plain"}, {"shape": [1]}, {"decision": "keep"}):
+        other = {**made, "tensors": {**made["tensors"], name: made["tensors"][name] | change}}
+        assert quantize_experts.plan_hash(other, shard) != before, change
+    assert quantize_experts.plan_hash({**made, "exponent_rule": "even"}, shard) != before
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "null", '{"plan_sha256": "x", "source": 1}'])
 def test_a_receipt_of_another_form_is_named(tmp_path, converted, text):
     shutil.copytree(converted.results, tmp_path / "results", symlinks=True)

@@ -104,5 +104,6 @@ def test_the_command_on_the_card_makes_the_same_release(overrides):
     words = shlex.split(command_for(settings))
     assert words[:4] == ["snakemake", "--cores", "all", "--config"]
     config = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words[4:])}  # as snakemake reads them
-    again = load(overrides_from(config))
+    assert "/data" not in " ".join(words)  # the card is published
+    again = load([item.replace("=DIRECTORY", "='/data/my model'") for item in overrides_from(config)])
     assert (again.source, again.recipe, again.release) == (settings.source, settings.recipe, settings.release)

@@ -14,6 +14,7 @@ import pytest
 
 from stages.settings import choices
 from tests.conftest import PROJECT
+from tests.hub_server import HubServer
 
 pytestmark = pytest.mark.workflow
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
@@ -70,6 +71,15 @@ def test_changing_the_evaluation_does_not_convert_again(finished):
     assert ran.returncode == 0 and jobs == {"evaluate", "report", "all"}, ran.stdout + ran.stderr
 
 
+@pytest.mark.parametrize("override, jobs", [
+    ("source.license=mit", {"report"}), ("source.origin=somebody/original", {"report"}), ("release.minimum_sqnr_db=16", {"verify_release", "report"}),
+])
+def test_what_only_the_card_or_the_proof_depends_on_converts_and_measures_nothing_again(finished, override, jobs):
+    ran = snakemake(finished, "-n", "--cores", "2", "--config", f"overrides=[{override}]")
+    found = set(re.findall(r"^(?:local)?rule (\w+):", ran.stdout + ran.stderr, re.M))
+    assert ran.returncode == 0 and found == jobs | {"all"}, ran.stdout + ran.stderr
+
+
 def test_a_deleted_shard_is_made_again_alone(finished):
     before = manifest(finished)
     run_directory = finished / "results/step37_tiny/mxfp4_experts"
@@ -83,14 +93,44 @@ def test_a_deleted_shard_is_made_again_alone(finished):
 def test_a_changed_file_of_a_local_source_is_noticed(finished, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(PROJECT / "tests/tiny/step37_tiny", source)
+    (source / "assets").mkdir()
+    for name in ("more.json", "{braces}.json"):
+        (source / "assets" / name).write_text("{}")
     directory = workdir(tmp_path / "changed")
     settings = ["--config", "source=local", f"overrides=[source.path={source}]"]
     assert snakemake(directory, "--cores", "2", "--until", "plan", *settings).returncode == 0
     time.sleep(1)
-    (source / "config.json").write_text((source / "config.json").read_text() + "\n")
+    nothing = snakemake(directory, "-n", "--cores", "2", "--until", "plan", *settings)
+    assert nothing.returncode == 0 and "download_metadata" not in nothing.stdout + nothing.stderr
+    (source / "assets" / "more.json").write_text("[]")
     ran = snakemake(directory, "-n", "--cores", "2", "--until", "plan", *settings)
     assert "download_metadata" in ran.stdout + ran.stderr
 
+
+def test_a_hub_repository_is_converted_into_a_directory_with_a_space(finished, tmp_path):
+    """The command for Step-3.7, with a hub on loopback."""
+    directory = workdir(tmp_path / "from a hub")
+    with HubServer(PROJECT / "tests/tiny/step37_tiny", "somebody/tiny", "0123456789abcdef0123456789abcdef01234567") as hub:
+        ran = snakemake(directory, "--cores", "2", "--until", "verify_release", "--config", "source=hub", "results=my results",
+                        "overrides=[source.repository=somebody/tiny]", env=os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"})
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    made = directory / "my results/tiny/mxfp4_experts"
+    theirs = finished / "results/step37_tiny/mxfp4_experts"
+    assert not list((made / "source").glob("*")), "downloaded shards are deleted behind their conversion"
+    for shard in (theirs / "shards").glob("*.safetensors"):
+        assert (made / "release" / shard.name).read_bytes() == shard.read_bytes(), shard.name
+
+
+@pytest.mark.parametrize("name", ["$(touch PWNED).safetensors", "a b.safetensors", "a;b.safetensors", "-x.safetensors"])
+def test_a_shard_whose_name_a_shell_would_read_is_refused(tmp_path, name):
+    source = tmp_path / "source"
+    shutil.copytree(PROJECT / "tests/tiny/step37_tiny", source)
+    (source / "model-00003.safetensors").rename(source / name)
+    directory = workdir(tmp_path / "run")
+    ran = snakemake(directory, "--cores", "2", "--config", "source=local", f"overrides=[source.path={source}]")
+    (line,) = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert ran.returncode != 0 and repr(name) in line and "rename" in line
+    assert not list(tmp_path.rglob("PWNED"))
 
 def test_bytes_do_not_depend_on_the_number_of_cores(finished, tmp_path):
     directory = workdir(tmp_path / "single")
@@ -204,7 +244,7 @@ def test_dvc_rebuilds_the_pinned_releases_to_the_committed_hashes_and_then_does_
     assert release.stat().st_ino == shard.stat().st_ino and release.stat().st_nlink == 3, "three names, one copy on disk"
 
 
-def test_dvc_rebuilds_only_the_release_whose_recipe_changed(clone):
+def test_dvc_rebuilds_the_release_whose_recipe_changed_and_all_when_the_code_did(clone):
     if not (clone / "results/step37_tiny/mxfp4_experts/release").exists():
         run(["dvc", "repro"], clone)
     recipe = clone / "conf/recipe/mxfp4_experts_stacked.yaml"
@@ -212,6 +252,10 @@ def test_dvc_rebuilds_only_the_release_whose_recipe_changed(clone):
     before = release_hashes(clone / "dvc.lock")
     output = run(["dvc", "repro"], clone)
     after = release_hashes(clone / "dvc.lock")
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"release@step37_tiny-mxfp4_experts_stacked"}
-    assert output.count("Running stage") == 1
+    assert {name for name in before if before[name] != after[name]} == {"release@step37_tiny-mxfp4_experts_stacked"}
+    assert len(re.findall(r"^quantize_experts \|", output, re.M)) == 6, "the shards of one release"
+    code = clone / "kernels/mxfp4/reference.py"
+    code.write_text(code.read_text() + "\n# changed\n")
+    output = run(["dvc", "repro", "release@step37_tiny-mxfp4_experts"], clone)
+    assert len(re.findall(r"^quantize_experts \|", output, re.M)) == 6
+    assert release_hashes(clone / "dvc.lock") == after

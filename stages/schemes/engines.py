@@ -11,7 +11,11 @@ def engines(plan: dict) -> list[dict]:
     """{"engine", "loads": yes (run here) | by its names | no | unknown, "how": lines} for each engine."""
     row = architecture_of(plan["architecture"])
     formats = {entry["stored"] for entry in plan["tensors"].values() if entry["stored"]}
-    loads, known = row.tried.get(VLLM, ("by its names", None))
+    # what was run were routed experts in MXFP4, stored one by one, and nothing else quantized
+    as_tried = plan["layout"] == "per_expert" and all(
+        entry["role"] == "routed_experts" and entry["stored"] == "mxfp4" for entry in plan["tensors"].values() if entry["stored"] not in (None, "plain"))
+    tried = row.tried if as_tried else {}
+    loads, known = tried.get(VLLM, ("by its names", None))
     lines = [f"each of its {plan['runtime_modules']} modules is claimed in the format it is stored in", *([known] if known else []), *row.cautions]
     if "mxfp4" in formats:
         lines.append("MXFP4 needs compute capability 8.0; weights stay 4 bits with BF16 activations (Marlin) but for B200 and B300, where "
@@ -22,7 +26,6 @@ def engines(plan: dict) -> list[dict]:
         lines.append("FP8 activations need compute capability 8.9; below, FP8 experts do not run")
     result = [{"engine": VLLM, "loads": loads, "how": lines}]
     for engine in ("transformers", "SGLang"):
-        untried = ("unknown", "not tried")
-        loads, known = row.tried.get(engine, untried) if plan["layout"] == "per_expert" else untried
+        loads, known = tried.get(engine, ("unknown", "not tried" if as_tried else "not tried with this recipe"))
         result.append({"engine": engine, "loads": loads, "how": [known]})
     return result

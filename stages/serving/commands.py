@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 
 from stages.checkpoint.files import human_bytes
+from stages.schemes.architectures import architecture_of
 
 OVERHEAD = 1.15  # memory that a server needs at least, over its weights: activations, graphs, some KV cache; an estimate
 
 
 def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
-    """Rows {title, command, run}: `run` says with what the command was really tried, or that it was not.
+    """Rows {title, command or note, run}: `run` says with what the command was really tried, or that it was not.
 
     plan: plan.json; config: the release's config.json; engine: serving.json's facts, empty when nothing was served.
     """
     text = config.get("text_config") or config
     drafts = text.get("num_nextn_predict_layers") or 0
-    step = (config.get("architectures") or [""])[0].startswith("Step3p")
     needed = human_bytes(plan["release_tensor_bytes"] * OVERHEAD)
     fitting = [row["tensor_parallel"] for row in plan["tensor_parallel"] if row["fits"]]
     speculation = [f"--speculative-config '{json.dumps({'method': 'mtp', 'num_speculative_tokens': drafts})}'"] if drafts else []
@@ -29,7 +29,7 @@ def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
     on_cpu = engine.get("engine") == "vllm" and "--enforce-eager" in engine.get("command", [])
     tried = f"vLLM {engine.get('version')}" + (" on a CPU, with the plugin" if on_cpu else "") if engine else "not run"
     rows = []
-    if drafts and step:
+    if drafts and architecture_of(plan["architecture"]).plugin:
         rows.append({"title": "The plugin, once per environment: draft layers need it in vLLM 0.32",
                      "command": "pip install ./vllm_plugin", "run": tried})
     rows.append({"title": f"vLLM, one GPU with {needed} or more" + (", drafting" if drafts else ""),
@@ -41,9 +41,10 @@ def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
                      "run": "not run"})
     rows.append({"title": "SGLang", "command": " ".join(["python -m sglang.launch_server --model-path .", *remote]),
                  "run": "not run"})
-    rows.append({"title": "transformers", "command": "not supported: it leaves the experts of this layout at random values; "
-                 "mxforge's evaluation expands them first", "run": "found with transformers 5.19"} if step else
-                {"title": "transformers", "command": 'AutoModelForCausalLM.from_pretrained(".", dtype="bfloat16")', "run": "not run"})
+    found = next(row for row in plan["engines"] if row["engine"] == "transformers")
+    rows.append({"title": "transformers", "run": "tried" if found["loads"] in ("yes", "no") else "not run"} |
+                ({"command": "", "note": "Not supported: " + "; ".join(found["how"]) + "."} if found["loads"] == "no" else
+                 {"command": 'AutoModelForCausalLM.from_pretrained(".", dtype="bfloat16")'}))
     return rows
 
 
