@@ -2,11 +2,14 @@
 
     python benchmarks/kernels_gpu.py --record benchmarks/records/<name>.json
 
-Needs a CUDA device, torch and triton. Correctness first: a wrong byte ends the run with exit status 1 before anything is
-timed. Then, in one run: quantize and dequantize as fractions of a device-to-device copy that moves as many bytes, and the
-GEMMs against cuBLAS in BF16 on the decoded weights (which read four times the bytes), with errors against float64; "triton" is
-the public function, which reads the scales and waits to refuse bad arguments, "kernel" is what it calls when they are good. Grouped
-cuBLAS is one matmul per expert that has rows, its offsets known to the host beforehand.
+Needs a CUDA device, torch and triton, and what triton needs to start: a C compiler and Python's headers. Correctness first: a wrong
+byte ends the run with exit status 1 before anything is timed. Then, in one run: quantize and dequantize as fractions of a
+device-to-device copy, in bytes read and written per second, and the GEMMs against cuBLAS in BF16 on the decoded weights (which read four
+times the bytes), with errors against float64.
+
+"kernel" is the backend's function, "public" the one that checks its arguments first: it reads the scales and waits for the answer. Each
+GEMM and its baselines are captured in CUDA graphs, so that launches from Python take no part; where a capture fails, the record says so.
+Grouped baselines: one cuBLAS matmul per expert that has rows, offsets known to the host beforehand, and torch's grouped_mm where there is one.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import math
 import platform
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -37,8 +41,18 @@ def block_fp8(shape, generator):
     return codes.view(torch.float8_e4m3fn), scale
 
 
+class WrongBytes(Exception):
+    """A kernel's result is not the reference's."""
+
+
+def require(right: bool, what: str) -> None:
+    """WrongBytes unless it is right."""
+    if not right:
+        raise WrongBytes(what)
+
+
 def check(generator) -> list[str]:
-    """Bytes against the reference; raises AssertionError with the number of wrong ones."""
+    """Bytes against the reference; raises WrongBytes with the number of wrong ones."""
     done = []
     for shape in ((3, 200, 288), (2, 1280, 4096), (5, 123 * 32)):
         codes, scale = block_fp8(shape, generator)
@@ -47,16 +61,53 @@ def check(generator) -> list[str]:
             truth = mxfp4.quantize(codes.cpu(), scale.cpu(), rule=rule, backend="reference")
             for field in ("packed", "scale"):
                 wrong = int((getattr(got, field).cpu() != getattr(truth, field)).sum())
-                assert wrong == 0, f"{shape} rule {rule}: {wrong} wrong bytes in {field}"
+                require(wrong == 0, f"{shape} rule {rule}: {wrong} wrong bytes in {field}")
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 a = mxfp4.dequantize(got.packed, got.scale, dtype, backend="cuda").cpu()
-                assert torch.equal(a, mxfp4.dequantize(truth.packed, truth.scale, dtype, backend="reference")), f"{shape} {dtype}"
+                require(torch.equal(a, mxfp4.dequantize(truth.packed, truth.scale, dtype, backend="reference")), f"{shape} {dtype}")
             done.append(f"{shape} {rule}")
+    packed = torch.arange(256, dtype=torch.uint8, device="cuda").reshape(2, 128).repeat(9, 1)
+    scale = torch.tensor([3, 4, 30, 64, 127, 128, 200, 250, 252], dtype=torch.uint8, device="cuda").repeat_interleave(2)[:, None].repeat(1, 8)
+    weight = mxfp4.dequantize(packed, scale, torch.bfloat16, backend="cuda")
+    for rows in (3, 40, 256):  # rows of the identity give the weights themselves
+        y = gemm.linear(torch.eye(256, dtype=torch.bfloat16, device="cuda")[:rows], packed, scale, backend="cuda")
+        require(torch.equal(y, weight[:, :rows].T), f"GEMM with {rows} rows of the identity: other weights")
+        done.append(f"GEMM decodes every byte, {rows} rows")
     return done
+
+
+def warm_up(seconds: float = 0.5) -> None:
+    """Brings the clocks to where they are under load."""
+    a = torch.ones(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    start = time.monotonic()
+    while time.monotonic() - start < seconds:
+        for _ in range(20):
+            a @ a
+        torch.cuda.synchronize()
+
+
+def captured(run):
+    """`run` as a CUDA graph's replay, or itself where it cannot be captured; and which of the two."""
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay, True
+    except RuntimeError as error:
+        print(f"kernels_gpu: not captured in a graph, timed with its launches: {str(error).splitlines()[0]}", file=sys.stderr)
+        torch.cuda.synchronize()
+        return run, False
 
 
 def interleaved(table: dict, repetitions: int) -> dict:
     """name -> {median_ms, min_ms, max_ms} by CUDA events; each repetition runs every row, after a flush of the L2 cache."""
+    warm_up()
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     times = {name: [] for name in table}
     for repetition in range(repetitions + 3):
@@ -73,19 +124,25 @@ def interleaved(table: dict, repetitions: int) -> dict:
 
 
 def bandwidth(generator, repetitions: int) -> list[dict]:
-    """Kernels through their public functions: with the finiteness checks and, in quantize, a synchronization."""
-    codes, scale = block_fp8((32, 1280, 4096), generator)
+    """One layer's experts of one projection. "public" functions check for what is not finite and wait for the answer."""
+    from kernels.mxfp4 import cuda
+
+    codes, scale = block_fp8((EXPERTS, 1280, 4096), generator)
     made = mxfp4.quantize(codes, scale, backend="cuda")
     small = made.packed.numel() + made.scale.numel()
-    moved = {f"quantize FP8, rule {rule}": codes.numel() + small for rule in mxfp4.RULES}
-    moved |= {"dequantize to BF16": small + 2 * codes.numel(), "dequantize to float32": small + 4 * codes.numel()}
-    table = {f"quantize FP8, rule {rule}": lambda rule=rule: mxfp4.quantize(codes, scale, rule=rule, backend="cuda") for rule in mxfp4.RULES}
-    table["dequantize to BF16"] = lambda: mxfp4.dequantize(made.packed, made.scale, torch.bfloat16, backend="cuda")
-    table["dequantize to float32"] = lambda: mxfp4.dequantize(made.packed, made.scale, torch.float32, backend="cuda")
+    table, moved = {}, {}
+    for rule in mxfp4.RULES:
+        table[f"quantize FP8, {rule}, public"] = lambda rule=rule: mxfp4.quantize(codes, scale, rule=rule, backend="cuda")
+        moved[f"quantize FP8, {rule}, public"] = codes.numel() + small
+    table["quantize FP8, mse, kernel"] = lambda: cuda.quantize(codes, scale, "mse", (128, 128), None)
+    moved["quantize FP8, mse, kernel"] = codes.numel() + small
+    for name, dtype, size in (("BF16", torch.bfloat16, 2), ("float32", torch.float32, 4)):
+        table[f"dequantize to {name}, public"] = lambda dtype=dtype: mxfp4.dequantize(made.packed, made.scale, dtype, backend="cuda")
+        table[f"dequantize to {name}, kernel"] = lambda dtype=dtype: cuda.dequantize(made.packed, made.scale, dtype)
+        moved |= {f"dequantize to {name}, {kind}": small + size * codes.numel() for kind in ("public", "kernel")}
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    table["copy"] = lambda: target.copy_(source)
-    moved["copy"] = 2 * source.numel()
+    table["copy"], moved["copy"] = lambda: target.copy_(source), 2 * source.numel()
     measured = interleaved(table, repetitions)
     rate = {name: moved[name] / row["median_ms"] / 1e6 for name, row in measured.items()}
     return [{"name": n, **row, "GB_per_s": rate[n], "of_copy": rate[n] / rate["copy"]} for n, row in measured.items()]
@@ -113,13 +170,11 @@ def linears(generator, repetitions: int) -> list[dict]:
             x = torch.randn(tokens, columns, device="cuda", generator=generator).to(torch.bfloat16)
             offsets = torch.tensor([0, tokens], device="cuda")
             table = {
-                "triton": lambda: gemm.linear(x, made.packed, made.scale, backend="cuda"),
+                "public": lambda: gemm.linear(x, made.packed, made.scale, backend="cuda"),
                 "kernel": lambda: unchecked(x, made.packed[None], made.scale[None], offsets),
                 "cublas": lambda: x @ weight.T,
             }
-            measured, truth = interleaved(table, repetitions), x.double() @ weight.double().T
-            errors = {name: relative_error(run(), truth) for name, run in table.items()}
-            result.append(row("linear", out, columns, tokens, measured, errors))
+            result.append(row("linear", out, columns, tokens, table, x.double() @ weight.double().T, repetitions))
     return result
 
 
@@ -144,29 +199,53 @@ def experts(generator, repetitions: int) -> list[dict]:
                 return y
 
             table = {
-                "triton": lambda: gemm.grouped_linear(x, made.packed, made.scale, offsets, backend="cuda"),
+                "public": lambda: gemm.grouped_linear(x, made.packed, made.scale, offsets, backend="cuda"),
                 "kernel": lambda: unchecked(x, made.packed, made.scale, offsets),
                 "cublas": cublas,
             }
-            measured = interleaved(table, repetitions)
+            if hasattr(torch.nn.functional, "grouped_mm"):
+                ends = offsets[1:].to(torch.int32)
+                table["grouped_mm"] = lambda: torch.nn.functional.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
             truth = torch.cat([x[a:b].double() @ weight[e].double().T for e, a, b in used])
-            errors = {name: relative_error(run(), truth) for name, run in table.items()}
-            result.append(row("grouped", out, columns, tokens, measured, errors) | {"experts_used": len(used)})
+            result.append(row("grouped", out, columns, tokens, table, truth, repetitions) | {"experts_used": len(used)})
         del weight, made
     return result
 
 
-def row(kind, out, columns, tokens, measured, errors) -> dict:
-    """One entry of the record: times in ms, how often faster than cuBLAS, relative errors."""
-    speedup = {name: measured["cublas"]["median_ms"] / measured[name]["median_ms"] for name in ("triton", "kernel")}
-    return {"kind": kind, "out": out, "in": columns, "tokens": tokens, **measured, "speedup": speedup, "relative_error": errors}
+def row(kind, out, columns, tokens, table, truth, repetitions) -> dict:
+    """One entry of the record: times in ms, how often faster than the fastest baseline and than cuBLAS, relative errors."""
+    errors = {}
+    for name in list(table):
+        try:
+            errors[name] = relative_error(table[name](), truth)
+        except RuntimeError as error:
+            if name != "grouped_mm":  # which not every GPU has
+                raise
+            print(f"kernels_gpu: grouped_mm left out: {str(error).splitlines()[0]}", file=sys.stderr)
+            del table[name]
+    graphs = {name: captured(run) if name != "public" else (run, False) for name, run in table.items()}
+    measured = interleaved({name: run for name, (run, _) in graphs.items()}, repetitions)
+    speedup = {name: measured["cublas"]["median_ms"] / measured[name]["median_ms"] for name in ("public", "kernel")}
+    if "grouped_mm" in table:
+        speedup["kernel_over_grouped_mm"] = measured["grouped_mm"]["median_ms"] / measured["kernel"]["median_ms"]
+    return {"kind": kind, "out": out, "in": columns, "tokens": tokens, **measured, "speedup": speedup, "relative_error": errors,
+            "captured": {name: graph for name, (_, graph) in graphs.items()}}
+
+
+def clock_mhz() -> int | None:
+    """Clock of the multiprocessors under load, where NVIDIA's management library is there to ask."""
+    warm_up()
+    try:
+        return torch.cuda.clock_rate()
+    except (ImportError, RuntimeError):
+        return None
 
 
 def main() -> int:
     """Command line: correctness first, then the measurements, then the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, help="where to write the JSON record")
-    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--repetitions", type=int, default=50)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("kernels_gpu: this machine has no CUDA device; nothing was measured", file=sys.stderr)
@@ -176,11 +255,11 @@ def main() -> int:
     generator = torch.Generator("cuda").manual_seed(0)
     try:
         checked = check(generator)
-    except AssertionError as error:
+    except WrongBytes as error:
         print(f"kernels_gpu: wrong result, nothing was timed: {error}", file=sys.stderr)
         return 1
     record = {
-        "device": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(), "host": platform.processor(),
+        "device": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(), "host": platform.processor(), "clock_mhz": clock_mhz(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__},
         "repetitions": options.repetitions, "bytes_equal_to_reference": checked,
         "bandwidth": bandwidth(generator, options.repetitions),
@@ -191,10 +270,11 @@ def main() -> int:
         print(f"{entry['name']:32} {entry['median_ms']:9.3f} ms {entry['GB_per_s']:8.0f} GB/s {entry['of_copy']:6.2f} of copy")
     for entry in record["gemm"]:
         print(
-            f"{entry['kind']:8} {entry['out']:5} x {entry['in']:5} tokens {entry['tokens']:5}  triton {entry['triton']['median_ms']:8.3f} ms"
-            f"  cuBLAS BF16 {entry['cublas']['median_ms']:8.3f} ms  speedup {entry['speedup']['triton']:5.2f}"
-            f", of the kernel alone {entry['speedup']['kernel']:5.2f}"
-            f"  error {entry['relative_error']['triton']:.2e} / {entry['relative_error']['cublas']:.2e}"
+            f"{entry['kind']:8} {entry['out']:5} x {entry['in']:5} tokens {entry['tokens']:5}  kernel {entry['kernel']['median_ms']:8.3f} ms"
+            f"  cuBLAS BF16 {entry['cublas']['median_ms']:8.3f} ms  speedup {entry['speedup']['kernel']:5.2f}"
+            + (f", over grouped_mm {entry['speedup']['kernel_over_grouped_mm']:5.2f}" if "grouped_mm" in entry else "")
+            + f", with argument checks {entry['speedup']['public']:5.2f}"
+            f"  error {entry['relative_error']['kernel']:.2e} / {entry['relative_error']['cublas']:.2e}"
         )
     if options.record:
         options.record.parent.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ def grouped_linear(
     steps = expert_offsets.diff()
     if int(expert_offsets[0]) != 0 or int(expert_offsets[-1]) != len(x) or bool((steps < 0).any()):
         raise ValueError(f"expert_offsets {expert_offsets.tolist()[:8]}...: expected to rise from 0 to T = {len(x)}")
-    return backend_module(backend, MODULES).grouped_linear(x, packed, scale, expert_offsets)
+    return backend_module(backend, MODULES).grouped_linear(x, packed, scale, expert_offsets.to(x.device))
 
 
 def check(x, packed, scale):

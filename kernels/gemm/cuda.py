@@ -4,14 +4,17 @@
 
 A program owns BT rows of one expert by BN outputs and walks k in steps of BK, at least one block of 32. The weight tile is
 decoded to x's dtype: exact in BF16; in F16 exact for scale bytes 104..140, which covers real checkpoints, and rounded beyond.
+Decoding, not memory, is what a step takes most of (6 to 7 instructions per weight, all told), so BF16 is decoded in pairs.
 
 Grouping: expert g takes ceil(rows_g / BT) row tiles. `row_tiles_kernel` finds the expert and first row of each row tile from
-their running sum, on the device and in one launch, and the grid is the upper bound ceil(T / BT) + E: the host never waits to
-learn the groups. Row tiles past the last expert's return at once. `linear` is the case E = 1 and needs no groups.
+their running sum, on the device and in one launch. The grid is an upper bound, because the host never waits to learn the groups: with m
+experts that have rows, sum of ceil(rows_g / BT) <= m + (T - m) / BT, which grows with m <= min(E, T). Row tiles past the last expert's
+return at once. `linear` is the case E = 1 and needs no groups.
 
-Tile sizes: for few tokens narrow tiles, two warps and four stages, so that many loads are on their way at once; from 64 rows
-on, tiles that Hopper multiplies with wgmma. None spills registers on sm_90 (tests/kernels/test_triton_compile.py); the largest does
-on sm_80, a few. Float32 activations, which no tensor core multiplies exactly, take small tiles.
+Tile sizes: for few tokens narrow tiles, two warps and four stages, so that many loads are on their way at once; above, tiles that Hopper
+multiplies with wgmma, in three or four stages where shared memory holds them. A matrix for DENSE_ROWS rows and more is decoded once
+and multiplied by cuBLAS: a row tile of 128 would decode it again and again. The tiles that Step-3.7's shapes take spill no registers on
+sm_90 (tests/kernels/test_triton_compile.py). Float32 activations, which no tensor core multiplies exactly, take small tiles.
 
 Roads not taken: split-k, which would fill a large GPU better at T = 1 but needs atomics (results would vary from run to run)
 or a second pass; tl.dot_scaled, which wants activations in a microscaling format on most hardware; autotuning, because the
@@ -24,14 +27,17 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.mxfp4.cuda import block_unit, decode_nibble
+from kernels.mxfp4.cuda import TWO_TO_126, block_unit, decode_nibble, decode_pair, dequantize, on_its_device
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its tl.dot multiplies the bit patterns of BF16, not the values
 FEW_PROGRAMS = 512  # below this many, narrower ones: four on each multiprocessor of a large GPU
+MULTIPROCESSORS = 132  # of such a GPU
+DENSE_ROWS = 512
 
 
 @triton.jit
-def weight_tile(packed, scale, n, k_block, blocks, EVEN: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr):
+def weight_tile(packed, scale, n, k_block, blocks, EVEN: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+                WIDEN: tl.constexpr):
     """Tile function: weights [32 * BB, BN] of outputs n in DTYPE, rows starting at block k_block.
 
     EVEN: all are inside, and `scale` points to int32, four bytes each, because single bytes cannot be loaded ahead of their use
@@ -50,11 +56,20 @@ def weight_tile(packed, scale, n, k_block, blocks, EVEN: tl.constexpr, BB: tl.co
         pair = tl.load(packed + byte, mask=inside[:, :, None] & (byte >= 0), other=0)
     pair = pair.to(tl.int32)
     unit = block_unit(unit)[:, :, None]
-    w = tl.interleave(decode_nibble(pair) * unit, decode_nibble(pair >> 4) * unit)
+    if DTYPE == tl.bfloat16:
+        both = decode_pair(pair)
+        if WIDEN:
+            low, high = (both << 16).to(tl.float32, bitcast=True), (both & -0x10000).to(tl.float32, bitcast=True)
+        else:
+            low, high = both.to(tl.int16).to(tl.bfloat16, bitcast=True), (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+            unit = unit.to(tl.bfloat16)
+        w = (tl.interleave(low, high) * TWO_TO_126).to(low.dtype) * unit
+    else:
+        w = tl.interleave(decode_nibble(pair) * unit, decode_nibble(pair >> 4) * unit)
     return tl.trans(tl.reshape(w.to(DTYPE), [BN, 32 * BB]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def row_tiles_kernel(offsets, tile_expert, tile_row, experts, tiles, BT: tl.constexpr, EP: tl.constexpr, N: tl.constexpr):
     """Pointer kernel: expert and first row of x of each row tile; `experts` for those past the last. Grid (ceil(tiles / N),)."""
     e = tl.arange(0, EP)
@@ -91,22 +106,44 @@ def grouped_kernel(
         end = tokens.to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     t_inside, n_inside = t < end, n < out
-    row = tl.minimum(t, end - 1)  # outside, a row and an output that exist are computed again and not stored: no masks in the loop
-    weight_row = tl.minimum(n, out - 1)
+    weight_row = tl.minimum(n, out - 1)  # outside, an output that exists is computed again and not stored
     sums = tl.zeros([BT, BN], tl.float32)
     for k in range(0, columns, BK):
         column = k + tl.arange(0, BK)
-        if EVEN:
-            rows = tl.load(x + row[:, None] * columns + column[None, :])
-        else:
-            rows = tl.load(x + row[:, None] * columns + column[None, :], mask=(column < columns)[None, :] & (row[:, None] >= 0), other=0.0)
-        w = weight_tile(packed, scale, weight_row, k // 32, blocks, EVEN, BK // 32, BN, x.dtype.element_ty)
+        inside = t_inside[:, None] & (column >= 0)[None, :]  # rows of another expert are not fetched
+        if not EVEN:
+            inside &= (column < columns)[None, :]
+        rows = tl.load(x + t[:, None] * columns + column[None, :], mask=inside, other=0.0)
+        w = weight_tile(packed, scale, weight_row, k // 32, blocks, EVEN, BK // 32, BN, x.dtype.element_ty, WIDEN)
         if WIDEN:
             rows, w = rows.to(tl.float32), w.to(tl.float32)
         sums = tl.dot(rows, w, sums, input_precision="ieee")
     tl.store(y + t[:, None] * out + n[None, :], sums.to(y.dtype.element_ty), mask=t_inside[:, None] & n_inside[None, :])
 
 
+def row_tiles(experts: int, tokens: int, bt: int) -> int:
+    """At most so many row tiles have rows, however they are spread over the experts; see the module docstring."""
+    nonempty = min(experts, tokens)
+    return nonempty + (tokens - nonempty) // bt
+
+
+def tile_sizes(dtype: torch.dtype, out: int, experts: int, tokens: int) -> tuple[int, int, int, int, int]:
+    """(BT, BN, BK, warps, stages); see the module docstring."""
+    if dtype == torch.float32:  # no tensor cores: products of whole tiles would not fit the registers
+        return 16, 32, 32, 4, 2
+    mean = tokens / experts
+    if mean <= 16:
+        few = triton.cdiv(out, 64) * row_tiles(experts, tokens, 16) < FEW_PROGRAMS
+        return (16, 16, 256, 2, 4) if few else (16, 64, 128, 4, 4)
+    # more than 99 KB of shared memory in a program: data-centre GPUs from Hopper on
+    large = INTERPRETED or triton.runtime.driver.active.get_current_target().arch in (90, 100, 103)
+    if mean <= 128:
+        few = triton.cdiv(out, 64) * row_tiles(experts, tokens, 64) < MULTIPROCESSORS
+        return 64, 32 if few else 64, 128, 4, 4 if large else 2
+    return 128, 128, 128, 8, 3 if large else 2
+
+
+@on_its_device
 def grouped_linear(x, packed, scale, expert_offsets):
     """x [T, in] sorted by expert -> x's dtype [T, out]; arguments checked by kernels.gemm."""
     experts, out, half = packed.shape
@@ -116,20 +153,15 @@ def grouped_linear(x, packed, scale, expert_offsets):
     result = torch.empty(tokens, out, dtype=x.dtype, device=x.device)
     if not (tokens and out and experts):
         return result
-    mean, grouped = tokens / experts, experts > 1
-    bt = 16 if mean <= 16 else 32 if mean <= 32 else 64 if mean <= 128 else 128
-    few = triton.cdiv(out, 64) * triton.cdiv(tokens, bt) < FEW_PROGRAMS
-    bn, bk, warps, stages = 128, 128, 8, 2
-    if x.dtype == torch.float32:  # no tensor cores: products of whole tiles would not fit the registers
-        bt, bn, bk, warps, stages = 16, 32, 32, 4, 2
-    elif bt <= 32:
-        bn, bk, warps, stages = (16, 256, 2, 4) if few else (64, 128, 4, 4)
-    tiles = triton.cdiv(tokens, bt) + (experts if grouped else 0)
+    if experts == 1 and tokens >= DENSE_ROWS and x.dtype == torch.bfloat16:
+        return x @ dequantize(packed[0], scale[0], x.dtype).T
+    bt, bn, bk, warps, stages = tile_sizes(x.dtype, out, experts, tokens)
+    grouped, tiles = experts > 1, row_tiles(experts, tokens, bt)
     assert tiles < 2**16, f"{tokens} rows in {experts} experts: {tiles} row tiles, the grid's second axis ends at 65535"
     even = bk % 128 == 0 and columns % bk == 0 and scale.storage_offset() % 4 == 0
-    tile_expert = tile_row = offsets = expert_offsets.to(x.device).contiguous()
+    tile_expert = tile_row = offsets = expert_offsets.contiguous()
     if grouped:
-        tile_expert, tile_row = torch.empty(2, tiles, dtype=torch.int64, device=x.device)
+        tile_expert, tile_row = torch.empty(2, tiles + tiles % 2, dtype=torch.int64, device=x.device)  # even: both aligned to 16 bytes
         row_tiles_kernel[(triton.cdiv(tiles, 16),)](
             offsets, tile_expert, tile_row, experts, tiles, BT=bt, EP=triton.next_power_of_2(experts), N=16, num_warps=4, enable_fp_fusion=False
         )

@@ -28,6 +28,8 @@ cvt.e2m1x2, which only Blackwell has and which cannot choose the exponent.
 With TRITON_INTERPRET=1, set before the first import of triton, the same kernels run on CPU tensors; for tests, slow.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -216,6 +218,15 @@ def decode_nibble(nibble):
 
 
 @triton.jit
+def decode_pair(pair):
+    """Tile function: both nibbles of a byte (int32) as two BF16 in one int32, 2^-126 of their values; the low nibble is the lower half.
+
+    As in `decode_nibble`, at BF16's place: two products move the two nibbles to where they belong, and the masks drop the rest.
+    """
+    return ((pair * 0x00040040) & 0x01C001C0) | ((pair * 0x01001000) & -0x7FFF8000)
+
+
+@triton.jit
 def dequantize_kernel(packed, scale, result, bytes_in_all, BF16: tl.constexpr, N: tl.constexpr):
     """Pointer kernel: N packed bytes to 2N weights of result's dtype."""
     byte = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
@@ -224,11 +235,12 @@ def dequantize_kernel(packed, scale, result, bytes_in_all, BF16: tl.constexpr, N
     unit = block_unit(tl.load(scale + byte // 16, mask=inside, other=127))
     weight = tl.interleave(decode_nibble(pair) * unit, decode_nibble(pair >> 4) * unit)
     column = tl.program_id(0).to(tl.int64) * (2 * N) + tl.arange(0, 2 * N)
+    weights_in_all = bytes_in_all.to(tl.int64) * 2  # 2^31 and more, where the bytes are an int32
     if BF16:  # result is int16: upper half of the float32, whose lower half is zero for every MXFP4 value
         bits = weight.to(tl.int32, bitcast=True) >> 16
-        tl.store(result + column, bits.to(tl.int16), mask=column < 2 * bytes_in_all)
+        tl.store(result + column, bits.to(tl.int16), mask=column < weights_in_all)
     else:
-        tl.store(result + column, weight.to(result.dtype.element_ty), mask=column < 2 * bytes_in_all)
+        tl.store(result + column, weight.to(result.dtype.element_ty), mask=column < weights_in_all)
 
 
 def refuse(weight, tile_scale, tile):
@@ -244,6 +256,20 @@ def refuse(weight, tile_scale, tile):
     raise AssertionError(f"kernel refused {tuple(weight.shape)}, but all its weights are finite")
 
 
+def on_its_device(function):
+    """Decorates a host function: kernels run on the GPU of its first argument, on which all tensors must lie."""
+
+    @functools.wraps(function)
+    def wrapper(tensor, *arguments):
+        places = {str(part.device) for part in (tensor, *arguments) if isinstance(part, torch.Tensor)}
+        assert len(places) == 1, f"tensors are on {' and '.join(sorted(places))}"
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *arguments)
+
+    return wrapper
+
+
+@on_its_device
 def quantize(weight, tile_scale, rule, tile, importance):
     """[E, out, in] -> packed, scale, signal, error, decoded; arguments checked by kernels.mxfp4.quantize."""
     experts, out, columns = weight.shape
@@ -259,7 +285,7 @@ def quantize(weight, tile_scale, rule, tile, importance):
     packed = torch.empty(experts, out, columns // 2, dtype=torch.uint8, device=device)
     scale = torch.empty(experts, out, columns // BLOCK, dtype=torch.uint8, device=device)
     programs = triton.cdiv(out * columns // BLOCK, BLOCKS_PER_PROGRAM)
-    sums = torch.zeros(experts, programs, 3, dtype=torch.float64, device=device)
+    sums = torch.empty(experts, programs, 3, dtype=torch.float64, device=device)  # every program writes its own
     bad = torch.zeros(experts, programs, dtype=torch.int32, device=device)
     if experts and programs:
         quantize_kernel[(programs, experts)](
@@ -275,6 +301,7 @@ def quantize(weight, tile_scale, rule, tile, importance):
     return packed, scale, *sums.sum(1).unbind(-1)
 
 
+@on_its_device
 def dequantize(packed, scale, dtype):
     """Any leading shape; one program per BYTES_PER_PROGRAM packed bytes."""
     packed, scale = packed.contiguous(), scale.contiguous()

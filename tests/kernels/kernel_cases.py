@@ -143,6 +143,19 @@ def check_gemm(backend: str, device: str, out: int = 136, columns: int = 288, to
             check_noise(y, truth, least, f"{backend} linear {count} tokens {dtype}")
 
 
+def check_gemm_decodes_exactly(backend: str, device: str) -> None:
+    """Rows of the identity give the weights themselves: every byte, under scales of normal numbers (matrix units may take others for zero)."""
+    from kernels import gemm
+
+    packed = torch.arange(256, dtype=torch.uint8).reshape(2, 128).repeat(9, 1)  # 256 columns
+    scale = torch.tensor([3, 4, 30, 64, 127, 128, 200, 250, 252], dtype=torch.uint8).repeat_interleave(2)[:, None].repeat(1, 8)
+    weight = mxfp4.dequantize(packed, scale, torch.bfloat16, backend="reference")
+    for rows in (3, 40, 256):
+        x = torch.eye(256, dtype=torch.bfloat16)[:rows]
+        y = gemm.linear(x.to(device), packed.to(device), scale.to(device), backend=backend)
+        assert torch.equal(y.cpu(), weight[:, :rows].T), f"{backend}, {rows} rows: {int((y.cpu() != weight[:, :rows].T).sum())} weights differ"
+
+
 def check_noise(y, truth, least: float, name: str) -> None:
     ratio = 10 * math.log10(float(truth.square().sum() / (y.cpu().double() - truth).square().sum()))
     assert y.shape == truth.shape and ratio >= least, f"{name}: {ratio:.1f} dB, expected at least {least}"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import check_gemm
+from kernel_cases import check_gemm, check_gemm_decodes_exactly
 
 from kernels import gemm, mxfp4
 
@@ -10,6 +10,10 @@ from kernels import gemm, mxfp4
 def test_cpu_gemm_is_accurate_for_empty_experts_single_rows_and_odd_row_counts():
     check_gemm("cpu", "cpu")
     check_gemm("cpu", "cpu", out=5, columns=32, tokens=(3,))
+
+
+def test_cpu_gemm_decodes_every_byte_exactly():
+    check_gemm_decodes_exactly("cpu", "cpu")
 
 
 def test_no_tokens_give_no_rows():

@@ -18,6 +18,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def waits_in_loop(ttgir: str) -> list[int]:
+    """How many groups of loads may still be under way where the loop goes on."""
+    _, _, loop = ttgir.partition("scf.for")
+    return [int(number) for number in re.findall(r"async_wait [^\n]*\{num = (\d+)", loop.partition("scf.yield")[0])]
+
+
 def compile_all(target: int) -> dict[str, dict]:
     """Call the backends for sm_<target>; name -> stack bytes per thread, PTX, number of machine instructions by opcode."""
     import torch
@@ -61,7 +67,9 @@ def compile_all(target: int) -> dict[str, dict]:
         "quantize with importance": lambda: quantize(torch.ones(256)),
         "dequantize": lambda: mxfp4.dequantize(torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(64, 4, dtype=torch.uint8), torch.bfloat16),
         "gemm grouped": lambda: multiply(24, 8),
-        "gemm 1024 tokens": lambda: multiply(1024, 1),
+        "gemm 64 rows": lambda: multiply(64, 1),
+        "gemm 1024 rows in 4 experts": lambda: multiply(1024, 4),
+        "gemm 1024 rows, dense": lambda: multiply(1024, 1),
         "gemm float32": lambda: multiply(8, 1, torch.float32),
     }
     for name, call in cases.items():
@@ -75,7 +83,8 @@ def compile_all(target: int) -> dict[str, dict]:
                 code = subprocess.run([tools / "nvdisasm", "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
             names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
             result[f"{name}: {kernel}"] = {
-                "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "ptx": compiled.asm["ptx"],
+                "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "ptx": compiled.asm["ptx"], "ttir": compiled.asm["ttir"],
+                "waits": waits_in_loop(compiled.asm["ttgir"]),
                 "code": {n: names.count(n) for n in sorted(set(names))},
             }  # fmt: skip
     return result
@@ -101,7 +110,7 @@ def count(kernel: dict, start: str) -> int:
 
 
 def test_no_kernel_spills_registers_or_flushes_subnormals(compiled):
-    assert len(compiled) == 7  # the grouped case launches two
+    assert len(compiled) == 10  # the grouped cases launch two
     for name, kernel in compiled.items():
         assert kernel["stack"] == 0 and count(kernel, "LDL") + count(kernel, "STL") == 0, f"{name} spills: {kernel['stack']} bytes of stack"
         assert ".ftz" not in kernel["ptx"], name
@@ -118,11 +127,23 @@ def test_large_loads_are_vectors(compiled):
     assert count(compiled["dequantize: dequantize_kernel"], "LDG.E.128") and count(compiled["dequantize: dequantize_kernel"], "STG.E.128")
 
 
-@pytest.mark.parametrize("name, instruction", [("grouped", "HMMA"), ("1024 tokens", "HGMMA")])
-def test_bfloat16_gemm_multiplies_on_tensor_cores_and_loads_ahead(compiled, name, instruction):
+@pytest.mark.parametrize("name, instruction", [("grouped", "HMMA"), ("64 rows", "HGMMA"), ("1024 rows in 4 experts", "HGMMA")])
+def test_bfloat16_gemm_multiplies_on_tensor_cores_loads_ahead_and_decodes_in_pairs(compiled, name, instruction):
     kernel = compiled[f"gemm {name}: grouped_kernel"]
     assert count(kernel, instruction), sorted(kernel["code"])
     assert count(kernel, "LDGSTS") and not count(kernel, "LDG.E.U8"), f"{name}: a load waits in the loop: {sorted(kernel['code'])}"
+    assert count(kernel, "HMUL2.BF16") >= 32 and count(kernel, "FMUL") <= 8, f"{name}: weights are decoded one by one: {kernel['code']}"
+    assert kernel["waits"] and not any(wait == 0 for wait in kernel["waits"]), f"{name}: every step waits for all of its loads: {kernel['waits']}"
+
+
+def test_many_rows_of_one_matrix_are_left_to_cublas(compiled):
+    assert [name for name in compiled if "dense" in name] == ["gemm 1024 rows, dense: dequantize_kernel"]
+
+
+def test_sizes_past_int32_are_not_cut(compiled):
+    """The number of weights is twice the number of bytes, which is an int32 below 2^31."""
+    ttir = compiled["dequantize: dequantize_kernel"]["ttir"]
+    assert not re.search(r"muli %bytes_in_all\w*, %\w+ : i32", ttir) and re.search(r"muli .* : i64", ttir)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import block_fp8, check_gemm, check_refusals, compare, every_code, float_blocks, generator
+from kernel_cases import block_fp8, check_gemm, check_gemm_decodes_exactly, check_refusals, compare, every_code, float_blocks, generator
 
 from kernels.mxfp4 import RULES
 
@@ -43,3 +43,11 @@ def test_nan_infinity_and_bad_tile_scales_are_refused_at_their_index():
 def test_gemm_is_accurate(shape):
     """`in` with and without whole tiles: the kernel reads their scales in different ways."""
     check_gemm("cuda", DEVICE, *shape)
+
+
+def test_gemm_decodes_every_byte_exactly():
+    check_gemm_decodes_exactly("cuda", DEVICE)
+
+
+def test_many_rows_of_one_matrix_are_multiplied_as_a_whole():
+    check_gemm("cuda", DEVICE, 40, 64, (520,))
