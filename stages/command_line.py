@@ -1,6 +1,6 @@
 """`mxforge`: the questions that are asked outside of a run, answered by the functions of the stages.
 
-    mxforge plan DIRECTORY | OWNER/NAME[@REVISION]      what a conversion would do, from headers alone
+    mxforge plan DIRECTORY | OWNER/NAME[@REVISION] | SOURCE   what a conversion would do, from headers alone
     mxforge verify DIRECTORY                            what is wrong with a release, ours or not
     mxforge config DIRECTORY                            its config.json, made again from its tensors
 
@@ -15,6 +15,7 @@ import json
 import re
 import tempfile
 from contextlib import redirect_stdout
+from importlib import metadata
 from pathlib import Path
 
 from stages import download, inspect_format, plan
@@ -43,9 +44,12 @@ def settings_of(where: str, recipe: str, overrides: list[str], results: str) -> 
         settings.source.path = where  # after the composition: a path may hold what Hydra reads as syntax
         settings.source.name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(where).resolve().name) or "root"
         return settings
+    if where in choices("source"):
+        return load([f"source={where}", *fixed], ask=True)
     match = REPOSITORY.fullmatch(where)
     if not match:
-        raise UserError(f"{where!r}: no such directory, and no hub repository (OWNER/NAME or OWNER/NAME@REVISION)")
+        raise UserError(f"{where!r}: no such directory, no source of conf/ ({', '.join(choices('source'))}), and no hub repository "
+                        "(OWNER/NAME or OWNER/NAME@REVISION)")
     revision, shards = download.resolve(match["name"], match["revision"])
     return load(["source=hub", f"source.repository={match['name']}", f"source.revision={revision}",
                  f"source.shards=[{','.join(shards)}]", *fixed])
@@ -89,10 +93,8 @@ def regenerate_config(arguments: argparse.Namespace) -> None:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; name a release")
     path = directory / "config.json"
-    config = read_json(arguments.base or path, "whatever made the checkpoint")
-    checkup = Checkup(directory, section={})
-    if not isinstance(config, dict):
-        raise UserError(f"{arguments.base or path}: is no JSON object; restore the original")
+    config = read_json(arguments.base or path)
+    checkup = Checkup(directory, section={}, config=config)
     names = config.get("architectures")
     architecture = names[0] if isinstance(names, list) and names else None
     row = architecture_of(architecture)
@@ -139,9 +141,10 @@ def regenerate_config(arguments: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="mxforge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--version", action="version", version=f"mxforge {metadata.version('mxforge')}")
     commands = result.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("plan", help="what a conversion would do, from headers alone")
-    command.add_argument("where", metavar="DIRECTORY|OWNER/NAME[@REVISION]")
+    command.add_argument("where", metavar="DIRECTORY|OWNER/NAME[@REVISION]|SOURCE", help="a checkpoint, a hub repository, or a file of conf/source")
     command.add_argument("--recipe", default="mxfp4_experts", help="a file of conf/recipe")
     command.add_argument("--json", action="store_true", help="print it as JSON")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, for example device.lane=4")

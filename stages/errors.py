@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -42,6 +43,9 @@ def exit_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
             return main(*arguments, **keywords)
         except UserError as error:
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            sys.exit(1)
+        except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except KeyboardInterrupt:
             print("error: interrupted; finished shards are kept, run the same command again to go on", file=sys.stderr)

@@ -228,7 +228,8 @@ def run(settings: Settings) -> dict:
     quality = perplexity(settings, plan)
     write_json(settings.run_directory / "sqnr.json", noise)
     write_json(settings.run_directory / "perplexity.json", quality)
-    print(f"SQNR {noise['overall_db']} dB over {noise['matrices']} matrices (worst {noise['worst_matrix_db']} dB)")
+    print(f"SQNR {noise['overall_db']} dB over {noise['matrices']} matrices (worst {noise['worst_matrix_db']} dB)"
+          if noise["overall_db"] is not None else f"{noise['matrices']} matrices are exact")
     if "not_measured" in quality:
         print(f"perplexity not measured: {quality['not_measured']}")
     for name in ("source", "release"):

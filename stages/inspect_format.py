@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from pathlib import Path
+
 from stages.checkpoint.files import human_bytes, read_json, write_json
 from stages.checkpoint.header import TensorInfo
 from stages.dialects import recognize
@@ -32,7 +34,10 @@ def read_headers(settings: Settings) -> tuple[dict[str, TensorInfo], dict[str, s
 
 def read_config(settings: Settings) -> dict:
     """The source's config.json; UserError where it has a form that it cannot have."""
-    return checked(read_json(settings.source_directory / "auxiliary" / "config.json", "download --metadata"))
+    source, copy = settings.source, settings.source_directory / "auxiliary" / "config.json"
+    if not copy.exists():
+        return read_json(copy, "download --metadata")
+    return checked(read_json(copy, shown=Path(source.path or source.repository) / "config.json"))
 
 
 def census(settings: Settings) -> dict:

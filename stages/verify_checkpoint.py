@@ -54,7 +54,7 @@ HIGH_CODES = {"mxfp4": (5, "3"), "mxfp8": (0x70, "128")}  # every rule puts a bl
 UNUSED_BLOCKS = 0.02  # share of blocks whose largest code may be lower; 0 under the rules, some for clipped weights
 APART = 0.75  # |log2| of a matrix's root mean square over its siblings' median, from which it is called apart ...
 SPREADS = 8  # ... and a fault where it is so many times the median distance of its siblings, too
-NOT_IN_MANIFEST = ("manifest.json", "README.md", ".gitattributes")
+NOT_IN_MANIFEST = ("manifest.json", "README.md")
 DECODED_DB = 40.0  # of FP8 that was decoded into BF16, which rounds once
 LOWEST_SQNR_DB = 15.0  # against a source; round-to-nearest MXFP4 has 18 to 19.1
 
@@ -62,15 +62,16 @@ LOWEST_SQNR_DB = 15.0  # against a source; round-to-nearest MXFP4 has 18 to 19.1
 class Checkup:
     """All checks of one directory. Each yields faults, one line each; `notes` collects what is odd but loads."""
 
-    def __init__(self, directory: Path, source: Path | None = None, quick: bool = False, section: dict | None = None):
-        """section: the quantization_config to assume instead of the one in config.json."""
+    def __init__(self, directory: Path, source: Path | None = None, quick: bool = False, section: dict | None = None,
+                 config: dict | None = None):
+        """section, config: the quantization_config and the config.json to assume instead of those that are there."""
         self.directory, self.source, self.quick = Path(directory), source and Path(source), quick
         self.readers: dict[str, ShardReader] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.where: dict[str, str] = {}
         self.notes: list[str] = []
         self.counts: dict[str, int] = {}
-        self.config = _object(read_json(self.directory / "config.json", "whatever made the checkpoint"), "config.json")
+        self.config = config or read_json(self.directory / "config.json")
         self.text = _object(self.config.get("text_config") or self.config, "config.json: text_config")
         names = self.config.get("architectures") or [None]
         self.architecture = names[0] if isinstance(names, list) else None
@@ -117,7 +118,7 @@ class Checkup:
             if len(self.readers) > 1:
                 yield f"{INDEX}: is missing, though there are {len(self.readers)} shards"
             return
-        index = _object(read_json(path, "whatever made the checkpoint"), INDEX)
+        index = _object(read_json(path), INDEX)
         listed = _object(index.get("weight_map") or {}, f"{INDEX}: weight_map")
         yield from _some(sorted(set(self.tensors) - set(listed)), f"{INDEX}: does not list", "engines that go by the index miss them")
         yield from _some(sorted(set(listed) - set(self.tensors)), f"{INDEX}: lists", "no shard holds them")
@@ -377,7 +378,7 @@ class Checkup:
                 if not math.isfinite(size):
                     yield f"{label}: decodes to infinite weights; its block scales are out of range"
                 elif not size and self.source is None:
-                    yield f"{label}: decodes to nothing but zeros"
+                    yield f"{label}: decodes to nothing but zeros; if the source's does, too, compare with --source"
                 elif size and not USUAL_SIZES[0] < size < USUAL_SIZES[1]:
                     yield f"{label}: decodes to weights of {size:.1e} (root mean square), which no network has; its block scales are wrong"
                 else:
@@ -442,8 +443,9 @@ class Checkup:
         path = self.directory / "manifest.json"
         if not path.exists():
             return
-        files = _object(_object(read_json(path, "whatever made the checkpoint"), "manifest.json").get("files"), "manifest.json: files")
-        present = {str(file.relative_to(self.directory)) for file in self.directory.rglob("*") if file.is_file()}
+        files = _object(_object(read_json(path), "manifest.json").get("files"), "manifest.json: files")
+        names = [file.relative_to(self.directory) for file in self.directory.rglob("*") if file.is_file()]
+        present = {str(name) for name in names if not any(part.startswith(".") for part in name.parts)}  # .git, .cache of a download
         yield from _some(sorted(present - {*files, *NOT_IN_MANIFEST}), "manifest.json does not list", "nothing vouches for its bytes")
         for name, entry in files.items():
             file, entry = self.directory / name, _object(entry, f"manifest.json: {name}")
@@ -464,10 +466,10 @@ class Checkup:
                 self.source_tensors[name], self.source_where[name] = info, path.name
         if not self.source_tensors:
             raise UserError(f"--source {self.source}: holds no tensor; name the checkpoint that the release was made from")
-        config = checked(read_json(self.source / "config.json", "whatever made the source"), f"{self.source}/config.json")
+        config = checked(read_json(self.source / "config.json"), f"{self.source}/config.json")
         self.claims = recognize(self.source_tensors, self.source_where, config)
         if self.source.resolve() == self.directory.resolve() or (self.source / "manifest.json").exists():
-            raise UserError(f"--source {self.source}: is a packed release itself; name the checkpoint that the release was made from")
+            raise UserError(f"--source {self.source}: is a release itself, not a source; name the checkpoint that the release was made from")
         self.source_places = Tensors(lambda name: self.source_readers[self.source_where[name]])
         self.origins = {}  # module of a release, in either layout -> (source weight, its Matrix)
         for name, claim in self.claims.items():
@@ -619,7 +621,8 @@ def _checked_section(section: object) -> dict:
     """quantization_config, if it has the form of compressed-tensors; UserError for the first value of another type."""
     where = "config.json: quantization_config"
     if _object(section, where).get("quant_method") != "compressed-tensors":
-        raise UserError(f"{where}: quant_method is {section.get('quant_method')!r}; only compressed-tensors checkpoints are verified")
+        raise UserError(f"{where}: quant_method is {section.get('quant_method')!r}; only compressed-tensors releases are verified; "
+                        "`mxforge plan` shows what a source becomes")
     lists = [("ignore", section.get("ignore") or [])]
     for name, group in _object(section.get("config_groups") or {}, f"{where}.config_groups").items():
         _object(group, f"{where}.{name}")

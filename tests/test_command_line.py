@@ -1,5 +1,6 @@
 """`mxforge plan`, `verify` and `config`: what a user types, what comes back, and that no damage on purpose gets through."""
 
+import hashlib
 import json
 import math
 import os
@@ -219,7 +220,7 @@ def test_the_manifest_shows_any_changed_byte(converted, release):
 
 
 def test_a_source_that_is_none_is_named_and_not_blamed_on_the_release(release, tmp_path):
-    for source, words in ((release, "is a packed release itself"), (tmp_path, "holds no tensor")):
+    for source, words in ((release, "is a release itself"), (tmp_path, "holds no tensor")):
         shown = mxforge("verify", release, "--source", source)
         assert shown.returncode == 1 and f"--source {source}" in shown.stderr and words in shown.stderr, shown.stderr
     damaged = tmp_path / "damaged"
@@ -364,3 +365,34 @@ def test_plan_takes_any_directory_name(tmp_path, name):
     shutil.copytree(TINY, tmp_path / name)
     ran = mxforge("plan", tmp_path / name)
     assert ran.returncode == 0 and "653 tensors in 6 shards" in ran.stdout, ran.stderr
+
+
+def test_a_download_of_a_release_may_hold_what_the_client_keeps_beside_it(release):
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in release.iterdir()}
+    (release / "manifest.json").write_text(json.dumps({"files": files}))
+    (release / ".cache" / "huggingface").mkdir(parents=True)
+    (release / ".cache" / "huggingface" / "x.metadata").write_text("x")
+    assert mxforge("verify", release).returncode == 0
+    (release / "notes.txt").write_text("x")
+    shown = mxforge("verify", release)
+    assert shown.returncode == 1 and "notes.txt" in shown.stdout
+
+
+def test_a_config_is_made_from_the_sources_where_the_release_has_none(release):
+    before, base = (release / "config.json").read_text(), release.parent / "base.json"
+    base.write_text((TINY / "config.json").read_text())
+    (release / "config.json").unlink()
+    assert mxforge("verify", release).stderr == f"error: {release}/config.json is missing: complete the checkpoint, or name another directory\n"
+    assert mxforge("config", release, "--base", base).returncode == 0
+    assert json.loads((release / "config.json").read_text()) == json.loads(before) and mxforge("verify", release).returncode == 0
+
+
+def test_a_source_of_conf_is_planned_by_its_name():
+    shown = mxforge("plan", "step37_tiny")
+    assert shown.returncode == 0 and shown.stdout.startswith("step37_tiny: Step3p7ForConditionalGeneration")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    shown = subprocess.run(f"{sys.executable} -m stages.command_line plan {TINY} --json | head -c 10", shell=True, cwd=PROJECT,
+                           capture_output=True, text=True)
+    assert shown.stderr == ""

@@ -112,16 +112,22 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, render_json(value))
 
 
-def read_json(path: Path, made_by: str) -> dict:
-    """Reads an earlier stage's result, a JSON object; a missing or broken one names the stage that makes it."""
+def read_json(path: Path, made_by: str | None = None, shown: Path | None = None) -> dict:
+    """Reads a JSON object; a missing or broken one is named, and what to do.
+
+    made_by: the stage that makes it; None for a file of somebody's checkpoint. shown: the original, where `path` is a copy of ours.
+    """
+    name, missing, damaged = shown or path, "complete the checkpoint, or name another directory", "restore the original"
+    if made_by:
+        missing, damaged = f"run {made_by} first", f"delete it and run {made_by} again"
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run {made_by} first") from None
+        raise UserError(f"{name} is missing: {missing}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({str(error)[:120]}): delete it and run {made_by} again") from None
+        raise UserError(f"{name} is damaged ({str(error)[:120]}): {damaged}") from None
     if not isinstance(result, dict):
-        raise UserError(f"{path} is damaged (not an object in braces): delete it and run {made_by} again")
+        raise UserError(f"{name} is damaged (not an object in braces): {damaged}")
     return result
 
 
