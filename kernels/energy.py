@@ -16,7 +16,7 @@ import numpy as np
 
 from kernels.arrays import e4m3_values
 
-BYTES_PER_BLOCK = {"mxfp4": 16, "mxfp8": 32}
+CODE_BYTES = {"mxfp4": 16, "mxfp8": 32}
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
@@ -65,6 +65,6 @@ def energy(codes: np.ndarray, scale: np.ndarray, scheme: str) -> float:
     Returns:
         NaN where a code (mxfp8) or a scale means NaN.
     """
-    size = BYTES_PER_BLOCK[scheme]
+    size = CODE_BYTES[scheme]
     assert codes.size == size * scale.size, f"{codes.size} bytes of {scheme} codes, {scale.size} scales"
     return sum_of_squares(codes.reshape(-1), scale.reshape(-1), squares_of_bytes(scheme), squares_of_scales(), size)

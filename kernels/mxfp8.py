@@ -1,4 +1,4 @@
-"""MXFP8 on one CPU core with numba: the bytes of kernels.formats.encode_mxfp8, which says what they are, 12 times as fast.
+"""MXFP8 on one CPU core with numba: the bytes of kernels.formats.encode_mxfp8, which says what they are.
 
 Plain loops over the 32 weights of a block, without a decision that depends on one weight, so that LLVM makes vectors of them. With
 x = |w| 2^-e, a float32's bits are rounded to E4M3's three bits of mantissa by an integer addition; below 2^-6, where E4M3 is
@@ -10,7 +10,7 @@ import numpy as np
 
 from kernels.arrays import check_matrix, first_index
 from kernels.errors import NonFiniteError
-from kernels.mxfp4.cpu import exact_subnormals, float_panel, jit, panel_height
+from kernels.panels import exact_subnormals, float_panel, jit, panel_height
 
 BLOCK = 32
 LANES = 8  # sums per statistic, so that they are added as vectors and in the same order on every machine

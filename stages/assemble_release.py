@@ -15,6 +15,7 @@ from pathlib import Path
 
 from stages.checkpoint.files import read_json, sha256_file, sync_directory, write_json, write_text
 from stages.checkpoint.writer import ShardWriter
+from stages.download import INDEX
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.plan import SHARD_METADATA, coverage, index_json, outputs_of_shard, read_plan, release_config
@@ -24,7 +25,6 @@ from stages.schemes.architectures import architecture_of
 from stages.serving.environment import PLUGIN, plugin_files
 from stages.settings import Settings, load, stage_parser
 
-INDEX = "model.safetensors.index.json"
 WRITTEN = ("config.json", INDEX, "manifest.json")
 LEFT_OUT = ("README.md", ".gitattributes", "hf_quant_config.json", *WRITTEN)  # the last says how the source is quantized
 

@@ -169,7 +169,7 @@ class Quantizer:
         except (EOFError, pickle.UnpicklingError):
             from kernels.mxfp4 import cpu
 
-            raise UserError(f"{cpu.fp8_matrix.stats.cache_path}: the compiled kernels that numba keeps there are damaged; delete that directory "
+            raise UserError(f"{cpu.cache_directory()}: the compiled kernels that numba keeps there are damaged; delete that directory "
                             "and run again") from None
         self._tensors, self._plan, self._shard = Tensors(places), plan, shard
         self._backend, self._progress = backend, progress

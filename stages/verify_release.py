@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernels.energy import energy
-from stages.assemble_release import INDEX, auxiliary_files, manifest_of, read_receipts
+from stages.assemble_release import auxiliary_files, manifest_of, read_receipts
 from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.checkpoint.header import Header, read_header
 from stages.checkpoint.reader import ShardReader
+from stages.download import INDEX
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.plan import coverage, index_json, outputs_of_shard, read_plan, release_config
@@ -246,6 +247,9 @@ class Verification:
                 yield f"{key}: {value} on disk, {self.plan[key]} predicted"
         self.checked["sizes"] = len(actual)
 
+    def _size(self, shard: str) -> int:
+        return (self.release / shard).stat().st_size if (self.release / shard).exists() else 0
+
     def _tensor_bytes(self) -> int:
         return sum(info.nbytes for header in self.headers.values() for info in header.tensors.values())
 
@@ -263,7 +267,7 @@ class Verification:
     def run(self) -> dict:
         """The content of verify.json."""
         with ThreadPoolExecutor(threads()) as pool:
-            for shard in self.shards:
+            for shard in sorted(self.shards, key=self._size, reverse=True):  # the largest first, so that none is left over at the end
                 planned = {name: output for name, (where, output) in self.planned.items() if where == shard}
                 local = Path(self.settings.source.path) / shard if self.settings.source.path else None
                 self.readings[shard] = pool.submit(read_shard, self.release / shard, planned, self.schemes, local)

@@ -22,7 +22,7 @@ Statistics: the 32 squares of a block are added in float32, in units of 4^e, blo
 other two sums are right to 1e-6, which is 4e-6 dB; converting each weight to float64 would take as many cycles as all the rest.
 A program reduces its blocks' to three sums, torch adds the programs'; no atomics, so that a run repeats to the last bit.
 
-Roads not taken: tables per tile as in cpu.py (shared-memory lookups cost more here than the arithmetic); a hardware
+Roads not taken: tables per tile as in cpu_kernels.py (shared-memory lookups cost more here than the arithmetic); a hardware
 cvt.e2m1x2, which only Blackwell has and which cannot choose the exponent.
 
 With TRITON_INTERPRET=1, set before the first import of triton, the same kernels run on CPU tensors; for tests, slow.

@@ -152,7 +152,7 @@ def train(tokens: torch.Tensor, held_out: torch.Tensor, minutes: float, seed: in
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
     text = model.model.language_model
-    layers, final_norm = text.layers, text.norm
+    layers = text.layers
     residual = {}
     layers[-1].register_forward_hook(lambda module, inputs, output: residual.__setitem__("last", output))
     loads = {layer.mlp.gate: torch.zeros(EXPERTS) for layer in layers if hasattr(layer.mlp, "gate")}
