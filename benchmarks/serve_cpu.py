@@ -26,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from stages.errors import exit_with_one_line  # noqa: E402
 from stages.serving.launcher import executable, server  # noqa: E402
 from stages.serving.load import ClosedLoop  # noqa: E402
 from stages.serving.statistics import figures  # noqa: E402
@@ -56,6 +57,7 @@ def theirs(settings, running, release: Path, streams: int, requests: int, seed: 
         return json.loads((Path(directory) / "result.json").read_text())
 
 
+@exit_with_one_line
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from stages import download, inspect_format, plan
 from stages.checkpoint.files import read_json, render_json, sha256_file, write_text
-from stages.dialects.roles import hidden_layers, role_of
+from stages.dialects.roles import hidden_layers, is_routed_expert
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import release_config
 from stages.schemes import compressed_tensors, vllm_rules
@@ -107,7 +107,7 @@ def regenerate_config(arguments: argparse.Namespace) -> None:
             for fault in check():
                 raise UserError(f"{fault}; mend that first")
         for module, (kind, _, _) in checkup.modules.items():
-            (experts if ".experts." in module or role_of(f"{module}.weight", layers) == "routed_experts" else linears).append(module)
+            (experts if is_routed_expert(module, layers) else linears).append(module)
             if kind != "plain":
                 stored[module] = kind
     if not stored:

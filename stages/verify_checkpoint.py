@@ -28,7 +28,7 @@ from stages.checkpoint.reader import ShardReader, as_array, as_tensor
 from stages.dialects import recognize
 from stages.dialects.config import EXPERT_COUNTS, checked
 from stages.dialects.reading import Tensors, decoded_rows
-from stages.dialects.roles import role_of
+from stages.dialects.roles import is_routed_expert
 from stages.download import INDEX
 from stages.errors import UserError
 from stages.quantize_experts import USUAL_SIZES
@@ -325,10 +325,9 @@ class Checkup:
                               "checkpoint's")
         linears, experts, formats = [], [], {}
         for module, (stored, info, _) in self.modules.items():
-            routed = EXPERT.match(module) or (len(info.shape) == 3 and role_of(f"{module}.weight", layers) == "routed_experts")
-            if routed:
+            if is_routed_expert(module, layers):
                 experts.append(module)
-            elif len(info.shape) == 2 or known and len(info.shape) < 5:
+            elif len(info.shape) == 2 or known:
                 linears.append(module)
             if stored != "plain":
                 formats[module] = stored

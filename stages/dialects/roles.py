@@ -78,6 +78,11 @@ def role_of(name: str, layers: int) -> str:
     return next(role for role, pattern in _COMPILED if pattern.fullmatch(name))
 
 
+def is_routed_expert(module: str, layers: int) -> bool:
+    """Whether a module (no `.weight`) holds weights of routed experts, of one or of all of a layer."""
+    return ".experts." in module or role_of(f"{module}.weight", layers) == "routed_experts"
+
+
 def projection_of(name: str) -> str | None:
     """`gate`, `w1`, `q`, ... of a linear weight; None for other tensors."""
     for _, pattern in _COMPILED:

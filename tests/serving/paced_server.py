@@ -57,7 +57,7 @@ class PacedServer:
                 else:
                     await self._completion(writer, body)
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):  # the client left, or the test has ended
             pass
         finally:
             writer.close()

@@ -30,30 +30,47 @@ def measured(server, streams=4, output_tokens=64, windows=1, window_seconds=1.5,
     return loop, figures(events, streams=streams, output_tokens=output_tokens)
 
 
+def in_flight(server, loop, at):
+    """Tokens that had left the server and not yet arrived, `at` seconds after the loop's start."""
+    arrived, seen = 0, {}
+    for kind, seconds, _, request, count in loop.events.rows:
+        if kind == "tokens" and seconds < at:
+            arrived, seen[request] = arrived + count - seen.get(request, 0), count
+    return server.emitted_between(0, loop._start + at) - arrived
+
+
+def assert_every_token_is_accounted_for(server, loop, window):
+    """The count is the server's own, but for tokens on their way at the edges; how many those are depends on the machine's load."""
+    begin, end = window["begin"], window["end"]
+    true = server.emitted_between(loop._start + begin, loop._start + end)
+    edges = in_flight(server, loop, begin), in_flight(server, loop, end)
+    assert window["tokens"] == true + edges[0] - edges[1], (true, edges)
+    assert min(edges) >= 0 and max(edges) < 0.1 * true, "tokens are seen late"
+    return edges
+
+
 @pytest.mark.parametrize("chunks", [(1,), (4,), (1, 2, 3, 4)])
 def test_the_true_rate_is_found_however_many_tokens_a_chunk_holds(chunks):
     with PacedServer(rate=100.0, chunks=chunks) as server:
         loop, found = measured(server)
     window = found["windows"][0]
-    true = server.emitted_between(loop._start + window["begin"], loop._start + window["end"])
-    assert window["tokens"] == pytest.approx(true, rel=0.02)
-    assert window["tokens_per_second"] <= 4 * 100.0 * 1.02  # no stream can be faster than its pace
-    assert abs(window["tokens"] - window["server_tokens"]) <= window["edge_tokens"]
+    edges = assert_every_token_is_accounted_for(server, loop, window)
+    seconds = window["end"] - window["begin"]
+    assert window["tokens"] <= 4 * (100.0 * seconds + max(chunks)) + edges[0]  # no stream can be faster than its pace
+    assert abs(window["tokens"] - window["server_tokens"]) <= window["edge_tokens"] + max(edges)
 
 
 def test_tokens_of_requests_that_straddle_the_edges_of_a_window_count_by_time():
     with PacedServer(rate=100.0, chunks=(2,)) as server:
         loop, found = measured(server, output_tokens=400, window_seconds=1.0)  # no request begins or ends inside
-    window = found["windows"][0]
     assert found["requests"] == 0
-    assert window["tokens"] == pytest.approx(server.emitted_between(loop._start + window["begin"], loop._start + window["end"]), rel=0.02)
+    assert_every_token_is_accounted_for(server, loop, found["windows"][0])
 
 
 def test_a_stall_lowers_the_rate_and_is_reported():
     with PacedServer(rate=100.0, chunks=(1,), stall=(0.4, 0.8)) as server:
         loop, found = measured(server, output_tokens=400, window_seconds=1.6)
-    window = found["windows"][0]
-    assert window["tokens"] == pytest.approx(server.emitted_between(loop._start + window["begin"], loop._start + window["end"]), rel=0.02)
+    assert_every_token_is_accounted_for(server, loop, found["windows"][0])
     assert any("not steady" in warning for warning in found["warnings"])
 
 
