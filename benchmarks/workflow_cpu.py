@@ -2,7 +2,7 @@
 
 A checkpoint with the tensors of Step-3.7-Flash's first layers (three dense ones, then --layers with 288 experts of 4.5 GB each), its
 embeddings and its head is made in a temporary directory, and converted by the same snakemake command as any: every stage but serving, on
-all cores. Printed: seconds of the whole and of each stage, as Snakemake started and ended them, and bytes of source per second.
+all cores; then `mxforge verify` compares the two. Printed: seconds of the whole and of each stage, as Snakemake started and ended them, and bytes of source per second.
 
     python benchmarks/workflow_cpu.py --layers 3        # 17.8 GB, and as much again in the page cache and the release
 """
@@ -99,10 +99,16 @@ def main() -> None:
         took = time.monotonic() - start
         if ran.returncode:
             sys.exit(ran.stdout[-4000:])
-        release = sum(path.stat().st_size for path in Path(temporary, "results/source/mxfp4_experts/release").iterdir() if path.is_file())
+        made = Path(temporary, "results/source/mxfp4_experts/release")
+        release = sum(path.stat().st_size for path in made.iterdir() if path.is_file())
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-m", "stages.command_line", "verify", str(made), "--source", f"{temporary}/source"], cwd=PROJECT,
+                       stdout=subprocess.DEVNULL, check=True)
+        verified = time.monotonic() - start
     print(f"{size / 1e9:.1f} GB of source -> {release / 1e9:.1f} GB, proven, in {took:.0f} s: {size / took / 1e6:.0f} MB/s")
     for rule, seconds in seconds_of_stages(ran.stdout).items():
         print(f"    {rule:18} {seconds:4.0f} s")
+    print(f"mxforge verify RELEASE --source SOURCE, which computes every SQNR anew: {verified:.0f} s")
 
 
 if __name__ == "__main__":

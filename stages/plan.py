@@ -16,7 +16,7 @@ from stages.checkpoint.files import human_bytes, read_json, render_json, write_j
 from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
 from stages.dialects.experts import check_experts
 from stages.dialects.plain import WEIGHT_DTYPES
-from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, is_routed_expert, projection_of
+from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, declared_drafts, draft_layers, is_routed_expert, projection_of
 from stages.download import check_disk
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
@@ -251,7 +251,8 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
                          "file_bytes": size + len(render_header(specs_of(outputs), SHARD_METADATA))}
         weight_map.update({output.name: shard for output in outputs})
         tensor_bytes += size
-    scales = draft_scales.draft_scales(source_config, census["text_layers"]) if settings.release.draft_scales else {}
+    drafts = draft_layers(source_config, tensors)
+    scales = draft_scales.draft_scales(drafts, census["text_layers"]) if settings.release.draft_scales else {}
     if len(weight_map) != sum(shard["tensors"] for shard in shards.values()):
         raise UserError("two shards would hold a tensor of the same name; the source repeats a tensor")
     weight_map.update(dict.fromkeys(scales, draft_scales.SHARD))
@@ -263,6 +264,7 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
     passing = settings.device.lane * largest if settings.source.repository else 0  # a local source is only linked
     plan |= {
         "quantization_config": section,
+        "draft_layers": drafts,
         "draft_scales": scales,
         "runtime_modules": modules,
         "shards": shards,
@@ -280,11 +282,11 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "tensor_parallel": tensor_parallel.notes(tensors, (source_config.get("text_config") or source_config).get("num_key_value_heads")),
     }
     plan["engines"] = engines(plan)
-    plan["notes"] = _notes(tensors)
+    plan["notes"] = _notes(tensors, declared_drafts(source_config), drafts)
     return plan
 
 
-def _notes(tensors: dict) -> list[str]:
+def _notes(tensors: dict, declared: int, drafts: int) -> list[str]:
     """What a user should think over before converting."""
     notes = []
     converted = Counter(entry["dialect"] for entry in tensors.values() if entry["decision"] == "quantize")
@@ -296,6 +298,9 @@ def _notes(tensors: dict) -> list[str]:
             notes.append(f"{count} weights are MXFP4 already: they are stored anew, their values stay")
     left = Counter(entry["stored"] for entry in tensors.values() if entry["decision"] == "keep" and entry["matrix"])
     notes += [f"{count} weights that the recipe does not name stay {stored}, bit-identical" for stored, count in left.items()]
+    if drafts < declared:
+        notes.append(f"config.json declares {declared} draft layers (num_nextn_predict_layers), {drafts} of them have tensors: "
+                     + ("only those can draft" if drafts else "speculative decoding with them is not possible"))
     return notes
 
 

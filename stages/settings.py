@@ -31,7 +31,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 CONF = PROJECT / "conf"
 CONVERTING = ("kernels", "stages/checkpoint", "stages/dialects", "stages/schemes", "stages/inspect_format.py", "stages/plan.py",
               "stages/quantize_experts.py")  # the code on which a shard's bytes depend
-RESULTS_FORMAT = 4  # of inspect.json, plan.json and receipts; raised with their meaning, so that older results are made again
+RESULTS_FORMAT = 5  # of inspect.json, plan.json and receipts; raised with their meaning, so that older results are made again
 
 
 @dataclass

@@ -13,21 +13,27 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import statistics
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from kernels.fp8 import NonFiniteError
+import numpy as np
+
+from kernels.difference import difference
+from kernels.errors import NonFiniteError
 from stages.checkpoint.files import read_json, sha256_file
 from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import ShardReader, as_array, as_tensor
 from stages.dialects import recognize
 from stages.dialects.config import EXPERT_COUNTS, checked
-from stages.dialects.reading import Tensors, decoded_rows
+from stages.dialects.reading import Tensors, decoded_rows, stored_rows
 from stages.dialects.roles import is_routed_expert
 from stages.download import INDEX
 from stages.errors import UserError
@@ -71,6 +77,7 @@ class Checkup:
         self.where: dict[str, str] = {}
         self.notes: list[str] = []
         self.counts: dict[str, int] = {}
+        self._memory = threading.local()
         self.config = config or read_json(self.directory / "config.json")
         self.text = _object(self.config.get("text_config") or self.config, "config.json: text_config")
         names = self.config.get("architectures") or [None]
@@ -446,12 +453,16 @@ class Checkup:
         names = [file.relative_to(self.directory) for file in self.directory.rglob("*") if file.is_file()]
         present = {str(name) for name in names if not any(part.startswith(".") for part in name.parts)}  # .git, .cache of a download
         yield from _some(sorted(present - {*files, *NOT_IN_MANIFEST}), "manifest.json does not list", "nothing vouches for its bytes")
-        for name, entry in files.items():
+        def fault(item) -> str | None:
+            name, entry = item
             file, entry = self.directory / name, _object(entry, f"manifest.json: {name}")
             if not file.is_file():
-                yield f"{name}: is missing"
-            elif file.stat().st_size != entry.get("bytes") or (not self.quick and sha256_file(file) != entry.get("sha256")):
-                yield f"{name}: its bytes are not those of manifest.json"
+                return f"{name}: is missing"
+            if file.stat().st_size != entry.get("bytes") or (not self.quick and sha256_file(file) != entry.get("sha256")):
+                return f"{name}: its bytes are not those of manifest.json"
+            return None
+
+        yield from _on_all_cores(fault, files.items())
         self.counts["manifest"] = len(files)
 
     def open_source(self) -> None:
@@ -479,7 +490,7 @@ class Checkup:
         """Quantized matrices are the source's to LOWEST_SQNR_DB, everything else is bit-identical, and nothing is missing."""
         if self.source is None:
             return
-        count, converted, compared = 0, defaultdict(set), set()
+        count, converted, compared, jobs = 0, defaultdict(set), set(), []
         for module, stored, info, codes, scale in self.decodable():
             compared.add(module)
             for expert in range(info.shape[0]) if len(info.shape) == 3 else (None,):
@@ -498,9 +509,10 @@ class Checkup:
                     yield f"{label}: decodes to {list(made)}, the source's {name} has {list(shape)}"
                     continue
                 converted[name].add((number, matrix.rows))
-                yield from self._compare(label, stored, codes, scale, expert, name, number, range(*matrix.rows))
-                count += 1
-        covered = set(converted)
+                jobs.append((label, stored, codes, scale, expert, name, number, range(*matrix.rows)))
+        yield from _on_all_cores(lambda job: self._compare(*job), jobs)
+        count += len(jobs)
+        covered, kept = set(converted), []
         for name, info in self.tensors.items():
             names = [name, f"{name}_inv", re.sub(r"weight_scale$", "scale", name)] if name.endswith("weight_scale") else [name]
             origin = next((candidate for candidate in names if candidate in self.source_tensors), None)
@@ -511,9 +523,10 @@ class Checkup:
             covered.add(origin)
             if not same:
                 yield from self._compare_decoded(name, info, origin, found)
-            elif not self.quick and self.readers[self.where[name]].sha256(name) != self.source_readers[self.source_where[origin]].sha256(origin):
-                yield f"{self.where[name]}: {name} is not bit-identical to the source's"
+            elif not self.quick:
+                kept.append((name, origin))
             count += 1
+        yield from _on_all_cores(lambda pair: self._compare_bytes(*pair), kept)
         companions = {name for name, claim in self.claims.items() if claim.belongs_to}
         for name, numbers in converted.items():
             wanted = {(matrix.expert, matrix.rows) for matrix in matrices(name, self.claims[name].matrix, "per_expert")}
@@ -539,9 +552,23 @@ class Checkup:
         else:
             self.notes.append(f"{line}; whatever made it has decoded it, its values are the source's")
 
+    def _buffer(self, use: str) -> bytearray:
+        """Memory of this thread's own for what is read: fresh memory costs more than reading."""
+        if not hasattr(self._memory, use):
+            setattr(self._memory, use, bytearray(4 * ROWS_AT_ONCE))
+        return getattr(self._memory, use)
+
+    def _compare_bytes(self, name: str, origin: str) -> str | None:
+        """The fault of a tensor that should have passed through, of the same dtype and shape."""
+        pairs = zip(self.readers[self.where[name]].chunks(name), self.source_readers[self.source_where[origin]].chunks(origin))
+        if all(np.array_equal(np.frombuffer(ours, np.uint8), np.frombuffer(theirs, np.uint8)) for ours, theirs in pairs):
+            return None
+        return f"{self.where[name]}: {name} is not bit-identical to the source's"
+
     def _compare(self, label: str, stored: str, codes: str, scale: str, expert: int | None, name: str, number: int | None,
-                 rows: range) -> Iterator[str]:
-        """SQNR of one matrix against rows of the source's, over all of them; over four short runs of rows with `quick`."""
+                 rows: range) -> str | None:
+        """The fault of one matrix, by its SQNR against rows of the source's: over all of them, over four short runs of rows with
+        `quick`."""
         claim = self.claims[name]
         step = claim.tile[0] if claim.tile else 1
         height = max(step, ROWS_AT_ONCE // claim.matrix[-1] // step * step)
@@ -552,25 +579,30 @@ class Checkup:
         signal = error = 0.0
         for begin, end in spans:
             panel = rows[begin:end]
+            packed = self.readers[self.where[codes]].matrix_array(codes, expert, begin, end, self._buffer("codes"))
+            scales = self.readers[self.where[scale]].matrix_array(scale, expert, begin, end)
             try:
-                weight = decoded_rows(self.source_places, name, claim, number, panel[0], panel[-1] + 1)[::rows.step].double()
-            except NonFiniteError as found:
-                raise UserError(f"--source {self.source}: {name}: {found}; the source is damaged") from None
-            try:
-                made = SCHEMES[stored].dequantize(self.readers[self.where[codes]].matrix_rows(codes, expert, begin, end),
-                                                  self.readers[self.where[scale]].matrix_rows(scale, expert, begin, end)).double()
-            except NonFiniteError as found:
-                yield f"{label}: {found}"
-                return
-            signal += weight.square().sum().item()
-            error += (weight - made).square().sum().item()
+                weight, tiles = stored_rows(self.source_places, name, claim, number, panel[0], panel[-1] + 1, self._buffer("source"))
+                if rows.step > 1:  # every other row is another matrix's
+                    weight, tiles = decoded_rows(self.source_places, name, claim, number, panel[0], panel[-1] + 1)[::rows.step].numpy(), None
+                sums = difference(weight, tiles, claim.tile, packed, scales, stored)
+                if not math.isfinite(sum(sums)):  # decoding says which number it is
+                    decoded_rows(self.source_places, name, claim, number, panel[0], panel[-1] + 1)
+            except NonFiniteError as fault:
+                raise UserError(f"--source {self.source}: {name}: {fault}; the source is damaged") from None
+            if not math.isfinite(sum(sums)):
+                try:
+                    SCHEMES[stored].dequantize(as_tensor(packed, self.tensors[codes].dtype), as_tensor(scales, self.tensors[scale].dtype))
+                except NonFiniteError as fault:
+                    return f"{label}: {fault}"
+            signal, error = signal + sums[0], error + sums[1]
         if error and claim.dialect == stored:
-            yield f"{label}: the source's {name} is {stored} already, but the values are others"
-            return
+            return f"{label}: the source's {name} is {stored} already, but the values are others"
         ratio = 10 * math.log10(signal / error) if 0 < signal < math.inf and 0 < error < math.inf else -math.inf
         if error and not ratio >= LOWEST_SQNR_DB:  # NaN, too
-            yield (f"{label}: has {ratio:.1f} dB SQNR against the source's {name}, less than {LOWEST_SQNR_DB:g}; it is another matrix, or "
-                   "its exponents are shifted")
+            return (f"{label}: has {ratio:.1f} dB SQNR against the source's {name}, less than {LOWEST_SQNR_DB:g}; it is another matrix, or "
+                    "its exponents are shifted")
+        return None
 
     CHECKS: tuple[tuple[str, str, Callable], ...] = (
         ("containers", "Shards are sound, no tensor is in two", containers),
@@ -603,6 +635,12 @@ class Checkup:
                 title += " (names and sizes, no hashes)" if key == "manifest" and self.quick else ""
                 rows.append({"check": key, "title": title, "passed": not faults, "count": self.counts.get(key), "faults": faults})
         return {"directory": str(self.directory), "passed": all(row["passed"] for row in rows), "checks": rows, "notes": self.notes}
+
+
+def _on_all_cores(fault_of: Callable, items: Iterable) -> Iterator[str]:
+    """Faults of items, in their order; what `fault_of` does with an item leaves the interpreter alone: reading, hashing, sums."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from filter(None, pool.map(fault_of, items))
 
 
 def _object(value: object, where: str) -> dict:

@@ -102,6 +102,13 @@ def config_missing(checkpoint):
     (checkpoint / "config.json").unlink()
 
 
+def config_counts_drafts_in_words(checkpoint):
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["num_nextn_predict_layers"] = "three"
+    path.write_text(json.dumps(config))
+
+
 def config_is_not_json(checkpoint):
     (checkpoint / "config.json").write_text("{")
 
@@ -137,6 +144,7 @@ def overlapping_offsets(checkpoint):
     (config_forgot_the_quantization, ["config.json", "block-FP8"]),
     (config_missing, ["config.json"]),
     (config_is_not_json, ["config.json"]),
+    (config_counts_drafts_in_words, ["config.json", "num_nextn_predict_layers is 'three'"]),
     (tensor_in_two_shards, ["two shards", "model-00009.safetensors"]),
     (overlapping_offsets, ["model-00001.safetensors"]),
 ])

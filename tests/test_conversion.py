@@ -27,6 +27,8 @@ from stages.dialects import Claim
 from stages.dialects.reading import Tensors, stored_rows
 from stages.errors import UserError
 from stages.models import step37
+from stages.serving import launcher
+from stages.serving.commands import serve_commands
 from stages.settings import load
 from tests.conftest import PROJECT, TINY, convert
 from tests.hub_server import HubServer
@@ -549,3 +551,26 @@ def test_a_damaged_cache_of_compiled_kernels_is_named(checkpoint, local, tmp_pat
         path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2 if suffix == "nbc" else 0])
     again = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert again.returncode == 1 and str(cache) in again.stderr and again.stderr.count("\n") == 1 and "delete" in again.stderr, again.stderr
+
+
+def test_a_model_published_without_its_draft_layers_is_converted_and_served_without_them(local, checkpoint):
+    drafts = tuple(f".layers.{layer}." for layer in (6, 7, 8))
+    for path in checkpoint.glob("*.safetensors"):
+        tensors = load_file(path)
+        kept = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in drafts)}
+        path.unlink()
+        if kept:
+            save_file(kept, path, {"format": "pt"})
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if not any(part in name for part in drafts)}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    settings = convert(*local, "serving=none")
+    made, release = plan.read_plan(settings), settings.run_directory / "release"
+    assert any("declares 3 draft layers" in note and "not possible" in note for note in made["notes"])
+    commands = serve_commands(made, json.loads((release / "config.json").read_text()), {})
+    assert not any("speculative" in row.get("command", "") or "plugin" in row["title"] for row in commands)
+    assert launcher.drafts_of(release) == 0 and launcher.drafts_of(TINY) == 3
+    _, found, loading = step37.load(release, torch.bfloat16)
+    assert found is None and loading == {"missing": 0, "unexpected": 0}
+    with pytest.raises(UserError, match="the model has no draft layers"):
+        plan.run(load([*local, "release.draft_scales=true"]))

@@ -14,10 +14,12 @@ from stages import command_line, evaluate, inspect_format, plan, report, serve_b
 from stages.checkpoint.header import DTYPE_BYTES
 from stages.dialects.config import EXPERT_COUNTS
 from stages.errors import UserError
+from stages.schemes.architectures import ARCHITECTURES, TRANSFORMERS
 from stages.settings import load
 from stages.verify_checkpoint import Checkup
 from tests.conftest import convert
 from tests.meta_checkpoints import FAMILIES, VARIANTS
+from tests.small_models import expanded, save
 
 EXPERT = re.compile(r".*layers\.(?P<layer>\d+)\..*\.experts\.(?:\d+\.)?\w+")
 PUBLISHED = {  # bytes of all tensors, as the published headers have them
@@ -249,3 +251,31 @@ def test_a_small_deepseek_is_converted_proven_reported_and_configured_again(tmp_
     report.run(settings)
     card = (settings.run_directory / "card.md").read_text()
     assert "in MXFP4 (E2M1" in card and "DeepseekV3ForCausalLM does not run" in card
+
+
+IN_TRANSFORMERS = {"qwen3_moe": "Qwen3MoeForCausalLM", "mixtral": "MixtralForCausalLM", "glm4_moe": "Glm4MoeForCausalLM",
+                   "minimax_m2": "MiniMaxM2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+
+
+def test_every_family_that_is_said_to_load_in_transformers_has_a_case_here():
+    said = {row.names[0]: entry.forms for row in ARCHITECTURES for entry in row.tried if entry.engine == TRANSFORMERS and entry.loads == "yes"}
+    assert said == dict.fromkeys(IN_TRANSFORMERS.values(), ("experts mxfp4",))
+
+
+@pytest.mark.parametrize("family", IN_TRANSFORMERS)
+def test_transformers_loads_a_release_and_says_what_its_values_say_in_bf16(tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    settings = convert("source=local", f"source.path={save(family, tmp_path / family)}", f"results={tmp_path / 'results'}", "serving=none")
+    release = settings.run_directory / "release"
+    said = {row["engine"]: row["loads"] for row in plan.read_plan(settings)["engines"]}
+    assert said[TRANSFORMERS] == "yes"
+    tokens = torch.randint(16, 512, (1, 64), generator=torch.Generator().manual_seed(1))
+    logits = []
+    for directory in (release, expanded(release, tmp_path / "bf16")):
+        model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, output_loading_info=True)
+        assert not report["missing_keys"] and not report["mismatched_keys"]
+        assert all(".layers.3." in key for key in report["unexpected_keys"])  # the draft layer, which transformers does not build
+        with torch.no_grad():
+            logits.append(model(tokens).logits)
+    assert torch.equal(*logits) and logits[0].std() > 0.5

@@ -9,6 +9,7 @@ call the block of experts (`moe`, `mlp`, `block_sparse_moe`, `ffn`) and its proj
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stages.errors import UserError
@@ -76,6 +77,22 @@ def role_of(name: str, layers: int) -> str:
     if layer is not None and layer >= layers:
         return "mtp"
     return next(role for role, pattern in _COMPILED if pattern.fullmatch(name))
+
+
+def declared_drafts(config: dict) -> int:
+    """Number of MTP layers that config.json declares; UserError where that is no number."""
+    declared = (config.get("text_config") or config).get("num_nextn_predict_layers") or 0
+    if type(declared) is not int or declared < 0:
+        raise UserError(f"config.json: num_nextn_predict_layers is {declared!r}, expected a whole number; restore the original")
+    return declared
+
+
+def draft_layers(config: dict, names: Iterable[str]) -> int:
+    """Number of declared MTP layers that have tensors. Copies of a model are published without them though config.json declares
+    them; an engine told to draft then stops, or drafts from weights that nothing initialized."""
+    layers = hidden_layers(config)
+    present = {layer_of(name) for name in names}
+    return sum(layer in present for layer in range(layers, layers + declared_drafts(config)))
 
 
 def is_routed_expert(module: str, layers: int) -> bool:

@@ -101,7 +101,7 @@ def load(directory: Path, dtype: torch.dtype):
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     mismatched = sorted(str(key[0]) for key in report["mismatched_keys"])  # refused below, not ignored
     drafts = None
-    if config.text_config.num_nextn_predict_layers:
+    if config.text_config.num_nextn_predict_layers and draft_state:  # some copies are published without them
         drafts = Drafts(config.text_config)
         names = checkpoint_names(config.text_config)
         missing += sorted(set(names.values()) - set(draft_state))

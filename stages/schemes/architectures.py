@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 QKV = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 GATE_UP = {"gate_up_proj": ("gate_proj", "up_proj")}
 STANDARD = {**QKV, **GATE_UP}
+VLLM, TRANSFORMERS = "vLLM 0.32", "transformers"
 SWIGLU, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 EMBEDDING = "VocabParallelEmbedding"
 DRAFT_LAYER = re.compile(r"(?:model\.language_model|language_model\.model|model)\.layers\.(\d+)\.(.*)")
@@ -25,6 +26,16 @@ CLASSES = (
     (r".*fused_qkv_a_proj$", "DeepSeekV2FusedQkvAProjLinear"), (r".*(kv_a_proj_with_mqa|shared_expert_gate)$", "ReplicatedLinear"),
     (r".*\.gate$", "GateLinear"), (r".*(o_proj|out_proj|down_proj|fc2)$", "RowParallelLinear"), (r".*", "ColumnParallelLinear"),
 )
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Releases that an engine was really given, by their form (see engines.form_of), and what came of it."""
+
+    engine: str
+    loads: str  # yes | no
+    how: str
+    forms: tuple[str, ...] = ("experts mxfp4",)
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Architecture:
     experts: tuple[str, ...] = SWIGLU  # projections under which the checkpoint must store experts to be loaded
     plugin: bool = False  # a release bundles the plugin that vLLM needs for its draft layers
     in_process: bool = False  # stages/models can run it
-    tried: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # engine -> (loads: yes | no, how that is known)
+    tried: tuple[Tried, ...] = ()  # what was really run
     cautions: tuple[str, ...] = ()  # what a user of the release must know
     refused: str | None = None  # why a release of it would not load
 
@@ -52,6 +63,14 @@ _NEVER = r".*\.(mlp|moe|block_sparse_moe)\.(gate|router|shared_expert_gate)$|.*\
 _DEEPSEEK = {**STANDARD, "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
 _QWEN_LINEAR = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
 _MINIMAX = {"qkv_proj": ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"), **GATE_UP}
+
+
+def _run(*forms: str, transformers: tuple[str, ...] = ()) -> tuple[Tried, ...]:
+    """The small random models of tests/serving/test_families_in_vllm.py and tests/test_families.py."""
+    same = "log-probabilities are those of the same values in BF16"
+    return (Tried(VLLM, "yes", f"a small random model was run on a CPU, weights expanded when loaded: {same}; no GPU's kernel was", forms),
+            *([Tried(TRANSFORMERS, "yes", f"5.23 with compressed-tensors 0.20, a small random model: {same}", transformers)] if transformers else ()))
+
 
 ARCHITECTURES = (
     Architecture(
@@ -63,37 +82,42 @@ ARCHITECTURES = (
         unseen=r"model\.layers\.|vision_model\.|vit_large_projector",  # drafts and tower are built before the mapping is set
         never=_NEVER + r"|.*embed_tokens$|.*vit_downsampler\d$",
         plugin=True, in_process=True,
-        tried={"vLLM 0.32": ("yes", "run on a CPU with the plugin that the release bundles; without it the draft layers do not load"),
-               "transformers": ("no", "5.19 leaves the experts of this model at random values, with only a warning; evaluate here expands "
-                                      "them first")},
+        tried=(Tried(VLLM, "yes", "run on a CPU with the plugin that the release bundles; without it the draft layers do not load",
+                     ("experts mxfp4", "stacked experts mxfp4", "experts mxfp4, rest mxfp8")),
+               Tried(TRANSFORMERS, "no", "5.19 leaves the experts of this model at random values, with only a warning; evaluate here expands "
+                                         "them first")),
         draft=((r"^transformer\.shared_head\.output$", "shared_head.head"), (r"^(?!shared_head|eh_proj)", "mtp_block."))),
     Architecture(
         ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"), merged=_DEEPSEEK,
         visible=("gate_up_proj", "fused_qkv_a_proj"), never=_NEVER + r"|.*\.indexer\.(wk|weights_proj)$", expanded=r".*\.indexer\.wk$",
-        draft=((r"^shared_head\.head$", "head"),)),
+        draft=((r"^shared_head\.head$", "head"),),
+        tried=_run("experts mxfp4, rest fp8 128x128, drafts fp8 128x128", transformers=("experts mxfp4",))),
     Architecture(("KimiK25ForConditionalGeneration",), merged=_DEEPSEEK, visible=("gate_up_proj", "fused_qkv_a_proj"),
                  renames=((r"^language_model\.layers\.", "language_model.model.layers."),),
                  never=_NEVER + r"|(vision_tower|mm_projector)\..*"),
     Architecture(("Qwen3MoeForCausalLM",), visible=("qkv_proj",), never=r".*\.shared_expert_gate$",  # its router sees the config
-                 tried={"transformers": ("yes", "5.19 with compressed-tensors 0.17, experts one by one: log-probabilities were those of "
-                                               "the same values in BF16")}),
+                 tried=_run("experts mxfp4, rest fp8 128x128", "experts mxfp8", "experts mxfp4, rest mxfp4", transformers=("experts mxfp4",))),
     Architecture(
         ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration"), merged={**STANDARD, **_QWEN_LINEAR},
         renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),
                  (r"^model\.language_model\.", "language_model.model.")),
         visible=("qkv_proj", "gate_up_proj", "in_proj_qkvz", "in_proj_ba"),
         never=_NEVER + r"|visual\.(pos_embed|patch_embed).*"),
-    Architecture(("Glm4MoeForCausalLM",), never=_NEVER, draft=((r"^shared_head\.head$", "head"),)),
+    Architecture(("Glm4MoeForCausalLM",), never=_NEVER, draft=((r"^shared_head\.head$", "head"),),
+                 tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8, drafts fp8 128x128", transformers=("experts mxfp4",))),
     Architecture(("MiniMaxM2ForCausalLM",), renames=((r"\.block_sparse_moe\.experts\.", ".mlp.experts."),), visible=("qkv_proj",),
-                 never=_NEVER, probes=MIXTRAL, experts=MIXTRAL),
+                 never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,
+                 tried=_run("experts mxfp4, rest fp8 128x128", transformers=("experts mxfp4",))),
     Architecture(
         ("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM"), merged=_MINIMAX, experts=MIXTRAL,
         renames=((r"^multi_modal_projector\.", "vision_tower.multi_modal_projector."),
                  (r"^patch_merge_mlp\.", "vision_tower.patch_merge_mlp."), (r"\.mlp\.fc(\d)$", r".fc\1")),
         never=_NEVER.replace(r".*\.eh_proj$|", ""),
         cautions=("its experts limit their activations; whether vLLM passes the limits on to MXFP4 experts is open (vllm#51028)",)),
-    Architecture(("MixtralForCausalLM",), visible=("qkv_proj",), never=_NEVER, probes=MIXTRAL, experts=MIXTRAL),
-    Architecture(("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")),
+    Architecture(("MixtralForCausalLM",), visible=("qkv_proj",), never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,
+                 tried=_run("experts mxfp4", transformers=("experts mxfp4",))),
+    Architecture(("Qwen3ForCausalLM",), tried=_run("rest mxfp4")),
+    Architecture(("Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")),
     Architecture(("GptOssForCausalLM",), renames=((r"\.self_attn\.", ".attn."),), visible=("qkv_proj",), never=_NEVER + "|lm_head",
                  refused="vLLM loads its experts in gpt-oss's own MXFP4 layout only, which the published checkpoint has: serve that as it is"),
 )

@@ -19,11 +19,10 @@ VALUES = {f"{part}_{kind}": value for kind, value in (("scale", 1.0), ("zero_poi
 NAME = re.compile(r"(model\.language_model|language_model\.model|model)\.layers\.\d+\.self_attn\.attn\.[qkv]_(scale|zero_point)")
 
 
-def draft_scales(config: dict, text_layers: int) -> dict[str, float]:
+def draft_scales(layers: int, text_layers: int) -> dict[str, float]:
     """Tensor name -> value of all inert scalars; UserError for a model without draft layers."""
-    layers = (config.get("text_config") or config).get("num_nextn_predict_layers") or 0
     if not layers:
-        raise UserError("release.draft_scales=true, but config.json declares no draft layers (num_nextn_predict_layers)")
+        raise UserError("release.draft_scales=true, but the model has no draft layers (num_nextn_predict_layers, and tensors of them)")
     return {f"model.layers.{layer}.self_attn.attn.{name}": value
             for layer in range(text_layers, text_layers + layers) for name, value in VALUES.items()}
 

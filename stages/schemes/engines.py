@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from stages.schemes.architectures import architecture_of
+from stages.schemes.architectures import TRANSFORMERS, VLLM, architecture_of
 
-VLLM = "vLLM 0.32"
+PARTS = {"routed_experts": "experts", "mtp": "drafts"}
+
+
+def form_of(plan: dict) -> str:
+    """What of a release is quantized, and how: "experts mxfp4", "stacked experts mxfp4", "experts mxfp4, rest fp8 128x128"."""
+    formats: dict[str, set[str]] = {}
+    for entry in plan["tensors"].values():
+        if entry["stored"] not in (None, "plain"):
+            formats.setdefault(PARTS.get(entry["role"], "rest"), set()).add(entry["stored"])
+    stacked = "stacked " if plan["layout"] == "stacked" else ""
+    return stacked + ", ".join(f"{part} {' and '.join(sorted(formats[part]))}" for part in ("experts", "rest", "drafts") if part in formats)
 
 
 def engines(plan: dict) -> list[dict]:
     """{"engine", "loads": yes (run here) | by its names | no | unknown, "how": lines} for each engine."""
-    row = architecture_of(plan["architecture"])
+    row, form = architecture_of(plan["architecture"]), form_of(plan)
     formats = {entry["stored"] for entry in plan["tensors"].values() if entry["stored"]}
-    # what was run were routed experts in MXFP4, stored one by one, and nothing else quantized
-    as_tried = plan["layout"] == "per_expert" and all(
-        entry["role"] == "routed_experts" and entry["stored"] == "mxfp4" for entry in plan["tensors"].values() if entry["stored"] not in (None, "plain"))
-    tried = row.tried if as_tried else {}
+    tried = {entry.engine: (entry.loads, entry.how) for entry in row.tried if form in entry.forms}
     loads, known = tried.get(VLLM, ("by its names", None))
     lines = [f"each of its {plan['runtime_modules']} modules is claimed in the format it is stored in", *([known] if known else []), *row.cautions]
     if "mxfp4" in formats:
@@ -25,7 +32,8 @@ def engines(plan: dict) -> list[dict]:
     if any(stored.startswith("fp8") for stored in formats):
         lines.append("FP8 activations need compute capability 8.9; below, FP8 experts do not run")
     result = [{"engine": VLLM, "loads": loads, "how": lines}]
-    for engine in ("transformers", "SGLang"):
-        loads, known = tried.get(engine, ("unknown", "not tried" if as_tried else "not tried with this recipe"))
+    for engine in (TRANSFORMERS, "SGLang"):
+        others = any(entry.engine == engine for entry in row.tried)
+        loads, known = tried.get(engine, ("unknown", "not tried with this recipe" if others else "not tried"))
         result.append({"engine": engine, "loads": loads, "how": [known]})
     return result

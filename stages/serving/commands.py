@@ -19,8 +19,7 @@ def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
 
     plan: plan.json; config: the release's config.json; engine: serving.json's facts, empty when nothing was served.
     """
-    text = config.get("text_config") or config
-    drafts = text.get("num_nextn_predict_layers") or 0
+    drafts = plan["draft_layers"]
     needed = human_bytes(plan["release_tensor_bytes"] * OVERHEAD)
     fitting = [row["tensor_parallel"] for row in plan["tensor_parallel"] if row["fits"]]
     speculation = [f"--speculative-config '{json.dumps({'method': 'mtp', 'num_speculative_tokens': drafts})}'"] if drafts else []

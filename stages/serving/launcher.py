@@ -26,7 +26,9 @@ from pathlib import Path
 import httpx
 
 from stages.checkpoint.files import read_json
-from stages.dialects.roles import hidden_layers
+from stages.checkpoint.header import read_header
+from stages.dialects.roles import declared_drafts, draft_layers
+from stages.download import INDEX
 from stages.errors import UserError
 from stages.settings import PROJECT, Settings
 
@@ -60,10 +62,13 @@ def reason(log: Path) -> str:
     """The line of a log that most likely says why: the first error that is not the consequence of another."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
-    found = [match.group(0) for line in lines if (match := TELL_TALE.search(line))
-             and not any(word in line for word in CONSEQUENCES) and "WARNING" not in line and " INFO " not in line]
-    if found:
-        return found[0][:300]
+    for line, following in zip(lines, [*lines[1:], ""]):
+        match = TELL_TALE.search(line)
+        if match and not any(word in line for word in CONSEQUENCES) and "WARNING" not in line and " INFO " not in line:
+            what = match.group(0)
+            if "validation error" in what:  # pydantic says what is wrong on the next line only
+                what = f"{what}: {following.strip()}"
+            return what[:300]
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it left no log")
 
 
@@ -93,11 +98,14 @@ def executable(settings: Settings) -> Path:
     return Path(found)
 
 
-def draft_layers(release: Path) -> int:
-    """Number of MTP layers that config.json declares."""
-    config = read_json(release / "config.json", "assemble_release")
-    hidden_layers(config)
-    return (config.get("text_config") or config).get("num_nextn_predict_layers") or 0
+def drafts_of(directory: Path) -> int:
+    """Number of MTP layers of a checkpoint or release that can draft: declared by config.json, and there."""
+    config = read_json(directory / "config.json", "assemble_release")
+    if not declared_drafts(config):
+        return 0
+    if (directory / INDEX).exists():
+        return draft_layers(config, read_json(directory / INDEX, "assemble_release")["weight_map"])
+    return draft_layers(config, [name for path in directory.glob("*.safetensors") for name in read_header(path).tensors])
 
 
 def command_line(settings: Settings, release: Path, port: int, program: Path | str = "vllm") -> list[str]:
@@ -105,7 +113,7 @@ def command_line(settings: Settings, release: Path, port: int, program: Path | s
     serving = settings.serving
     command = [str(program), "serve", str(release), "--host", "127.0.0.1", "--port", str(port),
                "--served-model-name", serving.model, *serving.flags]
-    layers = draft_layers(release) if serving.drafts else 0
+    layers = drafts_of(release) if serving.drafts else 0
     if layers:
         command += ["--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": layers})]
     return command

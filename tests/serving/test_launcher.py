@@ -8,6 +8,8 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from stages.errors import UserError
 from stages.serving import launcher
@@ -48,6 +50,8 @@ def settings_with(program, tmp_path, **variables):
     release = settings.run_directory / "release"
     release.mkdir(parents=True)
     (release / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": 2, "num_nextn_predict_layers": 3}}))
+    names = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(5)]
+    (release / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
     return settings
 
 
@@ -155,3 +159,17 @@ def test_draft_layers_are_asked_for_where_the_release_has_them(tmp_path):
     assert '"num_speculative_tokens": 3' in " ".join(launcher.command_line(settings, release, 1))
     settings.serving.drafts = False
     assert "--speculative-config" not in launcher.command_line(settings, release, 1)
+
+
+def test_draft_layers_that_only_config_json_knows_of_are_not_asked_for(tmp_path):
+    settings = settings_with(SILENT, tmp_path)
+    release = settings.run_directory / "release"
+    (release / "model.safetensors.index.json").unlink()
+    save_file({"model.layers.1.input_layernorm.weight": torch.ones(4)}, release / "model.safetensors")
+    assert "--speculative-config" not in launcher.command_line(settings, release, 1)
+
+
+def test_what_pydantic_finds_is_told_with_its_reason(tmp_path):
+    log = tmp_path / "server.log"
+    log.write_text("(APIServer) pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, max_model_len is too large\n")
+    assert launcher.reason(log).endswith("1 validation error for ModelConfig: Value error, max_model_len is too large")

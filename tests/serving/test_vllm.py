@@ -110,6 +110,24 @@ def test_log_probabilities_are_bitwise_those_of_the_same_values_in_bf16(of_relea
     assert torch.equal(of_release["log_probabilities"], expected)
 
 
+def test_stacked_experts_are_the_same_to_vllm(of_release, converted, tmp_path):
+    settings = convert(f"results={tmp_path}", f"source.path={converted.source.path}", "recipe=mxfp4_experts_stacked", "serving=none")
+    release = settings.run_directory / "release"
+    with server(served_settings(settings), release) as running:
+        assert torch.equal(of_release["log_probabilities"], log_probabilities(running, release))
+        accepted, drafted = generate(running, prompts=4)
+    assert accepted / drafted > 0.4
+
+
+def test_mxfp8_beside_mxfp4_experts_is_bitwise_its_values_in_bf16(converted, tmp_path):
+    settings = convert(f"results={tmp_path}", f"source.path={converted.source.path}", "recipe=mxfp4_experts_mxfp8_rest", "serving=none")
+    release, found = settings.run_directory / "release", []
+    for directory in (release, expand(release, tmp_path / "bf16")):
+        with server(served_settings(settings), directory) as running:
+            found.append(log_probabilities(running, directory))
+    assert torch.equal(*found)
+
+
 def test_drafts_are_accepted_at_the_trained_rate(of_release):
     accepted, drafted = of_release["drafts"]
     assert drafted > 500 and 0.4 < accepted / drafted < 0.9  # teacher-forced agreement is 0.73 at the first position

@@ -3,7 +3,7 @@
 Two kinds of patches, each a row of PATCHES:
 
 - `drafts`: what stock vLLM 0.32 lacks for the draft (MTP) layers of a compressed-tensors checkpoint, on any device.
-- `cpu`: what a machine without a GPU lacks: MXFP4 and block-FP8 experts are expanded to BF16 when they are loaded, sigmoid
+- `cpu`: what a machine without a GPU lacks: MXFP4, MXFP8 and FP8 weights are expanded to BF16 when they are loaded, sigmoid
   routing and the SwiGLU limit run in plain torch. Slow and exact; for checks, not for service.
 
 A patch is applied only where its `needed` says that this vLLM lacks the thing; one that is no longer needed, or whose place
@@ -41,9 +41,10 @@ PATCHES = (
           drafts.layer_types_needed, drafts.keep_layer_types),
     Patch("draft_scales", "KV-cache scales and zero points are optional in the draft layers' strict loader",
           drafts.optional_scales_needed, drafts.make_scales_optional),
+    Patch("cpu_tiles", "permission to use AMX tiles, asked for before vLLM's expert kernels use them", cpu.tiles_needed, cpu.request_tiles),
     Patch("cpu_routing", "sigmoid routing with a bias", cpu.routing_needed, cpu.patch_routing),
     Patch("cpu_experts", "experts with a SwiGLU limit", cpu.experts_needed, cpu.patch_experts),
-    Patch("cpu_mxfp4", "MXFP4 experts are expanded at load", cpu.is_cpu, cpu.patch_mxfp4),
+    Patch("cpu_formats", "MXFP4, MXFP8 and FP8 of compressed-tensors are expanded at load", cpu.is_cpu, cpu.patch_formats),
     Patch("cpu_block_fp8", "block-FP8 experts are expanded at load", cpu.is_cpu, cpu.patch_block_fp8),
     Patch("cpu_vision", "the vision tower hands contiguous images on", cpu.is_cpu, cpu.patch_vision),
 )
@@ -70,7 +71,7 @@ def register() -> None:
                 logger.info("mxforge: %s not needed here", patch.name)
                 continue
             patch.apply()
-        except (ImportError, AttributeError) as error:  # another vLLM: its own code must cope, and says so if it cannot
-            logger.warning("mxforge: %s does not fit this vLLM (%s); %s is left to it", patch.name, error, patch.why)
+        except (ImportError, AttributeError, OSError) as error:  # another vLLM: its own code must cope, and says so if it cannot
+            logger.warning("mxforge: %s does not fit here (%s); %s is left to it", patch.name, error, patch.why)
             continue
         logger.info("mxforge: %s: %s", patch.name, patch.why)

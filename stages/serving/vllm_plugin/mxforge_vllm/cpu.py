@@ -1,15 +1,21 @@
-"""What vLLM on a CPU lacks to run Step-3.7 and MXFP4 or block-FP8 experts. Exact and slow: for checks, not for service.
+"""What vLLM on a CPU lacks to run Step-3.7, and MXFP4, MXFP8 and FP8 weights. Exact and slow: for checks, not for service.
 
 Stock code keeps what a check is about: it resolves the scheme of every module, creates the parameters, loads and places the
-weights. Only then experts are expanded to BF16 (exact for MXFP4; block FP8 is rounded once) and handed to vLLM's unquantized
-path. A run on a CPU therefore proves names, schemes, shapes and loading, not the kernels of a GPU.
+weights. Only then they are expanded to BF16 (exact for MXFP4 and MXFP8; FP8 with float scales is rounded once) and handed to vLLM's
+unquantized path; activations are not quantized. A run on a CPU therefore proves names, schemes, shapes and loading, not the kernels of a GPU.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 
 BLOCK = 32
+ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # x86-64 Linux: system call, its code, the state of AMX tiles
 
 
 def is_cpu() -> bool:
@@ -17,6 +23,19 @@ def is_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()
+
+
+def tiles_needed() -> bool:
+    """Whether the processor has AMX tiles."""
+    info = Path("/proc/cpuinfo")
+    return is_cpu() and info.is_file() and " amx_tile" in info.read_text(encoding="utf-8", errors="replace")
+
+
+def request_tiles() -> None:
+    """Linux ends a process that touches AMX tiles before it has asked (SIGILL). oneDNN asks; vLLM's expert kernels, which few
+    tokens reach first, do not."""
+    if ctypes.CDLL(None, use_errno=True).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA):
+        raise OSError(ctypes.get_errno(), "the kernel refuses AMX tiles")
 
 
 def routing_needed() -> bool:
@@ -94,7 +113,7 @@ def patch_experts() -> None:
 
 
 def expand_mxfp4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 [..., in/2] and E8M0 bytes [..., in/32] -> `dtype` [..., in]; low nibble first. BF16 holds every value."""
+    """uint8 [out, in/2] and E8M0 bytes [out, in/32] -> `dtype` [out, in]; low nibble first. BF16 holds every value."""
     values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     values = torch.cat([values, -values])
     code = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).long()
@@ -102,11 +121,38 @@ def expand_mxfp4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) 
     return torch.ldexp(values[code], exponent).to(dtype)
 
 
-def expand_block_fp8(codes: torch.Tensor, scale: torch.Tensor, tile: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """float8_e4m3fn [..., out, in] and tile scales -> `dtype`, through float32."""
-    rows, columns = codes.shape[-2:]
-    wide = scale.float().repeat_interleave(tile[0], dim=-2)[..., :rows, :].repeat_interleave(tile[1], dim=-1)[..., :columns]
+def expand_mxfp8(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float8_e4m3fn [out, in] and E8M0 bytes [out, in/32] -> `dtype` [out, in]. BF16 holds every value."""
+    return torch.ldexp(codes.float(), (scale.to(torch.int32) - 127).repeat_interleave(BLOCK, dim=-1)).to(dtype)
+
+
+def expand_fp8(codes: torch.Tensor, scale: torch.Tensor, tile: list[int] | None, widths: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """float8_e4m3fn [out, in] and its scales -> `dtype`, through float32: per tile where there is one, else per output, or per tensor
+    of several joined in `out`, `widths` rows each."""
+    rows, columns = codes.shape
+    scale = scale.float()
+    if tile:
+        wide = scale.repeat_interleave(tile[0], dim=0)[:rows].repeat_interleave(tile[1], dim=1)[:, :columns]
+    elif scale.shape == (rows, 1):
+        wide = scale
+    else:
+        wide = scale.reshape(-1).repeat_interleave(torch.tensor(widths))[:, None]
     return (codes.float() * wide).to(dtype)
+
+
+def _take(layer, *names: str) -> list[torch.Tensor]:
+    """Values of parameters, which leave the layer."""
+    values = [getattr(layer, name).data for name in names]
+    for name in names:
+        delattr(layer, name)
+    return values
+
+
+def _by_expert(expand: Callable, values: torch.Tensor, scales: torch.Tensor, *others) -> torch.Tensor:
+    """Expands one expert after the other where there are several: working memory of one."""
+    if values.ndim == 2:
+        return expand(values, scales, *others)
+    return torch.stack([expand(value, scale, *others) for value, scale in zip(values, scales)])
 
 
 def _become_unquantized(method, layer, w13: torch.Tensor, w2: torch.Tensor) -> None:
@@ -120,24 +166,59 @@ def _become_unquantized(method, layer, w13: torch.Tensor, w2: torch.Tensor) -> N
     method.moe_kernel, method.moe_quant_config = inner.moe_kernel, inner.moe_quant_config
 
 
-def patch_mxfp4() -> None:
-    """compressed-tensors MXFP4 experts: stock parameters and loading, expanded afterwards."""
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
-        compressed_tensors_moe_w4a4_mxfp4 as module)
+def patch_formats() -> None:
+    """compressed-tensors MXFP4, MXFP8 and FP8, experts and linear layers: stock parameters and loading, expanded afterwards."""
+    place = "vllm.model_executor.layers.quantization.compressed_tensors"
 
-    method_class = module.CompressedTensorsW4A4Mxfp4MoEMethod
+    def mxfp4(layer, part: str, dtype):
+        return _by_expert(expand_mxfp4, *_take(layer, f"{part}weight_packed", f"{part}weight_scale"), dtype)
+
+    def mxfp8(layer, part: str, dtype):
+        return _by_expert(expand_mxfp8, *_take(layer, f"{part}weight", f"{part}weight_scale"), dtype)
+
+    def fp8(layer, part: str, dtype):
+        codes, scale = _take(layer, f"{part}weight", f"{part}weight_scale")
+        rows = codes.shape[-2]
+        widths = {"": getattr(layer, "logical_widths", None), "w13_": [rows // 2] * 2, "w2_": [rows]}[part]
+        return _by_expert(expand_fp8, codes, scale, layer.weight_block_size, widths, dtype)
+
+    for name, class_name, select, expand in (
+            ("w4a4_mxfp4", "W4A4Mxfp4", None, mxfp4), ("w8a8_mxfp8", "W8A8Mxfp8", "select_mxfp8_moe_backend", mxfp8),
+            ("w8a8_fp8", "W8A8Fp8", "select_fp8_moe_backend", fp8)):
+        module = importlib.import_module(f"{place}.compressed_tensors_moe.compressed_tensors_moe_{name}")
+        _expand_experts(module, getattr(module, f"CompressedTensors{class_name}MoEMethod"), select, expand)
+    for name, class_name, select, expand in (
+            ("w4a4_mxfp4", "W4A4Mxfp4", "init_mxfp4_linear_kernel", mxfp4), ("w8a8_mxfp8", "W8A8Mxfp8", "init_mxfp8_linear_kernel", mxfp8),
+            ("w8a8_fp8", "W8A8Fp8", "init_fp8_linear_kernel", fp8)):
+        module = importlib.import_module(f"{place}.schemes.compressed_tensors_{name}")
+        _expand_linear(module, getattr(module, f"CompressedTensors{class_name}"), select, expand)
+
+
+def _expand_experts(module, method_class, select: str | None, expand) -> None:
+    def process_weights_after_loading(self, layer):
+        _become_unquantized(self, layer, *(expand(layer, part, self.moe.in_dtype) for part in ("w13_", "w2_")))
+
+    if select:
+        getattr(module, select)  # its place must be there
+        setattr(module, select, lambda *positional, **keywords: (None, None))  # no kernel of a GPU is chosen
+    method_class.process_weights_after_loading = process_weights_after_loading
+    method_class.get_fused_moe_quant_config = lambda self, layer: self.moe_quant_config
+
+
+def _expand_linear(module, scheme_class, select: str, expand) -> None:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
     def process_weights_after_loading(self, layer):
-        dtype = layer.params_dtype
-        expanded = [torch.stack([expand_mxfp4(packed, scale, dtype) for packed, scale in
-                                 zip(getattr(layer, f"{part}_weight_packed"), getattr(layer, f"{part}_weight_scale"))])
-                    for part in ("w13", "w2")]
-        for part in ("w13", "w2"):
-            delattr(layer, f"{part}_weight_packed")
-            delattr(layer, f"{part}_weight_scale")
-        _become_unquantized(self, layer, *expanded)
+        weight = expand(layer, "", getattr(layer, "orig_dtype", None) or layer.params_dtype)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        layer.quant_method = UnquantizedLinearMethod()
+        layer.quant_method.process_weights_after_loading(layer)
 
-    method_class.process_weights_after_loading = process_weights_after_loading
+    getattr(module, select)
+    setattr(module, select, lambda *positional, **keywords: None)
+    if hasattr(module, "expose_input_quant_key"):  # nothing quantizes activations here
+        module.expose_input_quant_key = lambda *positional, **keywords: None
+    scheme_class.process_weights_after_loading = process_weights_after_loading
 
 
 def patch_block_fp8() -> None:
@@ -156,11 +237,9 @@ def patch_block_fp8() -> None:
             self.fp8_backend = self.experts_cls = None
 
         def process_weights_after_loading(self, layer):
-            dtype = self.moe.in_dtype
-            expanded = [torch.stack([expand_block_fp8(codes, scale, self.weight_block_size, dtype) for codes, scale in
-                                     zip(getattr(layer, f"{part}_weight"), getattr(layer, f"{part}_{self.weight_scale_name}"))])
-                        for part in ("w13", "w2")]
-            _become_unquantized(self, layer, *expanded)
+            _become_unquantized(self, layer, *(
+                _by_expert(expand_fp8, *_take(layer, f"{part}_weight", f"{part}_{self.weight_scale_name}"), self.weight_block_size, [],
+                           self.moe.in_dtype) for part in ("w13", "w2")))
 
         def get_fused_moe_quant_config(self, layer):
             return self.moe_quant_config

@@ -1,0 +1,99 @@
+"""How far a release's matrix is from the source's: the sums behind an SQNR, in one look at each byte of both.
+
+    source                                       release
+    e4m3fn codes, a float32 scale per tile       mxfp4: two E2M1 nibbles a byte, E8M0 byte per 32
+    bfloat16, float16 or float32                 mxfp8: e4m3fn codes, E8M0 byte per 32
+
+A source of codes is decoded as everywhere (kernels/fp8.py): code times scale, rounded once to float32. The sums are float64. Like
+kernels/energy.py it shares nothing with the kernels that quantize.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numba
+import numpy as np
+
+from kernels.arrays import e4m3_values
+from kernels.energy import E2M1
+
+BLOCK = 32
+
+
+@functools.cache
+def _units() -> np.ndarray:
+    """float64 [256]: 2^(byte - 127); NaN for byte 255."""
+    result = 2.0 ** (np.arange(256) - 127.0)
+    result[255] = np.nan
+    return result
+
+
+@functools.cache
+def _values(scheme: str) -> np.ndarray:
+    """float64: what a code of the release means at scale 1, of a nibble or of a byte."""
+    return np.concatenate([E2M1, -E2M1]) if scheme == "mxfp4" else e4m3_values().astype(np.float64)
+
+
+@numba.njit(forceinline=True, boundscheck=False)
+def _block(weights, codes, position, unit, values, per_byte):
+    """(sum of w^2, sum of (w - w_hat)^2) over one block; `weights` float32 [32], `position` of its first code."""
+    signal = error = 0.0
+    for j in range(BLOCK):
+        byte = np.int64(codes[np.uint64(position + j // per_byte)])
+        code = byte
+        if per_byte == 2:
+            code = byte >> 4 if j & 1 else byte & 15
+        weight = np.float64(weights[j])
+        apart = weight - values[code] * unit
+        signal += weight * weight
+        error += apart * apart
+    return signal, error
+
+
+@numba.njit(nogil=True, boundscheck=False)
+def _of_codes(source, tile_scale, tile_rows, tile_columns, decode, codes, scale, values, units, per_byte):
+    signal = error = 0.0
+    weights = np.empty(BLOCK, np.float32)
+    for row in range(source.shape[0]):
+        for block in range(source.shape[1] // BLOCK):
+            for j in range(BLOCK):
+                column = block * BLOCK + j
+                weights[j] = decode[source[row, column]] * tile_scale[row // tile_rows, column // tile_columns]
+            found = _block(weights, codes[row], block * (BLOCK // per_byte), units[scale[row, block]], values, per_byte)
+            signal, error = signal + found[0], error + found[1]
+    return signal, error
+
+
+@numba.njit(nogil=True, boundscheck=False)
+def _of_floats(source, codes, scale, values, units, per_byte):
+    signal = error = 0.0
+    for row in range(source.shape[0]):
+        for block in range(source.shape[1] // BLOCK):
+            weights = source[row, block * BLOCK:(block + 1) * BLOCK]
+            found = _block(weights, codes[row], block * (BLOCK // per_byte), units[scale[row, block]], values, per_byte)
+            signal, error = signal + found[0], error + found[1]
+    return signal, error
+
+
+def difference(source: np.ndarray, tile_scale: np.ndarray | None, tile: tuple[int, int] | None, codes: np.ndarray, scale: np.ndarray,
+               scheme: str) -> tuple[float, float]:
+    """(sum of w^2, sum of (w - w_hat)^2) over a matrix or some of its rows; relative error below 1e-10.
+
+    Args:
+        source: [out, in] as kernels/arrays.py holds it: uint8 codes with `tile_scale` float32 [ceil(out/tile[0]), ceil(in/tile[1])], or
+            uint16 (bfloat16), float16 or float32 without.
+        codes: uint8 [out, in/2] for mxfp4, [out, in] for mxfp8; scale: uint8 [out, in/32].
+    Returns:
+        NaN where a number of either is NaN.
+    """
+    rows, columns = source.shape
+    per_byte = 2 if scheme == "mxfp4" else 1
+    assert columns % BLOCK == 0, f"{columns} inputs are not whole blocks of {BLOCK}"
+    assert codes.shape == (rows, columns // per_byte) and scale.shape == (rows, columns // BLOCK), f"{source.shape}, {codes.shape}, {scale.shape}"
+    codes, scale = codes.view(np.uint8), scale.view(np.uint8)
+    if tile_scale is not None:
+        return _of_codes(source.view(np.uint8), tile_scale, *tile, e4m3_values().astype(np.float32), codes, scale, _values(scheme), _units(), per_byte)
+    if source.dtype == np.uint16:
+        source = (source.astype(np.uint32) << 16).view(np.float32)
+    return _of_floats(source.astype(np.float32, copy=False), codes, scale, _values(scheme), _units(), per_byte)

@@ -1,0 +1,61 @@
+"""Small random models of the families, converted and served by real vLLM on a CPU: it says what it says of the same values in BF16.
+
+Each case starts a server twice (40 s each). One window of tokens and one request at a time: vLLM's latent attention on a CPU is not
+reproducible across batches.
+"""
+
+import pytest
+import torch
+
+from stages import plan
+from stages.schemes.architectures import ARCHITECTURES, VLLM
+from stages.schemes.engines import form_of
+from stages.serving.environment import is_current
+from stages.serving.launcher import server
+from stages.serving.score import token_log_probabilities
+from stages.settings import load
+from tests.conftest import PROJECT, TINY, convert
+from tests.small_models import expanded, save
+
+CASES = [("qwen3", False, "mxfp4_all_linear"), ("qwen3_moe", True, "mxfp4_experts"), ("qwen3_moe", False, "mxfp8_experts"),
+         ("qwen3_moe", False, "mxfp4_all_linear"), ("mixtral", False, "mxfp4_experts"), ("glm4_moe", False, "mxfp4_experts"),
+         ("glm4_moe", True, "mxfp4_experts_mxfp8_rest"), ("minimax_m2", True, "mxfp4_experts"), ("deepseek_v3", True, "mxfp4_experts")]
+OF_THE_TINY_MODEL = ["mxfp4_experts", "mxfp4_experts_stacked", "mxfp4_experts_mxfp8_rest"]
+needs_vllm = pytest.mark.skipif(not is_current(PROJECT / ".venv-serve"), reason="needs the serving environment: make serve-env")
+TOKENS = torch.randint(16, 512, (257,), generator=torch.Generator().manual_seed(3))
+
+
+def log_probabilities(settings, directory):
+    served = load(["serving=vllm_cpu", f"serving.environment={PROJECT / '.venv-serve'}", f"results={settings.results}", "source=local",
+                   f"source.path={settings.source.path}"])
+    with server(served, directory) as running:
+        return token_log_probabilities(running, TOKENS, [(0, len(TOKENS), 1)])
+
+
+def converted(family, fp8, recipe, directory):
+    source = save(family, directory / family, fp8)
+    return convert("source=local", f"source.path={source}", f"results={directory / 'results'}", f"recipe={recipe}", "serving=none")
+
+
+def test_every_form_that_is_said_to_load_in_vllm_has_a_case_here(tmp_path):
+    run = {}
+    for number, (family, fp8, recipe) in enumerate(CASES):
+        made = plan.read_plan(converted(family, fp8, recipe, tmp_path / str(number)))
+        run.setdefault(made["architecture"], set()).add(form_of(made))
+        assert made["engines"][0]["loads"] == "yes"
+    for recipe in OF_THE_TINY_MODEL:
+        made = plan.read_plan(convert(f"source.path={TINY}", f"results={tmp_path / 'results'}", f"recipe={recipe}", "serving=none"))
+        run.setdefault(made["architecture"], set()).add(form_of(made))
+    said = {row.names[0]: set(entry.forms) for row in ARCHITECTURES for entry in row.tried if entry.engine == VLLM}
+    assert run == said
+
+
+@needs_vllm
+@pytest.mark.serving
+@pytest.mark.parametrize(("family", "fp8", "recipe"), CASES)
+def test_a_family_says_the_same_in_both_forms(family, fp8, recipe, tmp_path):
+    settings = converted(family, fp8, recipe, tmp_path)
+    release = settings.run_directory / "release"
+    found = log_probabilities(settings, release)
+    assert torch.equal(found, log_probabilities(settings, expanded(release, tmp_path / "bf16")))
+    assert found.std() > 0.5  # it says something
