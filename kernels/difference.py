@@ -15,7 +15,7 @@ import functools
 import numba
 import numpy as np
 
-from kernels.arrays import e4m3_values
+from kernels.arrays import check_tile_scale, e4m3_values
 from kernels.energy import E2M1
 
 BLOCK = 32
@@ -86,13 +86,16 @@ def difference(source: np.ndarray, tile_scale: np.ndarray | None, tile: tuple[in
         codes: uint8 [out, in/2] for mxfp4, [out, in] for mxfp8; scale: uint8 [out, in/32].
     Returns:
         NaN where a number of either is NaN.
+    Raises:
+        ValueError: shapes that do not fit each other. NonFiniteError: a tile scale that is not positive and finite.
     """
     rows, columns = source.shape
     per_byte = 2 if scheme == "mxfp4" else 1
-    assert columns % BLOCK == 0, f"{columns} inputs are not whole blocks of {BLOCK}"
-    assert codes.shape == (rows, columns // per_byte) and scale.shape == (rows, columns // BLOCK), f"{source.shape}, {codes.shape}, {scale.shape}"
+    if columns % BLOCK or codes.shape != (rows, columns // per_byte) or scale.shape != (rows, columns // BLOCK):
+        raise ValueError(f"{scheme} codes {list(codes.shape)} and scales {list(scale.shape)} are not whole blocks of {BLOCK} of {list(source.shape)}")
     codes, scale = codes.view(np.uint8), scale.view(np.uint8)
     if tile_scale is not None:
+        check_tile_scale(tile_scale)
         return _of_codes(source.view(np.uint8), tile_scale, *tile, e4m3_values().astype(np.float32), codes, scale, _values(scheme), _units(), per_byte)
     if source.dtype == np.uint16:
         source = (source.astype(np.uint32) << 16).view(np.float32)

@@ -55,6 +55,7 @@ ROUTED = re.compile(r"\.experts\.|^\w+\.(gate|router)\.weight$")  # of a layer w
 BLOCKS = {"mxfp4": 2, "mxfp8": 1}  # stored with a byte per 32 weights: how many weights an element of the codes holds
 SAMPLED_ROWS = 32  # of each matrix, for the numbers
 MOST_LAYERS = 10_000
+MOST_THREADS = 32  # more do not make a disk faster
 ROWS_AT_ONCE = 4 << 20  # weights decoded at once in a comparison
 HIGH_CODES = {"mxfp4": (5, "3"), "mxfp8": (0x70, "128")}  # every rule puts a block's largest element at this code or above
 UNUSED_BLOCKS = 0.02  # share of blocks whose largest code may be lower; 0 under the rules, some for clipped weights
@@ -510,7 +511,8 @@ class Checkup:
                     continue
                 converted[name].add((number, matrix.rows))
                 jobs.append((label, stored, codes, scale, expert, name, number, range(*matrix.rows)))
-        yield from _on_all_cores(lambda job: self._compare(*job), jobs)
+        with _one_torch_thread():
+            yield from _on_all_cores(lambda job: self._compare(*job), jobs)
         count += len(jobs)
         covered, kept = set(converted), []
         for name, info in self.tensors.items():
@@ -571,7 +573,7 @@ class Checkup:
         `quick`."""
         claim = self.claims[name]
         step = claim.tile[0] if claim.tile else 1
-        height = max(step, ROWS_AT_ONCE // claim.matrix[-1] // step * step)
+        height = max(step, ROWS_AT_ONCE // (claim.matrix[-1] * rows.step) // step * step)
         spans = [(begin, min(begin + height, len(rows))) for begin in range(0, len(rows), height)]
         if self.quick:
             starts = sorted({len(rows) * quarter // 4 // step * step for quarter in range(4)})
@@ -584,7 +586,9 @@ class Checkup:
             try:
                 weight, tiles = stored_rows(self.source_places, name, claim, number, panel[0], panel[-1] + 1, self._buffer("source"))
                 if rows.step > 1:  # every other row is another matrix's
-                    weight, tiles = decoded_rows(self.source_places, name, claim, number, panel[0], panel[-1] + 1)[::rows.step].numpy(), None
+                    if tiles is not None:
+                        weight, tiles = decoded_rows(self.source_places, name, claim, number, panel[0], panel[-1] + 1).numpy(), None
+                    weight = np.ascontiguousarray(weight[::rows.step])
                 sums = difference(weight, tiles, claim.tile, packed, scales, stored)
                 if not math.isfinite(sum(sums)):  # decoding says which number it is
                     decoded_rows(self.source_places, name, claim, number, panel[0], panel[-1] + 1)
@@ -637,9 +641,22 @@ class Checkup:
         return {"directory": str(self.directory), "passed": all(row["passed"] for row in rows), "checks": rows, "notes": self.notes}
 
 
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Some sources are decoded by torch, which would start a thread per core in each of ours."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _on_all_cores(fault_of: Callable, items: Iterable) -> Iterator[str]:
     """Faults of items, in their order; what `fault_of` does with an item leaves the interpreter alone: reading, hashing, sums."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_THREADS)) as pool:
         yield from filter(None, pool.map(fault_of, items))
 
 

@@ -15,6 +15,7 @@ from stages.checkpoint.header import DTYPE_BYTES
 from stages.dialects.config import EXPERT_COUNTS
 from stages.errors import UserError
 from stages.schemes.architectures import ARCHITECTURES, TRANSFORMERS
+from stages.schemes.engines import engines
 from stages.settings import load
 from stages.verify_checkpoint import Checkup
 from tests.conftest import convert
@@ -279,3 +280,15 @@ def test_transformers_loads_a_release_and_says_what_its_values_say_in_bf16(tmp_p
         with torch.no_grad():
             logits.append(model(tokens).logits)
     assert torch.equal(*logits) and logits[0].std() > 0.5
+
+
+def test_what_was_run_is_said_of_that_architecture_and_form_only():
+    def loads(architecture, **others):
+        tensors = {"a": {"role": "routed_experts", "matrix": [64, 32], "stored": "mxfp4"}} | others
+        made = {"architecture": architecture, "layout": "per_expert", "runtime_modules": 1, "tensors": tensors}
+        return {row["engine"]: row["loads"] for row in engines(made)}[TRANSFORMERS]
+
+    assert loads("DeepseekV3ForCausalLM") == "yes" and loads("GlmMoeDsaForCausalLM") == "unknown"
+    for role, stored in (("vision", "mxfp8"), ("attention", "mxfp8"), ("routed_experts", "plain"), ("routed_experts", None)):
+        assert loads("DeepseekV3ForCausalLM", b={"role": role, "matrix": [64, 32], "stored": stored}) == "unknown"
+    assert loads("DeepseekV3ForCausalLM", b={"role": "attention", "matrix": [64, 32], "stored": "plain"}) == "yes"

@@ -88,11 +88,16 @@ def declared_drafts(config: dict) -> int:
 
 
 def draft_layers(config: dict, names: Iterable[str]) -> int:
-    """Number of declared MTP layers that have tensors. Copies of a model are published without them though config.json declares
-    them; an engine told to draft then stops, or drafts from weights that nothing initialized."""
-    layers = hidden_layers(config)
-    present = {layer_of(name) for name in names}
-    return sum(layer in present for layer in range(layers, layers + declared_drafts(config)))
+    """Number of MTP layers, 0 where not all that are declared have tensors. Copies of a model are published without them though
+    config.json declares them; an engine told to draft then stops, or drafts from weights that nothing initialized."""
+    layers, declared = hidden_layers(config), declared_drafts(config)
+    present = set()
+    for name in names:
+        layer = layer_of(name)
+        if layer is None and role_of(name, layers) == "mtp":  # drafts under names of their own are not told apart
+            return declared
+        present.add(layer)
+    return declared if present.issuperset(range(layers, layers + declared)) else 0
 
 
 def is_routed_expert(module: str, layers: int) -> bool:

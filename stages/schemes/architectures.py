@@ -54,7 +54,7 @@ class Architecture:
     experts: tuple[str, ...] = SWIGLU  # projections under which the checkpoint must store experts to be loaded
     plugin: bool = False  # a release bundles the plugin that vLLM needs for its draft layers
     in_process: bool = False  # stages/models can run it
-    tried: tuple[Tried, ...] = ()  # what was really run
+    tried: tuple[Tried, ...] = ()  # what was really run, with the first of `names`
     cautions: tuple[str, ...] = ()  # what a user of the release must know
     refused: str | None = None  # why a release of it would not load
 

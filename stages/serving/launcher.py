@@ -103,8 +103,9 @@ def drafts_of(directory: Path) -> int:
     config = read_json(directory / "config.json", "assemble_release")
     if not declared_drafts(config):
         return 0
-    if (directory / INDEX).exists():
-        return draft_layers(config, read_json(directory / INDEX, "assemble_release")["weight_map"])
+    index = read_json(directory / INDEX, "assemble_release") if (directory / INDEX).exists() else {}
+    if isinstance(index.get("weight_map"), dict):
+        return draft_layers(config, index["weight_map"])
     return draft_layers(config, [name for path in directory.glob("*.safetensors") for name in read_header(path).tensors])
 
 

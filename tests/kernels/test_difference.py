@@ -6,6 +6,7 @@ import torch
 
 from kernels import mxfp4
 from kernels.difference import difference
+from kernels.errors import NonFiniteError
 from kernels.formats import decode_mxfp8, encode_mxfp8
 from kernels.fp8 import decode_block_fp8
 
@@ -43,5 +44,8 @@ def test_what_is_no_number_makes_none():
     assert np.isnan(difference(weight * np.nan, None, None, codes, scale, "mxfp4")).all()
     assert np.isnan(difference(weight, None, None, codes, np.full((1, 1), 255, np.uint8), "mxfp4")[1])
     assert np.isnan(difference(np.full((1, 32), 0x7F, np.uint8), np.ones((1, 1), np.float32), (128, 128), codes, scale, "mxfp4")[0])
-    with pytest.raises(AssertionError, match="whole blocks"):
+    with pytest.raises(ValueError, match="whole blocks"):
         difference(weight[:, :31], None, None, codes, scale, "mxfp4")
+    for bad in (0.0, -0.01):
+        with pytest.raises(NonFiniteError, match="tile scale"):
+            difference(np.ones((1, 32), np.uint8), np.full((1, 1), bad, np.float32), (128, 128), codes, scale, "mxfp4")

@@ -136,6 +136,7 @@ def expand_fp8(codes: torch.Tensor, scale: torch.Tensor, tile: list[int] | None,
     elif scale.shape == (rows, 1):
         wide = scale
     else:
+        scale = torch.where(scale == torch.finfo(torch.float32).min, scale.max(), scale)  # parts that were joined on disk have one
         wide = scale.reshape(-1).repeat_interleave(torch.tensor(widths))[:, None]
     return (codes.float() * wide).to(dtype)
 
