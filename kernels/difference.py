@@ -15,18 +15,10 @@ import functools
 import numba
 import numpy as np
 
-from kernels.arrays import check_tile_scale, e4m3_values
-from kernels.energy import E2M1
+from kernels.arrays import check_tile_scale, e4m3_values, to_float32
+from kernels.energy import E2M1, values_of_scales
 
 BLOCK = 32
-
-
-@functools.cache
-def _units() -> np.ndarray:
-    """float64 [256]: 2^(byte - 127); NaN for byte 255."""
-    result = 2.0 ** (np.arange(256) - 127.0)
-    result[255] = np.nan
-    return result
 
 
 @functools.cache
@@ -96,7 +88,5 @@ def difference(source: np.ndarray, tile_scale: np.ndarray | None, tile: tuple[in
     codes, scale = codes.view(np.uint8), scale.view(np.uint8)
     if tile_scale is not None:
         check_tile_scale(tile_scale)
-        return _of_codes(source.view(np.uint8), tile_scale, *tile, e4m3_values().astype(np.float32), codes, scale, _values(scheme), _units(), per_byte)
-    if source.dtype == np.uint16:
-        source = (source.astype(np.uint32) << 16).view(np.float32)
-    return _of_floats(source.astype(np.float32, copy=False), codes, scale, _values(scheme), _units(), per_byte)
+        return _of_codes(source.view(np.uint8), tile_scale, *tile, e4m3_values().astype(np.float32), codes, scale, _values(scheme), values_of_scales(), per_byte)
+    return _of_floats(to_float32(source), codes, scale, _values(scheme), values_of_scales(), per_byte)

@@ -30,11 +30,17 @@ def squares_of_bytes(scheme: str) -> np.ndarray:
 
 
 @functools.cache
-def squares_of_scales() -> np.ndarray:
-    """float64 [256]: 4^(byte - 127); NaN for byte 255."""
-    result = 4.0 ** (np.arange(256) - 127.0)
+def values_of_scales() -> np.ndarray:
+    """float64 [256]: 2^(byte - 127); NaN for byte 255."""
+    result = 2.0 ** (np.arange(256) - 127.0)
     result[255] = np.nan
     return result
+
+
+@functools.cache
+def squares_of_scales() -> np.ndarray:
+    """float64 [256]: 4^(byte - 127), exactly; NaN for byte 255."""
+    return values_of_scales() ** 2
 
 
 @numba.njit(forceinline=True, boundscheck=False)

@@ -179,14 +179,14 @@ def release_config(source_config: dict, section: dict) -> dict:
     return {**config, "quantization_config": section}
 
 
-def linear_modules(tensors: dict, layers: int) -> tuple[list[str], list[str], dict[str, str]]:
+def linear_modules(plan: dict) -> tuple[list[str], list[str], dict[str, str]]:
     """(2D linear modules, routed experts' modules, module -> stored format) in the source's names, for the coverage proof."""
     linears, experts, stored = [], [], {}
-    for name, entry in tensors.items():
+    for name, entry in plan["tensors"].items():
         if not (entry["matrix"] or re.search(r"[._]weight$", name) and len(entry["shape"]) >= 2):
             continue
         module = module_of(name) if entry["matrix"] and not name.endswith("_weight") else re.sub(r"[._]weight$", "", name)
-        (experts if is_routed_expert(module, layers) else linears).append(module)
+        (experts if is_routed_expert(module, plan["text_layers"]) else linears).append(module)
         if entry["stored"]:
             stored[module] = entry["stored"]
     return linears, experts, stored
@@ -194,14 +194,14 @@ def linear_modules(tensors: dict, layers: int) -> tuple[list[str], list[str], di
 
 def runtime_modules(plan: dict) -> list[vllm_rules.RuntimeModule]:
     """The modules that vLLM builds for the source's model."""
-    linears, experts, _ = linear_modules(plan["tensors"], plan["text_layers"])
+    linears, experts, _ = linear_modules(plan)
     return vllm_rules.runtime_modules(linears, experts, plan["text_layers"], architecture_of(plan["architecture"]))
 
 
 def coverage(plan: dict, section: dict) -> tuple[int, list[str]]:
     """(number of runtime modules, faults): what vLLM's matching makes of a config for the planned tensors."""
     modules = runtime_modules(plan)
-    return len(modules), vllm_rules.coverage_faults(modules, section, linear_modules(plan["tensors"], plan["text_layers"])[2])
+    return len(modules), vllm_rules.coverage_faults(modules, section, linear_modules(plan)[2])
 
 
 def _known_architecture(name: str | None) -> Architecture:
@@ -236,8 +236,7 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
     if missing := experts - set(row.experts):
         raise UserError(f"{census['architecture']}: vLLM loads its experts as {', '.join(row.experts)}, the release would have "
                         f"{', '.join(sorted(missing))}")
-    stored = linear_modules(tensors, census["text_layers"])[2]
-    section = compressed_tensors.quantization_config(runtime_modules(plan), stored, tuple(sorted(experts)))
+    section = compressed_tensors.quantization_config(runtime_modules(plan), linear_modules(plan)[2], tuple(sorted(experts)))
     modules, faults = coverage(plan, section)
     if faults:
         raise UserError(f"recipe {settings.recipe.name}: vLLM could not serve the release: {faults[0]}"

@@ -454,17 +454,17 @@ class Checkup:
         names = [file.relative_to(self.directory) for file in self.directory.rglob("*") if file.is_file()]
         present = {str(name) for name in names if not any(part.startswith(".") for part in name.parts)}  # .git, .cache of a download
         yield from _some(sorted(present - {*files, *NOT_IN_MANIFEST}), "manifest.json does not list", "nothing vouches for its bytes")
-        def fault(item) -> str | None:
-            name, entry = item
-            file, entry = self.directory / name, _object(entry, f"manifest.json: {name}")
-            if not file.is_file():
-                return f"{name}: is missing"
-            if file.stat().st_size != entry.get("bytes") or (not self.quick and sha256_file(file) != entry.get("sha256")):
-                return f"{name}: its bytes are not those of manifest.json"
-            return None
-
-        yield from _on_all_cores(fault, files.items())
+        yield from _on_all_cores(lambda item: self._compare_file(*item), files.items())
         self.counts["manifest"] = len(files)
+
+    def _compare_file(self, name: str, entry: object) -> str | None:
+        """The fault of a file that manifest.json lists."""
+        file, entry = self.directory / name, _object(entry, f"manifest.json: {name}")
+        if not file.is_file():
+            return f"{name}: is missing"
+        if file.stat().st_size != entry.get("bytes") or (not self.quick and sha256_file(file) != entry.get("sha256")):
+            return f"{name}: its bytes are not those of manifest.json"
+        return None
 
     def open_source(self) -> None:
         """Reads the source's headers; UserError that names the source when it is none."""

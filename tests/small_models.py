@@ -86,6 +86,16 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
     return directory
 
 
+def unquantized(release: Path, target: Path, values: dict[str, torch.Tensor]) -> Path:
+    """A copy of a release with these tensors in place of its own and no quantization_config."""
+    shutil.copytree(release, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "manifest.json", "vllm_plugin"))
+    save_file(values, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((release / "config.json").read_text())
+    del config["quantization_config"]
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
 def expanded(release: Path, target: Path) -> Path:
     """The release's values in BF16 under the names of the model, without a quantization_config."""
     from stages.checkpoint.reader import ShardReader
@@ -94,7 +104,6 @@ def expanded(release: Path, target: Path) -> Path:
     from stages.schemes.modules import module_of
 
     config = json.loads((release / "config.json").read_text())
-    shutil.copytree(release, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "manifest.json"))
     values = {}
     for path in release.glob("*.safetensors"):
         with ShardReader(path) as reader:
@@ -107,7 +116,4 @@ def expanded(release: Path, target: Path) -> Path:
                 else:
                     places = Tensors(lambda name, reader=reader: reader)
                     values[f"{module_of(name)}.weight"] = decoded(places, name, claim).to(torch.bfloat16).contiguous()
-    save_file(values, target / "model.safetensors", {"format": "pt"})
-    del config["quantization_config"]
-    (target / "config.json").write_text(json.dumps(config))
-    return target
+    return unquantized(release, target, values)

@@ -6,7 +6,6 @@ makes it.
 
 import base64
 import io
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,6 +24,7 @@ from stages.serving.load import parse_metrics
 from stages.serving.score import token_log_probabilities
 from stages.settings import load
 from tests.conftest import PROJECT, convert
+from tests.small_models import unquantized
 
 pytestmark = [pytest.mark.serving,
               pytest.mark.skipif(not is_current(PROJECT / ".venv-serve"), reason="needs the serving environment: make serve-env")]
@@ -94,13 +94,7 @@ def of_release(converted):
 
 def expand(release, target):
     """The release's values in BF16 under the published names, without any quantization_config."""
-    shutil.copytree(release, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "manifest.json", "vllm_plugin"))
-    tensors = {name: tensor.contiguous() for name, tensor in expanded_tensors(release, torch.bfloat16)}
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    config = json.loads((release / "config.json").read_text())
-    del config["quantization_config"]
-    (target / "config.json").write_text(json.dumps(config))
-    return target
+    return unquantized(release, target, {name: tensor.contiguous() for name, tensor in expanded_tensors(release, torch.bfloat16)})
 
 
 def test_log_probabilities_are_bitwise_those_of_the_same_values_in_bf16(of_release, converted, tmp_path):
