@@ -298,7 +298,7 @@ def _notes(tensors: dict, declared: int, drafts: int) -> list[str]:
     left = Counter(entry["stored"] for entry in tensors.values() if entry["decision"] == "keep" and entry["matrix"])
     notes += [f"{count} weights that the recipe does not name stay {stored}, bit-identical" for stored, count in left.items()]
     if drafts < declared:
-        notes.append(f"config.json declares {declared} draft layers (num_nextn_predict_layers), which are not all there: speculative decoding "
+        notes.append(f"config.json declares {declared} draft layers, which are not all there: speculative decoding "
                      "with them is not possible")
     return notes
 

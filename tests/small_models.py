@@ -1,4 +1,5 @@
-"""Small random models of the families, as transformers saves them: 3 layers, 8 experts top-2, vocabulary 512, tokenizer of the tiny model.
+"""Small random models of the families, under the names they are published with: 3 or 4 layers, 8 experts top-2, vocabulary 512,
+tokenizer of the tiny model.
 
 `save(family, directory)` writes BF16, `save(family, directory, fp8=True)` the same with linear weights in block FP8, as these families
 are published. Weights are drawn wide enough that any wrong expert, scale or nibble changes what the model says.
@@ -7,6 +8,7 @@ are published. Weights are drawn wide enough that any wrong expert, scale or nib
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +24,9 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 SHARED = {**SPARSE, "n_routed_experts": 8, "n_shared_experts": 1, "intermediate_size": 512, "first_k_dense_replace": 1, "norm_topk_prob": True,
           "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 1}
+LATENT = SHARED | {"num_attention_heads": 2, "num_key_value_heads": 2, "topk_group": 1, "q_lora_rank": 128, "kv_lora_rank": 512,
+                   "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+IMAGES = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
 FAMILIES = {  # family -> (class of transformers, configuration)
     "qwen3": ("Qwen3", HEADS | {"intermediate_size": 512}),
     "qwen3_moe": ("Qwen3Moe", HEADS | SPARSE | {"num_experts": 8, "intermediate_size": 512, "norm_topk_prob": True}),
@@ -30,10 +35,25 @@ FAMILIES = {  # family -> (class of transformers, configuration)
     "minimax_m2": ("MiniMaxM2", HEADS | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128, "rotary_dim": 32,
                                          "scoring_func": "sigmoid", "use_routing_bias": True}),
     # engines take latent attention in its published sizes only
-    "deepseek_v3": ("DeepseekV3", SHARED | {"num_attention_heads": 2, "num_key_value_heads": 2, "n_group": 2, "topk_group": 1, "q_lora_rank": 128,
-                                            "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-                                            "topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
+    "deepseek_v3": ("DeepseekV3", LATENT | {"n_group": 2}),
+    "kimi_k25": ("Kimi_K25", IMAGES | {
+        "text_config": COMMON | LATENT | {"model_type": "deepseek_v3", "n_group": 1, "num_nextn_predict_layers": 0}, "projection_hidden_size": 64,
+        "vision_config": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}}),
+    "qwen3_5_moe": ("Qwen3_5Moe", IMAGES | {
+        "text_config": COMMON | HEADS | SPARSE | {
+            "num_hidden_layers": 4, "full_attention_interval": 4, "num_experts": 8, "shared_expert_intermediate_size": 128,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+        "vision_config": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 256,
+                          "num_position_embeddings": 64}}),
 }
+# how a family is published where transformers writes other names: pattern -> replacement
+PUBLISHED = {"kimi_k25": ((r"^language_model\.model\.blocks\.", "language_model.model.layers."), (r"^model\.mm_projector\.", "mm_projector."),
+                          (r"^vision_tower\.encoder\.patch_embed", "vision_tower.patch_embed"))}
+CONFIG = {"kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"]}}
+IMAGE_PROCESSOR = {"kimi_k25": {"media_proc_cfg": {
+    "patch_size": 14, "merge_kernel_size": 2, "temporal_merge_kernel_size": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "in_patch_limit": 64,
+    "in_patch_limit_each_frame": 64, "in_patch_limit_video": 256, "patch_limit_on_one_side": 16, "fixed_output_tokens": None}}}
+UNQUANTIZED = re.compile(r"embed|head|eh_proj|\.gate\.|shared_expert_gate|in_proj_[ab]\.|visual|vision|mm_projector|mtp\.fc|norm")
 
 
 def block_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,13 +76,32 @@ def add_draft_layer(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{prefix}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
 
 
+def stack_experts(tensors: dict[str, torch.Tensor]) -> None:
+    """Experts of a layer in two tensors, gate and up joined, as Qwen3.5 is published in BF16; not those of its draft layer."""
+    for prefix in sorted({match[1] for key in tensors if (match := re.match(r"(model\..*\.experts\.)\d+\.", key))}):
+        count = sum(key.startswith(prefix) and key.endswith(".up_proj.weight") for key in tensors)
+        taken = {name: [tensors.pop(f"{prefix}{number}.{name}_proj.weight") for number in range(count)] for name in ("gate", "up", "down")}
+        tensors[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(taken["gate"], taken["up"])])
+        tensors[f"{prefix}down_proj"] = torch.stack(taken["down"])
+
+
+def add_qwen35_drafts(tensors: dict[str, torch.Tensor]) -> None:
+    """A draft layer as Qwen3.5 publishes it: the layer of full attention again, and what joins it to the model."""
+    hidden, layer = COMMON["hidden_size"], "model.language_model.layers.3."
+    tensors |= {key.replace(layer, "mtp.layers.0."): tensor.clone() for key, tensor in tensors.items() if key.startswith(layer)}
+    tensors |= {f"mtp.{name}.weight": torch.zeros(hidden, dtype=torch.bfloat16) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    tensors["mtp.fc.weight"] = torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], dim=1).bfloat16()
+
+
 def save(family: str, directory: Path, fp8: bool = False) -> Path:
     """Writes the model and returns its directory."""
     import transformers
 
     name, fields = FAMILIES[family]
+    nested = "text_config" in fields
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**COMMON, **fields)).to(torch.bfloat16)
+    configuration = getattr(transformers, f"{name}Config")(**({"tie_word_embeddings": False} if nested else COMMON), **fields)
+    model = getattr(transformers, f"{name}For{'ConditionalGeneration' if nested else 'CausalLM'}")(configuration).to(torch.bfloat16)
     with torch.no_grad():
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "correction" in key:
@@ -73,15 +112,24 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
     for path in TINY.glob("token*"):
         shutil.copy(path, directory)
     tensors = load_file(directory / "model.safetensors")
+    for pattern, replacement in PUBLISHED.get(family, ()):
+        tensors = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
+    config = json.loads((directory / "config.json").read_text()) | CONFIG.get(family, {})
     if fields.get("num_nextn_predict_layers"):
         add_draft_layer(tensors)
+    if family == "qwen3_5_moe":
+        add_qwen35_drafts(tensors)
+        config["text_config"] |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
     if fp8:
         for key, tensor in list(tensors.items()):
-            if tensor.ndim == 2 and not any(part in key for part in ("embed", "head", "eh_proj", ".gate.weight")):
+            if tensor.ndim == 2 and not UNQUANTIZED.search(key):
                 tensors[key], tensors[f"{key}_scale_inv"] = block_fp8(tensor)
-        config = json.loads((directory / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [TILE, TILE]}
-        (directory / "config.json").write_text(json.dumps(config))
+    elif family == "qwen3_5_moe":
+        stack_experts(tensors)
+    (directory / "config.json").write_text(json.dumps(config))
+    if family in IMAGE_PROCESSOR:
+        (directory / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR[family]))
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
 

@@ -50,6 +50,7 @@ ROLES = (
 )
 ROLE_NAMES = tuple(dict.fromkeys(role.name for role in ROLES))
 QUANTIZABLE = ("routed_experts", "shared_experts", "dense_mlp", "attention", "linear_attention")  # linear weights of the text model
+DRAFT_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # keys of config.json; the second is Qwen3.5's
 _COMPILED = tuple((role.name, re.compile(role.pattern)) for role in ROLES)
 
 
@@ -81,9 +82,11 @@ def role_of(name: str, layers: int) -> str:
 
 def declared_drafts(config: dict) -> int:
     """Number of MTP layers that config.json declares; UserError where that is no number."""
-    declared = (config.get("text_config") or config).get("num_nextn_predict_layers") or 0
+    text = config.get("text_config") or config
+    key = next((key for key in DRAFT_COUNTS if text.get(key)), DRAFT_COUNTS[0])
+    declared = text.get(key) or 0
     if type(declared) is not int or declared < 0:
-        raise UserError(f"config.json: num_nextn_predict_layers is {declared!r}, expected a whole number; restore the original")
+        raise UserError(f"config.json: {key} is {declared!r}, expected a whole number; restore the original")
     return declared
 
 

@@ -93,8 +93,7 @@ ARCHITECTURES = (
         draft=((r"^shared_head\.head$", "head"),),
         tried=_run("experts mxfp4, rest fp8 128x128, drafts fp8 128x128", transformers=("experts mxfp4",))),
     Architecture(("KimiK25ForConditionalGeneration",), merged=_DEEPSEEK, visible=("gate_up_proj", "fused_qkv_a_proj"),
-                 renames=((r"^language_model\.layers\.", "language_model.model.layers."),),
-                 never=_NEVER + r"|(vision_tower|mm_projector)\..*"),
+                 never=_NEVER + r"|(vision_tower|mm_projector)\..*", tried=_run("experts mxfp4")),
     Architecture(("Qwen3MoeForCausalLM",), visible=("qkv_proj",), never=r".*\.shared_expert_gate$",  # its router sees the config
                  tried=_run("experts mxfp4, rest fp8 128x128", "experts mxfp8", "experts mxfp4, rest mxfp4", transformers=("experts mxfp4",))),
     Architecture(
@@ -102,7 +101,9 @@ ARCHITECTURES = (
         renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),
                  (r"^model\.language_model\.", "language_model.model.")),
         visible=("qkv_proj", "gate_up_proj", "in_proj_qkvz", "in_proj_ba"),
-        never=_NEVER + r"|visual\.(pos_embed|patch_embed).*"),
+        never=_NEVER + r"|visual\.(pos_embed|patch_embed).*",
+        tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain, drafts fp8 128x128", "experts mxfp4, rest mxfp8",
+                   "experts mxfp4, rest mxfp4")),
     Architecture(("Glm4MoeForCausalLM",), never=_NEVER, draft=((r"^shared_head\.head$", "head"),),
                  tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8, drafts fp8 128x128", transformers=("experts mxfp4",))),
     Architecture(("MiniMaxM2ForCausalLM",), renames=((r"\.block_sparse_moe\.experts\.", ".mlp.experts."),), visible=("qkv_proj",),

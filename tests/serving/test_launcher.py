@@ -161,6 +161,16 @@ def test_draft_layers_are_asked_for_where_the_release_has_them(tmp_path):
     assert "--speculative-config" not in launcher.command_line(settings, release, 1)
 
 
+def test_draft_layers_under_names_of_their_own_are_asked_for(tmp_path):
+    """Qwen3.5 counts them in `mtp_num_hidden_layers` and names them `mtp.layers.N`; copies of it are published without them, too."""
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": 2, "mtp_num_hidden_layers": 1}}))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.language_model.layers.1.mlp.gate.weight": "a", "mtp.layers.0.mlp.gate.weight": "a"}}))
+    assert launcher.drafts_of(tmp_path) == 1
+    index.write_text(json.dumps({"weight_map": {"model.language_model.layers.1.mlp.gate.weight": "a"}}))
+    assert launcher.drafts_of(tmp_path) == 0
+
+
 def test_draft_layers_that_only_config_json_knows_of_are_not_asked_for(tmp_path):
     settings = settings_with(SILENT, tmp_path)
     release = settings.run_directory / "release"
