@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages import command_line
+from stages import checkup, command_line
 from stages.errors import UserError
-from stages.verify_checkpoint import Checkup
 from tests.conftest import PROJECT, TINY
 from tests.hub_server import HubServer
 from tests.step37_flash import write_checkpoint
@@ -36,7 +35,7 @@ def release(converted, tmp_path):
 
 
 def faults(directory, *, source=None, quick=False) -> dict[str, list[str]]:
-    return {row["check"]: row["faults"] for row in Checkup(directory, source, quick).run()["checks"] if row["faults"]}
+    return {row["check"]: row["faults"] for row in checkup.check(directory, source, quick)["checks"] if row["faults"]}
 
 
 def change(directory, action, contains=f"{LAYER}.3.gate_proj.weight_packed", index=True):
@@ -120,7 +119,7 @@ TENSOR_DAMAGES = {
 
 def test_scales_that_are_all_alike_are_noted(release):
     change(release, lambda t: [t[name].fill_(120) for name in t if name.endswith("weight_scale")])
-    assert any("all blocks looked at have the same scale" in note for note in Checkup(release).run()["notes"])
+    assert any("all blocks looked at have the same scale" in note for note in checkup.check(release)["notes"])
 
 
 def test_a_sound_release_passes_every_check_and_shows_one_page(converted, release):
@@ -236,7 +235,7 @@ def test_a_source_that_is_none_is_named_and_not_blamed_on_the_release(release, t
 def test_a_config_of_another_form_is_one_line(release, text):
     (release / "config.json").write_text(text)
     with pytest.raises(UserError) as caught:
-        Checkup(release)
+        checkup.check(release)
     assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -265,7 +264,7 @@ def test_odd_counts_and_pipes_are_faults(release):
 
 def test_an_unused_ignore_is_a_note(release):
     edit_config(release, lambda c: c["ignore"].append("re:.*no_such_module"))
-    result = Checkup(release, quick=True).run()
+    result = checkup.check(release, quick=True)
     assert result["passed"] and any("no_such_module" in note for note in result["notes"])
 
 
