@@ -10,8 +10,9 @@ from stages.checkup.checkpoint import EXPERT, Checkpoint
 from stages.checkup.faults import some
 from stages.checkup.form import is_count
 from stages.dialects.config import EXPERT_COUNTS
+from stages.dialects.roles import TEXT_ROOT
 
-LAYER = re.compile(r"(?:model\.language_model|language_model\.model|model)\.layers\.(?P<layer>\d+)\.(?P<tail>.+)$", re.S)
+LAYER = re.compile(rf"{TEXT_ROOT}\.layers\.(?P<layer>\d+)\.(?P<tail>.+)$", re.S)
 ROUTED = re.compile(r"\.experts\.|^\w+\.(gate|router)\.weight$")  # of a layer with experts, even one that has lost them
 MOST_LAYERS = 10_000
 
