@@ -96,18 +96,17 @@ def regenerate_config(arguments: argparse.Namespace) -> None:
     path = directory / "config.json"
     config = read_json(arguments.base or path)
     checkpoint = Checkpoint(directory, section={}, config=config)
-    names = config.get("architectures")
-    architecture = names[0] if isinstance(names, list) and names else None
-    row = architecture_of(architecture)
+    row = architecture_of(checkpoint.architecture)
     if row is None:
-        raise UserError(f"{path}: vLLM's module names for architecture {architecture} are not known; add a row to stages/schemes/architectures.py")
+        raise UserError(f"{path}: vLLM's module names for architecture {checkpoint.architecture} are not known; "
+                        "add a row to stages/schemes/architectures.py")
     layers = hidden_layers(config)
     linears, experts, stored = [], [], {}
     with checkpoint:
         for check in (structure.containers, structure.pairs, completeness.experts, completeness.layers):
             for fault in check(checkpoint):
                 raise UserError(f"{fault}; mend that first")
-        for module, (kind, _, _) in checkpoint.modules.items():
+        for module, (kind, _, _, _) in checkpoint.modules.items():
             (experts if is_routed_expert(module, layers) else linears).append(module)
             if kind != "plain":
                 stored[module] = kind

@@ -15,7 +15,6 @@ from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import ShardReader
 from stages.checkup.form import checked_section, json_object
 from stages.errors import UserError
-from stages.schemes import SCHEMES
 from stages.schemes.kept import stored_as
 
 EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?P<expert>\d+)\.(?P<projection>[^.]+)$")  # a module of one routed expert
@@ -57,6 +56,7 @@ class Module(NamedTuple):
 
     stored: str  # mxfp4, mxfp8, fp8 128x128 ..., or plain
     info: TensorInfo  # header entry of its weight
+    name: str  # of the weight, or of its codes
     scale: str | None  # name of its scale
 
 
@@ -89,10 +89,10 @@ class Checkpoint(Shards):
         self.quick = quick
         self.notes: list[str] = []
         self.counts: dict[str, int] = {}
-        self.config = config or read_json(self.directory / "config.json")
+        self.config = read_json(self.directory / "config.json") if config is None else config
         self.text = json_object(self.config.get("text_config") or self.config, "config.json: text_config")
-        names = self.config.get("architectures") or [None]
-        self.architecture = names[0] if isinstance(names, list) else None
+        names = self.config.get("architectures")
+        self.architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
         if section is not None:
             self.section = section
             return
@@ -112,21 +112,21 @@ class Checkpoint(Shards):
         for name, info in self.tensors.items():
             if name.endswith(".weight_packed"):
                 stem = name.removesuffix("_packed")
-                found[stem.removesuffix(".weight")] = Module("mxfp4", info, f"{stem}_scale")
+                found[stem.removesuffix(".weight")] = Module("mxfp4", info, name, f"{stem}_scale")
             elif re.search(r"[._]weight$", name) and len(info.shape) >= 2:
                 scale = self.tensors.get(f"{name}_scale") if info.dtype == "F8_E4M3" else None
                 kind = "plain" if scale is None else "mxfp8" if scale.dtype == "U8" else stored_as(info.shape, scale.dtype, scale.shape) or "fp8"
-                found[re.sub(r"[._]weight$", "", name)] = Module(kind, info, None if scale is None else f"{name}_scale")
+                found[re.sub(r"[._]weight$", "", name)] = Module(kind, info, name, None if scale is None else f"{name}_scale")
         return found
 
     def decodable(self) -> Iterator[Pair]:
         """Every MXFP4 or MXFP8 pair that fits."""
-        for module, (stored, info, scale) in self.modules.items():
+        for module, (stored, info, name, scale) in self.modules.items():
             found = self.tensors.get(scale)
             if (stored in BLOCKS and len(info.shape) in (2, 3) and math.prod(info.shape) and found
                     and info.dtype == ("U8" if stored == "mxfp4" else "F8_E4M3")
                     and (found.dtype, found.shape) == ("U8", scale_shape(info, BLOCKS[stored]))):
-                yield Pair(module, stored, info, f"{module}.{SCHEMES[stored].CODES}", scale)
+                yield Pair(module, stored, info, name, scale)
 
 
 def scale_shape(info: TensorInfo, weights_per_element: int) -> tuple[int, ...]:

@@ -166,7 +166,7 @@ def _sums(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match
     claim, panel = source.claims[name], range(*rows)[begin:end]
     codes = checkpoint.reader(pair.codes).matrix_array(pair.codes, expert, begin, end, buffers.codes)
     scales = checkpoint.reader(pair.scale).matrix_array(pair.scale, expert, begin, end)
-    try:
+    with _blaming(source, name):
         weight, tiles = stored_rows(source.places, name, claim, number, panel[0], panel[-1] + 1, buffers.source)
         if panel.step > 1:  # every other row is another matrix's
             if tiles is not None:
@@ -175,8 +175,6 @@ def _sums(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match
         sums = difference(weight, tiles, claim.tile, codes, scales, pair.stored)
         if not math.isfinite(sum(sums)):  # decoding says which number it is
             decoded_rows(source.places, name, claim, number, panel[0], panel[-1] + 1)
-    except NonFiniteError as fault:
-        raise UserError(f"--source {source.directory}: {name}: {fault}; the source is damaged") from None
     if not math.isfinite(sum(sums)):
         SCHEMES[pair.stored].dequantize(as_tensor(codes, pair.info.dtype), as_tensor(scales, checkpoint.tensors[pair.scale].dtype))
     return sums
@@ -199,12 +197,22 @@ def _compare_decoded(checkpoint: Checkpoint, source: Source, name: str, origin: 
         yield line
         return
     ours = checkpoint.reader(name).tensor(name).double()
-    theirs = decoded_rows(source.places, origin, claim, None, 0, claim.matrix[0]).double()
+    with _blaming(source, origin):
+        theirs = decoded_rows(source.places, origin, claim, None, 0, claim.matrix[0]).double()
     error, signal = (ours - theirs).square().sum().item(), theirs.square().sum().item()
     if not error <= signal * 10 ** (-DECODED_DB / 10):  # NaN, too
         yield f"{line}, and its values are others than those of the source"
     else:
         checkpoint.notes.append(f"{line}; whatever made it has decoded it, its values are the source's")
+
+
+@contextmanager
+def _blaming(source: Source, name: str) -> Iterator[None]:
+    """What turns out to be no number within the block is the source's fault, and nothing can be said of the release."""
+    try:
+        yield
+    except NonFiniteError as fault:
+        raise UserError(f"--source {source.directory}: {name}: {fault}; the source is damaged") from None
 
 
 @contextmanager

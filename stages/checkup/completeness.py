@@ -14,7 +14,7 @@ from stages.dialects.roles import TEXT_ROOT
 
 LAYER = re.compile(rf"{TEXT_ROOT}\.layers\.(?P<layer>\d+)\.(?P<tail>.+)$", re.S)
 ROUTED = re.compile(r"\.experts\.|^\w+\.(gate|router)\.weight$")  # of a layer with experts, even one that has lost them
-MOST_LAYERS = 10_000
+MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000  # that are looked for, whatever a config or a name says
 
 Groups = dict[tuple[str, str], dict[int, tuple[int, ...]]]  # layer and projection -> expert -> shape of its weight
 
@@ -28,7 +28,7 @@ def experts(checkpoint: Checkpoint) -> Iterator[str]:
     groups: Groups = defaultdict(dict)
     formats: dict[str, set] = defaultdict(set)
     stacked: list[tuple[str, str, str]] = []
-    for module, (stored, info, _) in checkpoint.modules.items():
+    for module, (stored, info, _, _) in checkpoint.modules.items():
         if match := EXPERT.match(module):
             groups[match["layer"], match["projection"]][int(match["expert"])] = info.shape
             formats[match["layer"]].add(stored)
@@ -42,7 +42,7 @@ def experts(checkpoint: Checkpoint) -> Iterator[str]:
                 for layer, projection, module in stacked if (layer, projection) in groups)
     yield from _lost_projections(groups)
     for (layer, projection), members in groups.items():
-        missing = sorted(set(range(wanted or max(members) + 1)) - set(members))
+        missing = sorted(set(range(min(wanted or max(members) + 1, MOST_EXPERTS))) - set(members))
         yield from some([f"{layer}.experts.{number}.{projection}" for number in missing], "there is no", "the expert stays uninitialized")
         extra = [number for number in members if wanted and number >= wanted]
         yield from some([f"{layer}.experts.{number}.{projection}" for number in extra], f"config.json has {wanted} experts, but there is", "")
@@ -64,7 +64,7 @@ def _lost_projections(groups: Groups) -> Iterator[str]:
 
 def layers(checkpoint: Checkpoint) -> Iterator[str]:
     """Every layer that config.json counts is there, with the tensors that layers of its kind have."""
-    count, drafts = checkpoint.text.get("num_hidden_layers"), checkpoint.text.get("num_nextn_predict_layers", 0)
+    count, drafts = checkpoint.text.get("num_hidden_layers"), checkpoint.text.get("num_nextn_predict_layers") or 0
     if not is_count(count) or not (is_count(drafts) or drafts == 0):
         yield f"config.json: num_hidden_layers is {count!r} and num_nextn_predict_layers {drafts!r}; expected whole numbers"
         return

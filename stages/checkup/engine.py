@@ -79,7 +79,7 @@ def coverage(checkpoint: Checkpoint) -> Iterator[str]:
         checkpoint.notes.append(f"config.json: the runtime names of {checkpoint.architecture} are not known here; they are taken to be the "
                                 "checkpoint's")
     linears, experts, formats = [], [], {}
-    for module, (stored, info, _) in checkpoint.modules.items():
+    for module, (stored, info, _, _) in checkpoint.modules.items():
         if is_routed_expert(module, layers):
             experts.append(module)
         elif len(info.shape) == 2 or known:

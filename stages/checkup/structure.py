@@ -55,12 +55,12 @@ def index(checkpoint: Checkpoint) -> Iterator[str]:
 def pairs(checkpoint: Checkpoint) -> Iterator[str]:
     """Packed weights and scales come in pairs whose dtypes and shapes fit."""
     claimed = set()
-    for name, module in checkpoint.modules.items():
-        if module.stored == "plain":
-            yield from _unscaled(name, module.info)
+    for module, parts in checkpoint.modules.items():
+        if parts.stored == "plain":
+            yield from _unscaled(module, parts.info)
         else:
-            claimed.add(module.scale)
-            yield from _scaled(checkpoint, name, module)
+            claimed.add(parts.scale)
+            yield from _scaled(checkpoint, module, parts)
     alone = [name for name in checkpoint.tensors if re.search(r"weight_(scale|scale_inv|packed|global_scale|zero_point)$", name)
              and name not in claimed and not name.endswith("weight_packed")]
     yield from some(alone, "no weight belongs to", "an engine drops them without a word")
@@ -78,8 +78,7 @@ def _unscaled(module: str, info: TensorInfo) -> Iterator[str]:
 
 def _scaled(checkpoint: Checkpoint, module: str, parts: Module) -> Iterator[str]:
     """What is wrong with a quantized weight and its scale."""
-    (stored, info, scale), where = parts, checkpoint.where
-    name = f"{module}.weight" + ("_packed" if stored == "mxfp4" else "")
+    (stored, info, name, scale), where = parts, checkpoint.where
     if info.dtype != ("U8" if stored == "mxfp4" else "F8_E4M3"):
         yield f"{where[name]}: {name} is {info.dtype}; only MXFP4 (U8) and MXFP8 are verified here"
         return

@@ -130,10 +130,9 @@ def _fp8_numbers(checkpoint: Checkpoint) -> Iterator[str]:
     """FP8 under float scales: scales that are no positive numbers, codes that mean NaN."""
     import torch
 
-    for module, (stored, _, scale) in checkpoint.modules.items():
+    for stored, _, name, scale in checkpoint.modules.values():
         if not stored.startswith("fp8 "):
             continue
-        name = f"{module}.weight"
         values = checkpoint.reader(scale).tensor(scale).float()
         if not bool((torch.isfinite(values) & (values > 0)).all()):
             yield f"{checkpoint.where[scale]}: {scale} holds a scale that is NaN, infinite, zero or negative"
