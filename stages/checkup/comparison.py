@@ -1,14 +1,12 @@
-"""Whether a release's weights are those of its source: quantized matrices nearly, everything else to the bit, and nothing lost."""
+"""How one weight of a release is compared with its source's: a quantized matrix by its SQNR, any other tensor by its bytes."""
 
 from __future__ import annotations
 
 import math
-import re
 import threading
-from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +15,10 @@ from kernels.difference import difference
 from kernels.errors import NonFiniteError
 from stages.checkpoint.reader import as_tensor
 from stages.checkup.checkpoint import SAMPLED_ROWS, Checkpoint, Pair
-from stages.checkup.faults import on_all_cores, some
 from stages.checkup.source import Source
 from stages.dialects.reading import decoded_rows, stored_rows
 from stages.errors import UserError
 from stages.schemes import SCHEMES
-from stages.schemes.modules import matrices
 
 ROWS_AT_ONCE = 4 << 20  # weights decoded at once in a comparison
 DECODED_DB = 40.0  # of FP8 that was decoded into BF16, which rounds once
@@ -54,82 +50,7 @@ class Buffers(threading.local):
         return bytearray(4 * ROWS_AT_ONCE)
 
 
-def against_source(checkpoint: Checkpoint, source: Source | None) -> Iterator[str]:
-    """Quantized matrices are the source's to LOWEST_SQNR_DB, everything else is bit-identical, and nothing is missing."""
-    if source is None:
-        return
-    matches = yield from _matches(checkpoint, source)
-    with _one_torch_thread():
-        yield from on_all_cores(partial(_compare, checkpoint, source, Buffers()), matches)
-    passed = yield from _passed_through(checkpoint, source)
-    yield from _lost_matrices(source, matches)
-    companions = {name for name, claim in source.claims.items() if claim.belongs_to}
-    covered = {match.name for match in matches} | {origin for _, origin in passed}
-    yield from some(sorted(set(source.tensors) - covered - companions), "there is nothing of the source's", "it was lost")
-    checkpoint.counts["against_source"] = len(matches) + len(passed)
-
-
-# -- what belongs to what
-
-
-def _matches(checkpoint: Checkpoint, source: Source) -> Generator[str, None, list[Match]]:
-    """All quantized matrices that the source has a weight for; faults of those for which it has none, or one of another shape."""
-    result = []
-    for pair in checkpoint.decodable():
-        for expert, label in pair.members():
-            prefix, _, projection = pair.module.rpartition(".")
-            found = source.origins.get(pair.module) or source.origins.get(f"{prefix}.experts.{expert}.{projection}")
-            if found is None:
-                yield f"{label}: the source has no weight that becomes it"
-                break
-            name, matrix = found
-            number = matrix.expert if expert is None or matrix.module != pair.module else expert
-            shape = source.claims[name].matrix
-            has_it = len(shape) == 2 if number is None else len(shape) == 3 and number < shape[0]
-            if not has_it or (len(range(*matrix.rows)), shape[-1]) != pair.shape:
-                yield f"{label}: decodes to {list(pair.shape)}, the source's {name} has {list(shape)}"
-                continue
-            result.append(Match(label, pair, expert, name, number, matrix.rows))
-    return result
-
-
-def _passed_through(checkpoint: Checkpoint, source: Source) -> Generator[str, None, list[tuple[str, str]]]:
-    """(name, the source's name) of every tensor that is not quantized and that the source has, too; faults where its bytes differ."""
-    compared = {pair.module for pair in checkpoint.decodable()}
-    result, same = [], []
-    for name, info in checkpoint.tensors.items():
-        names = [name, f"{name}_inv", re.sub(r"weight_scale$", "scale", name)] if name.endswith("weight_scale") else [name]
-        origin = next((candidate for candidate in names if candidate in source.tensors), None)
-        if origin is None or re.sub(r"\.weight(_packed|_scale)?$", "", name) in compared:
-            continue
-        found = source.tensors[origin]
-        result.append((name, origin))
-        if (found.dtype, found.shape) != (info.dtype, info.shape):
-            yield from _compare_decoded(checkpoint, source, name, origin)
-        elif not checkpoint.quick:
-            same.append((name, origin))
-    yield from on_all_cores(partial(_compare_bytes, checkpoint, source), same)
-    return result
-
-
-def _lost_matrices(source: Source, matches: list[Match]) -> Iterator[str]:
-    """Matrices that the release does not have, of source weights of which it has others."""
-    converted = defaultdict(set)
-    for match in matches:
-        converted[match.name].add((match.number, match.rows))
-    for name, numbers in converted.items():
-        shape = source.claims[name].matrix
-        wanted = {(matrix.expert, matrix.rows) for matrix in matrices(name, shape, "per_expert")}
-        if len(shape) == 3 and {rows for _, rows in numbers} != {rows for _, rows in wanted}:
-            wanted = {(number, (0, shape[1], 1)) for number in range(shape[0])}
-        yield from some([f"{name}[{number}]" for number, _ in sorted(wanted - numbers, key=str)], "there is nothing of the source's",
-                        "the expert was lost")
-
-
-# -- one comparison each
-
-
-def _compare(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match) -> str | None:
+def compare_matrix(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match) -> str | None:
     """The fault of one matrix, by its SQNR against rows of the source's: over all of them, over four short runs of rows with
     `quick`."""
     label, stored, name = match.label, match.pair.stored, match.name
@@ -180,7 +101,7 @@ def _sums(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match
     return sums
 
 
-def _compare_bytes(checkpoint: Checkpoint, source: Source, names: tuple[str, str]) -> str | None:
+def compare_bytes(checkpoint: Checkpoint, source: Source, names: tuple[str, str]) -> str | None:
     """The fault of a tensor that should have passed through, of the same dtype and shape."""
     name, origin = names
     pairs = zip(checkpoint.reader(name).chunks(name), source.reader(origin).chunks(origin))
@@ -189,7 +110,7 @@ def _compare_bytes(checkpoint: Checkpoint, source: Source, names: tuple[str, str
     return f"{checkpoint.where[name]}: {name} is not bit-identical to the source's"
 
 
-def _compare_decoded(checkpoint: Checkpoint, source: Source, name: str, origin: str) -> Iterator[str]:
+def compare_decoded(checkpoint: Checkpoint, source: Source, name: str, origin: str) -> Iterator[str]:
     """A tensor of another dtype or shape than the source's is a fault, unless it is FP8 that whatever made it has decoded."""
     info, found, claim = checkpoint.tensors[name], source.tensors[origin], source.claims[origin]
     line = f"{name}: is {info.dtype} {list(info.shape)}, the source's is {found.dtype} {list(found.shape)}"
@@ -213,16 +134,3 @@ def _blaming(source: Source, name: str) -> Iterator[None]:
         yield
     except NonFiniteError as fault:
         raise UserError(f"--source {source.directory}: {name}: {fault}; the source is damaged") from None
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Some sources are decoded by torch, which would start a thread per core in each of ours."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
