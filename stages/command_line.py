@@ -80,33 +80,33 @@ def show_plan(arguments: argparse.Namespace) -> None:
 
 def verify(arguments: argparse.Namespace) -> None:
     """Prints what is wrong with a checkpoint; UserError when something is."""
-    from stages import verify_checkpoint  # brings torch, which plans do without
+    from stages import checkup  # brings torch, which plans do without
 
-    verify_checkpoint.run(arguments.directory, arguments.source, arguments.quick, arguments.json)
+    checkup.run(arguments.directory, arguments.source, arguments.quick, arguments.json)
 
 
 def regenerate_config(arguments: argparse.Namespace) -> None:
     """Writes DIRECTORY/config.json with the quantization_config that fits the tensors, everything else as it was."""
-    from stages.verify_checkpoint import Checkup
+    from stages.checkup import completeness, structure
+    from stages.checkup.checkpoint import Checkpoint
 
     directory = arguments.directory
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; name a release")
     path = directory / "config.json"
     config = read_json(arguments.base or path)
-    checkup = Checkup(directory, section={}, config=config)
-    names = config.get("architectures")
-    architecture = names[0] if isinstance(names, list) and names else None
-    row = architecture_of(architecture)
+    checkpoint = Checkpoint(directory, section={}, config=config)
+    row = architecture_of(checkpoint.architecture)
     if row is None:
-        raise UserError(f"{path}: vLLM's module names for architecture {architecture} are not known; add a row to stages/schemes/architectures.py")
+        raise UserError(f"{path}: vLLM's module names for architecture {checkpoint.architecture} are not known; "
+                        "add a row to stages/schemes/architectures.py")
     layers = hidden_layers(config)
     linears, experts, stored = [], [], {}
-    with checkup.opened():
-        for check in (checkup.containers, checkup.pairs, checkup.experts, checkup.layers):
-            for fault in check():
+    with checkpoint:
+        for check in (structure.containers, structure.pairs, completeness.experts, completeness.layers):
+            for fault in check(checkpoint):
                 raise UserError(f"{fault}; mend that first")
-        for module, (kind, _, _) in checkup.modules.items():
+        for module, (kind, _, _, _) in checkpoint.modules.items():
             (experts if is_routed_expert(module, layers) else linears).append(module)
             if kind != "plain":
                 stored[module] = kind

@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages import command_line
+from stages import checkup, command_line
 from stages.errors import UserError
-from stages.verify_checkpoint import Checkup
 from tests.conftest import PROJECT, TINY
 from tests.hub_server import HubServer
 from tests.step37_flash import write_checkpoint
@@ -36,7 +35,7 @@ def release(converted, tmp_path):
 
 
 def faults(directory, *, source=None, quick=False) -> dict[str, list[str]]:
-    return {row["check"]: row["faults"] for row in Checkup(directory, source, quick).run()["checks"] if row["faults"]}
+    return {row["check"]: row["faults"] for row in checkup.check(directory, source, quick)["checks"] if row["faults"]}
 
 
 def change(directory, action, contains=f"{LAYER}.3.gate_proj.weight_packed", index=True):
@@ -120,7 +119,7 @@ TENSOR_DAMAGES = {
 
 def test_scales_that_are_all_alike_are_noted(release):
     change(release, lambda t: [t[name].fill_(120) for name in t if name.endswith("weight_scale")])
-    assert any("all blocks looked at have the same scale" in note for note in Checkup(release).run()["notes"])
+    assert any("all blocks looked at have the same scale" in note for note in checkup.check(release)["notes"])
 
 
 def test_a_sound_release_passes_every_check_and_shows_one_page(converted, release):
@@ -226,6 +225,10 @@ def test_a_source_that_is_none_is_named_and_not_blamed_on_the_release(release, t
     shutil.copytree(TINY, damaged)
     change(damaged, lambda t: t["model.layers.2.moe.gate_proj.weight_scale_inv"].fill_(math.nan), "model.layers.2.moe.gate_proj.weight", index=False)
     assert any("the source is damaged" in fault for fault in faults(release, source=damaged)["against_source"])
+    name = "model.layers.2.self_attn.q_proj.weight"  # FP8 that somebody decoded into the BF16 of the release
+    shutil.copytree(TINY, damaged, dirs_exist_ok=True)
+    change(damaged, lambda t: t.update({name: t[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.full((3, 2), math.nan)}), name, index=False)
+    assert any("the source is damaged" in fault for fault in faults(release, source=damaged)["against_source"])
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"x"', "[" * 100_000, '{"text_config": [1]}', '{"quantization_config": []}', *(
@@ -236,7 +239,7 @@ def test_a_source_that_is_none_is_named_and_not_blamed_on_the_release(release, t
 def test_a_config_of_another_form_is_one_line(release, text):
     (release / "config.json").write_text(text)
     with pytest.raises(UserError) as caught:
-        Checkup(release)
+        checkup.check(release)
     assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -263,9 +266,46 @@ def test_odd_counts_and_pipes_are_faults(release):
     assert "is no regular file" in faults(release, quick=True)["containers"][0]
 
 
+def test_counts_that_no_list_could_hold_are_faults_at_once(release):
+    config = json.loads((release / "config.json").read_text())
+    (release / "config.json").write_text(json.dumps({**config, "text_config": {**config["text_config"], "moe_num_experts": 10**15}}))
+    assert f"there is no {LAYER}.16." in " ".join(faults(release, quick=True)["experts"])
+    del config["text_config"]["moe_num_experts"]
+    (release / "config.json").write_text(json.dumps(config))
+    change(release, lambda t: t.update({f"{LAYER}.{10**15}.gate_proj.{p}": t[f"{LAYER}.3.gate_proj.{p}"].clone()
+                                        for p in ("weight_packed", "weight_scale")}))
+    assert f"there is no {LAYER}.16.gate_proj" in " ".join(faults(release, quick=True)["experts"])
+
+
+def test_draft_layers_of_null_are_none(release):
+    config = json.loads((release / "config.json").read_text())
+    layers = config["text_config"]["num_hidden_layers"] + config["text_config"]["num_nextn_predict_layers"]
+    config["text_config"].update(num_hidden_layers=layers, num_nextn_predict_layers=None)
+    (release / "config.json").write_text(json.dumps(config))
+    assert "layers" not in faults(release, quick=True)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, torch.ones(1)), (torch.uint8, torch.full((64, 2), 120, dtype=torch.uint8))])
+def test_quantized_weights_whose_name_ends_in_weight_without_a_dot_are_checked(release, dtype, scale):
+    name = "vision_model.transformer.resblocks.0.attn.in_proj_weight"
+    change(release, lambda t: t.update({name: torch.randn(64, 64).to(torch.float8_e4m3fn), f"{name}_scale": scale}), name)
+    assert not any("could not be checked" in fault for lines in faults(release).values() for fault in lines)
+    change(release, lambda t: t[f"{name}_scale"].fill_(math.nan if dtype == torch.float32 else 255), name)
+    assert any("NaN" in fault and name.removesuffix("_weight") in fault for fault in faults(release)["numbers"])
+
+
+@pytest.mark.parametrize("architectures", [[["x"]], [{}], [3], {"a": 1}, "x", []])
+def test_architectures_of_another_form_are_unknown_ones(release, architectures):
+    config = json.loads((release / "config.json").read_text())
+    (release / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+    assert any("the runtime names of None are not known" in note for note in checkup.check(release, quick=True)["notes"])
+    shown = mxforge("config", release)
+    assert shown.returncode == 1 and "for architecture None are not known" in shown.stderr and len(shown.stderr.splitlines()) == 1, shown.stderr
+
+
 def test_an_unused_ignore_is_a_note(release):
     edit_config(release, lambda c: c["ignore"].append("re:.*no_such_module"))
-    result = Checkup(release, quick=True).run()
+    result = checkup.check(release, quick=True)
     assert result["passed"] and any("no_such_module" in note for note in result["notes"])
 
 

@@ -11,11 +11,10 @@ from safetensors.torch import load_file, save_file
 from kernels import mxfp4
 from kernels.fp8 import decode_block_fp8
 from kernels.formats import E2M1, decode_int4, decode_mxfp4, decode_mxfp8, decode_nvfp4, encode_mxfp8
-from stages import evaluate, plan, validate_gemm
+from stages import checkup, evaluate, plan, validate_gemm
 from stages.assemble_release import read_receipts
 from stages.errors import UserError
 from stages.models import step37
-from stages.verify_checkpoint import Checkup
 from tests.conftest import TINY, convert
 
 CHANNEL = {"quant_method": "compressed-tensors", "format": "float-quantized"}
@@ -146,7 +145,7 @@ def test_a_dialect_becomes_the_mxfp4_of_its_decoded_values(tmp_path, store, quan
         made = mxfp4.quantize(decoded(parts), rule="mse", backend="reference")
         assert torch.equal(release[f"{module}.weight_packed"], made.packed), module
         assert torch.equal(release[f"{module}.weight_scale"], made.scale), module
-    result = Checkup(settings.run_directory / "release", tmp_path / "model", quick=True).run()
+    result = checkup.check(settings.run_directory / "release", tmp_path / "model", quick=True)
     assert result["passed"], result
 
 
@@ -230,7 +229,7 @@ def test_gate_and_up_in_one_tensor_come_apart(tmp_path, make, quantization_confi
             ours = decode_mxfp4(release[f"{module}.weight_packed"], release[f"{module}.weight_scale"])
             assert torch.equal(ours, decode_mxfp4(expected.packed, expected.scale)), module
     assert evaluate.sqnr(read_receipts(settings, plan.read_plan(settings)))["matrices"] == 240
-    result = Checkup(settings.run_directory / "release", tmp_path / "model").run()
+    result = checkup.check(settings.run_directory / "release", tmp_path / "model")
     assert result["passed"], result
 
 
@@ -263,7 +262,7 @@ def test_fp8_that_the_recipe_leaves_is_kept_bit_for_bit_and_declared(tmp_path):
     section = json.loads((directory / "config.json").read_text())["quantization_config"]
     arguments = {(group["format"], group["weights"]["strategy"]) for group in section["config_groups"].values()}
     assert arguments == {("mxfp4-pack-quantized", "group"), ("mxfp8-quantized", "group"), ("float-quantized", "block"), ("float-quantized", "channel")}
-    result = Checkup(directory, model).run()
+    result = checkup.check(directory, model)
     assert result["passed"], result
     ours, theirs = (dict(step37.expanded_tensors(path, torch.float32)) for path in (directory, model))
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours if "moe." not in name or "gate.weight" in name)
@@ -272,7 +271,7 @@ def test_fp8_that_the_recipe_leaves_is_kept_bit_for_bit_and_declared(tmp_path):
     (directory / "model.safetensors").unlink()
     (directory / "manifest.json").unlink()
     save_file(changed, directory / "model.safetensors", metadata={"format": "pt"})
-    faults = [fault for row in Checkup(directory, model).run()["checks"] for fault in row["faults"]]
+    faults = [fault for row in checkup.check(directory, model)["checks"] for fault in row["faults"]]
     assert any("self_attn.o_proj.weight_scale is not bit-identical" in fault for fault in faults), faults
 
 
@@ -350,7 +349,7 @@ def test_mxfp8_and_dense_recipes_make_proven_releases_that_load(tmp_path, recipe
     assert loading == {"missing": 0, "unexpected": 0}
     assert evaluate.sqnr(read_receipts(settings, plan.read_plan(settings)))["worst_matrix_db"] > decibels
     validate_gemm.run(settings)
-    result = Checkup(directory, TINY).run()
+    result = checkup.check(directory, TINY)
     assert result["passed"], result
     name = "model.layers.2.moe.experts.3.up_proj"
     tensors = {path: load_file(path) for path in directory.glob("*.safetensors")}
@@ -361,7 +360,7 @@ def test_mxfp8_and_dense_recipes_make_proven_releases_that_load(tmp_path, recipe
         damage(found)
         shard.unlink()
         save_file(found, shard, metadata={"format": "pt"})
-        faults = [fault for row in Checkup(directory, TINY).run()["checks"] for fault in row["faults"]]
+        faults = [fault for row in checkup.check(directory, TINY)["checks"] for fault in row["faults"]]
         assert any(words in fault and name in fault for fault in faults), faults
 
 

@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kernels import mxfp4
-from stages import command_line, evaluate, inspect_format, plan, report, serve_bench, validate_gemm
+from stages import checkup, command_line, evaluate, inspect_format, plan, report, serve_bench, validate_gemm
 from stages.checkpoint.header import DTYPE_BYTES
 from stages.dialects.config import EXPERT_COUNTS
 from stages.errors import UserError
 from stages.schemes.architectures import ARCHITECTURES, TRANSFORMERS
 from stages.schemes.engines import engines
 from stages.settings import load
-from stages.verify_checkpoint import Checkup
 from tests.conftest import convert
 from tests.meta_checkpoints import FAMILIES, VARIANTS
 from tests.small_models import expanded, save
@@ -236,13 +235,13 @@ def test_a_small_deepseek_is_converted_proven_reported_and_configured_again(tmp_
     name = "model.layers.2.mlp.experts.3.down_proj.weight"
     expected = mxfp4.quantize(tensors[name], tensors[f"{name}_scale_inv"], backend="reference")
     assert torch.equal(made[f"{name}_packed"], expected.packed) and torch.equal(made[f"{name}_scale"], expected.scale)
-    result = Checkup(release, source).run()
+    result = checkup.check(release, source)
     assert result["passed"], result
     before = (release / "config.json").read_bytes()
     config = json.loads(before)
     config["quantization_config"]["config_groups"]["group_0"]["targets"] = [r"re:model\.layers\.\d+\.mlp\.experts.*"]
     (release / "config.json").write_text(json.dumps(config))
-    assert any("no target claims it" in fault for row in Checkup(release, quick=True).run()["checks"] for fault in row["faults"])
+    assert any("no target claims it" in fault for row in checkup.check(release, quick=True)["checks"] for fault in row["faults"])
     monkeypatch.setattr("sys.argv", ["mxforge", "config", str(release)])
     command_line.main()
     assert (release / "config.json").read_bytes() == before

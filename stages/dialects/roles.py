@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from stages.errors import UserError
 
-_TEXT = r"(?:model\.language_model\.|language_model\.model\.|model\.|(?=layers\.|embed\.|norm\.|head\.))"
+TEXT_ROOT = r"(?:model\.language_model|language_model\.model|model)"  # what names of the text model begin with, where not plain
+_TEXT = rf"(?:{TEXT_ROOT}\.|(?=layers\.|embed\.|norm\.|head\.))"
 _LAYER = _TEXT + r"layers\.(?P<layer>\d+)\."
 _BLOCK = r"(?:moe|mlp|block_sparse_moe|ffn|feed_forward)\."
 # what a linear weight may be stored as: the weight, its scales, its bias

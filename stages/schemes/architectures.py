@@ -11,13 +11,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from stages.dialects.roles import TEXT_ROOT
+
 QKV = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 GATE_UP = {"gate_up_proj": ("gate_proj", "up_proj")}
 STANDARD = {**QKV, **GATE_UP}
 VLLM, TRANSFORMERS = "vLLM 0.32", "transformers"
 SWIGLU, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 EMBEDDING = "VocabParallelEmbedding"
-DRAFT_LAYER = re.compile(r"(?:model\.language_model|language_model\.model|model)\.layers\.(\d+)\.(.*)")
+DRAFT_LAYER = re.compile(rf"{TEXT_ROOT}\.layers\.(\d+)\.(.*)")
 
 # leaf of a runtime name -> the class that vLLM builds, which class-name targets are compared with
 CLASSES = (

@@ -12,11 +12,12 @@ from __future__ import annotations
 import re
 
 from stages.checkpoint.header import sorted_specs
+from stages.dialects.roles import TEXT_ROOT
 from stages.errors import UserError
 
 SHARD = "model-draft-scales.safetensors"
 VALUES = {f"{part}_{kind}": value for kind, value in (("scale", 1.0), ("zero_point", 0.0)) for part in "qkv"}
-NAME = re.compile(r"(model\.language_model|language_model\.model|model)\.layers\.\d+\.self_attn\.attn\.[qkv]_(scale|zero_point)")
+NAME = re.compile(rf"{TEXT_ROOT}\.layers\.\d+\.self_attn\.attn\.[qkv]_(scale|zero_point)")
 
 
 def draft_scales(layers: int, text_layers: int) -> dict[str, float]:

@@ -1,0 +1,134 @@
+"""A checkpoint that is looked at, opened: its config.json, its shards, and how the weight of each module is stored."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from stages.checkpoint.files import read_json
+from stages.checkpoint.header import TensorInfo
+from stages.checkpoint.reader import ShardReader
+from stages.checkup.form import checked_section, json_object
+from stages.errors import UserError
+from stages.schemes.kept import stored_as
+
+EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?P<expert>\d+)\.(?P<projection>[^.]+)$")  # a module of one routed expert
+BLOCKS = {"mxfp4": 2, "mxfp8": 1}  # stored with a byte per 32 weights: how many weights an element of the codes holds
+SAMPLED_ROWS = 32  # of each matrix, where not all are looked at
+
+
+class Shards:
+    """The shards of a directory: readers by file name, of every tensor its header entry and its file. Closed behind a `with`."""
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        self.readers: dict[str, ShardReader] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self.where: dict[str, str] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def open_shard(self, path: Path) -> list[tuple[str, str]]:
+        """Opens one more; (name, other file) of each of its tensors that another shard has, too."""
+        reader = self.readers[path.name] = self._stack.enter_context(ShardReader(path))
+        twice = [(name, self.where[name]) for name in reader.header.tensors if name in self.where]
+        self.tensors |= reader.header.tensors
+        self.where |= dict.fromkeys(reader.header.tensors, path.name)
+        return twice
+
+    def reader(self, name: str) -> ShardReader:
+        """The reader that holds a tensor."""
+        return self.readers[self.where[name]]
+
+
+class Module(NamedTuple):
+    """How the weight of a module is stored."""
+
+    stored: str  # mxfp4, mxfp8, fp8 128x128 ..., or plain
+    info: TensorInfo  # header entry of its weight
+    name: str  # of the weight, or of its codes
+    scale: str | None  # name of its scale
+
+
+class Pair(NamedTuple):
+    """Codes and scales that fit each other: a quantized matrix, or one for each expert."""
+
+    module: str
+    stored: str  # mxfp4 | mxfp8
+    info: TensorInfo  # header entry of the codes
+    codes: str  # names of the two tensors
+    scale: str
+
+    def members(self) -> Iterator[tuple[int | None, str]]:
+        """(expert, what faults call it) of each matrix; the expert is None where there is one matrix only."""
+        for expert in range(self.info.shape[0]) if len(self.info.shape) == 3 else (None,):
+            yield expert, self.module if expert is None else f"{self.module}[{expert}]"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of one matrix, decoded."""
+        return self.info.shape[-2], BLOCKS[self.stored] * self.info.shape[-1]
+
+
+class Checkpoint(Shards):
+    """What every check is given. `notes` collects what is odd but loads, `counts` how many things a check has looked at."""
+
+    def __init__(self, directory: Path, quick: bool = False, section: dict | None = None, config: dict | None = None):
+        """section, config: the quantization_config and the config.json to assume instead of those that are there."""
+        super().__init__(directory)
+        self.quick = quick
+        self.notes: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.config = read_json(self.directory / "config.json") if config is None else config
+        self.text = json_object(self.config.get("text_config") or self.config, "config.json: text_config")
+        names = self.config.get("architectures")
+        self.architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+        if section is not None:
+            self.section = section
+            return
+        section = self.config.get("quantization_config") or self.text.get("quantization_config")
+        if section is None:
+            raise UserError(f"{self.directory / 'config.json'}: has no quantization_config, so that an engine reads everything as "
+                            "unquantized; name a quantized checkpoint, or make it one with `mxforge config`")
+        self.section = checked_section(section)
+
+    @cached_property
+    def modules(self) -> dict[str, Module]:
+        """How each module with a weight is stored, by the module's name; asked for when the shards are open.
+
+        FP8 whose scale fits none of the formats is stored as `fp8`, of which `pairs` says what is wrong.
+        """
+        found = {}
+        for name, info in self.tensors.items():
+            if name.endswith(".weight_packed"):
+                stem = name.removesuffix("_packed")
+                found[stem.removesuffix(".weight")] = Module("mxfp4", info, name, f"{stem}_scale")
+            elif re.search(r"[._]weight$", name) and len(info.shape) >= 2:
+                scale = self.tensors.get(f"{name}_scale") if info.dtype == "F8_E4M3" else None
+                kind = "plain" if scale is None else "mxfp8" if scale.dtype == "U8" else stored_as(info.shape, scale.dtype, scale.shape) or "fp8"
+                found[re.sub(r"[._]weight$", "", name)] = Module(kind, info, name, None if scale is None else f"{name}_scale")
+        return found
+
+    def decodable(self) -> Iterator[Pair]:
+        """Every MXFP4 or MXFP8 pair that fits."""
+        for module, (stored, info, name, scale) in self.modules.items():
+            found = self.tensors.get(scale)
+            if (stored in BLOCKS and len(info.shape) in (2, 3) and math.prod(info.shape) and found
+                    and info.dtype == ("U8" if stored == "mxfp4" else "F8_E4M3")
+                    and (found.dtype, found.shape) == ("U8", scale_shape(info, BLOCKS[stored]))):
+                yield Pair(module, stored, info, name, scale)
+
+
+def scale_shape(info: TensorInfo, weights_per_element: int) -> tuple[int, ...]:
+    """Shape of the block scales of a stored weight; a width that is no multiple of 32 gets one too many, which fits nothing."""
+    return (*info.shape[:-1], -(-info.shape[-1] * weights_per_element // 32)) if info.shape else ()

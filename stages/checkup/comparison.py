@@ -1,0 +1,136 @@
+"""How one weight of a release is compared with its source's: a quantized matrix by its SQNR, any other tensor by its bytes."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from kernels.difference import difference
+from kernels.errors import NonFiniteError
+from stages.checkpoint.reader import as_tensor
+from stages.checkup.checkpoint import SAMPLED_ROWS, Checkpoint, Pair
+from stages.checkup.source import Source
+from stages.dialects.reading import decoded_rows, stored_rows
+from stages.errors import UserError
+from stages.schemes import SCHEMES
+
+ROWS_AT_ONCE = 4 << 20  # weights decoded at once in a comparison
+DECODED_DB = 40.0  # of FP8 that was decoded into BF16, which rounds once
+LOWEST_SQNR_DB = 15.0  # against a source; round-to-nearest MXFP4 has 18 to 19.1
+
+
+class Match(NamedTuple):
+    """A quantized matrix, and the rows of the source's that it should be."""
+
+    label: str  # what faults call it
+    pair: Pair
+    expert: int | None  # which matrix of the pair
+    name: str  # the source's weight
+    number: int | None  # which matrix of that
+    rows: tuple[int, int, int]  # of that, as in range()
+
+
+class Buffers(threading.local):
+    """Memory of each thread's own for what is read: fresh memory costs more than reading."""
+
+    @cached_property
+    def codes(self) -> bytearray:
+        """For the release's."""
+        return bytearray(4 * ROWS_AT_ONCE)
+
+    @cached_property
+    def source(self) -> bytearray:
+        """For the source's."""
+        return bytearray(4 * ROWS_AT_ONCE)
+
+
+def compare_matrix(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match) -> str | None:
+    """The fault of one matrix, by its SQNR against rows of the source's: over all of them, over four short runs of rows with
+    `quick`."""
+    label, stored, name = match.label, match.pair.stored, match.name
+    signal = error = 0.0
+    try:
+        for begin, end in _spans(source, match, checkpoint.quick):
+            sums = _sums(checkpoint, source, buffers, match, begin, end)
+            signal, error = signal + sums[0], error + sums[1]
+    except NonFiniteError as fault:
+        return f"{label}: {fault}"
+    if error and source.claims[name].dialect == stored:
+        return f"{label}: the source's {name} is {stored} already, but the values are others"
+    ratio = 10 * math.log10(signal / error) if 0 < signal < math.inf and 0 < error < math.inf else -math.inf
+    if error and not ratio >= LOWEST_SQNR_DB:  # NaN, too
+        return (f"{label}: has {ratio:.1f} dB SQNR against the source's {name}, less than {LOWEST_SQNR_DB:g}; it is another matrix, or "
+                "its exponents are shifted")
+    return None
+
+
+def _spans(source: Source, match: Match, quick: bool) -> list[tuple[int, int]]:
+    """Rows of a matrix that are compared at once, each span from the edge of a tile of the source's."""
+    claim, rows = source.claims[match.name], range(*match.rows)
+    step = claim.tile[0] if claim.tile else 1
+    if quick:
+        starts = sorted({len(rows) * quarter // 4 // step * step for quarter in range(4)})
+        return [(begin, min(begin + SAMPLED_ROWS // 4, len(rows))) for begin in starts]
+    height = max(step, ROWS_AT_ONCE // (claim.matrix[-1] * rows.step) // step * step)
+    return [(begin, min(begin + height, len(rows))) for begin in range(0, len(rows), height)]
+
+
+def _sums(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match, begin: int, end: int) -> tuple[float, float]:
+    """(signal, error) of a span of rows; NonFiniteError for what is no number in the release, UserError for that in the source."""
+    _, pair, expert, name, number, rows = match
+    claim, panel = source.claims[name], range(*rows)[begin:end]
+    codes = checkpoint.reader(pair.codes).matrix_array(pair.codes, expert, begin, end, buffers.codes)
+    scales = checkpoint.reader(pair.scale).matrix_array(pair.scale, expert, begin, end)
+    with _blaming(source, name):
+        weight, tiles = stored_rows(source.places, name, claim, number, panel[0], panel[-1] + 1, buffers.source)
+        if panel.step > 1:  # every other row is another matrix's
+            if tiles is not None:
+                weight, tiles = decoded_rows(source.places, name, claim, number, panel[0], panel[-1] + 1).numpy(), None
+            weight = np.ascontiguousarray(weight[::panel.step])
+        sums = difference(weight, tiles, claim.tile, codes, scales, pair.stored)
+        if not math.isfinite(sum(sums)):  # decoding says which number it is
+            decoded_rows(source.places, name, claim, number, panel[0], panel[-1] + 1)
+    if not math.isfinite(sum(sums)):
+        SCHEMES[pair.stored].dequantize(as_tensor(codes, pair.info.dtype), as_tensor(scales, checkpoint.tensors[pair.scale].dtype))
+    return sums
+
+
+def compare_bytes(checkpoint: Checkpoint, source: Source, names: tuple[str, str]) -> str | None:
+    """The fault of a tensor that should have passed through, of the same dtype and shape."""
+    name, origin = names
+    pairs = zip(checkpoint.reader(name).chunks(name), source.reader(origin).chunks(origin))
+    if all(np.array_equal(np.frombuffer(ours, np.uint8), np.frombuffer(theirs, np.uint8)) for ours, theirs in pairs):
+        return None
+    return f"{checkpoint.where[name]}: {name} is not bit-identical to the source's"
+
+
+def compare_decoded(checkpoint: Checkpoint, source: Source, name: str, origin: str) -> Iterator[str]:
+    """A tensor of another dtype or shape than the source's is a fault, unless it is FP8 that whatever made it has decoded."""
+    info, found, claim = checkpoint.tensors[name], source.tensors[origin], source.claims[origin]
+    line = f"{name}: is {info.dtype} {list(info.shape)}, the source's is {found.dtype} {list(found.shape)}"
+    if not claim.scale or claim.matrix != info.shape or len(info.shape) != 2 or info.dtype not in ("BF16", "F16", "F32"):
+        yield line
+        return
+    ours = checkpoint.reader(name).tensor(name).double()
+    with _blaming(source, origin):
+        theirs = decoded_rows(source.places, origin, claim, None, 0, claim.matrix[0]).double()
+    error, signal = (ours - theirs).square().sum().item(), theirs.square().sum().item()
+    if not error <= signal * 10 ** (-DECODED_DB / 10):  # NaN, too
+        yield f"{line}, and its values are others than those of the source"
+    else:
+        checkpoint.notes.append(f"{line}; whatever made it has decoded it, its values are the source's")
+
+
+@contextmanager
+def _blaming(source: Source, name: str) -> Iterator[None]:
+    """What turns out to be no number within the block is the source's fault, and nothing can be said of the release."""
+    try:
+        yield
+    except NonFiniteError as fault:
+        raise UserError(f"--source {source.directory}: {name}: {fault}; the source is damaged") from None

@@ -1,0 +1,97 @@
+"""Whether everything is there that config.json counts: routed experts and layers."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+from stages.checkup.checkpoint import EXPERT, Checkpoint
+from stages.checkup.faults import some
+from stages.checkup.form import is_count
+from stages.dialects.config import EXPERT_COUNTS
+from stages.dialects.roles import TEXT_ROOT
+
+LAYER = re.compile(rf"{TEXT_ROOT}\.layers\.(?P<layer>\d+)\.(?P<tail>.+)$", re.S)
+ROUTED = re.compile(r"\.experts\.|^\w+\.(gate|router)\.weight$")  # of a layer with experts, even one that has lost them
+MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000  # that are looked for, whatever a config or a name says
+
+Groups = dict[tuple[str, str], dict[int, tuple[int, ...]]]  # layer and projection -> expert -> shape of its weight
+
+
+def experts(checkpoint: Checkpoint) -> Iterator[str]:
+    """Every layer has all its routed experts, in one format, of one shape."""
+    wanted = next((checkpoint.text[key] for key in EXPERT_COUNTS if key in checkpoint.text), None)
+    if wanted is not None and not is_count(wanted):
+        yield f"config.json: the number of experts is {wanted!r}, which is no number"
+        wanted = None
+    groups: Groups = defaultdict(dict)
+    formats: dict[str, set] = defaultdict(set)
+    stacked: list[tuple[str, str, str]] = []
+    for module, (stored, info, _, _) in checkpoint.modules.items():
+        if match := EXPERT.match(module):
+            groups[match["layer"], match["projection"]][int(match["expert"])] = info.shape
+            formats[match["layer"]].add(stored)
+        elif len(info.shape) == 3 and (match := re.search(r"^(.*)\.(?:moe|experts)\.([^.]+)$", module)):
+            stacked.append((re.sub(r"\.moe$", "", match[1]) + ".moe", match[2], module))
+            if wanted and info.shape[0] != wanted:
+                yield f"{module}: holds {info.shape[0]} experts, config.json says {wanted}"
+    yield from (f"{layer}.experts: stored as {' and '.join(sorted(kinds))}; an engine reads all experts of a layer as one format"
+                for layer, kinds in formats.items() if len(kinds) > 1)
+    yield from (f"{module}: is there stacked and expert by expert; an engine takes either"
+                for layer, projection, module in stacked if (layer, projection) in groups)
+    yield from _lost_projections(groups)
+    for (layer, projection), members in groups.items():
+        missing = sorted(set(range(min(wanted or max(members) + 1, MOST_EXPERTS))) - set(members))
+        yield from some([f"{layer}.experts.{number}.{projection}" for number in missing], "there is no", "the expert stays uninitialized")
+        extra = [number for number in members if wanted and number >= wanted]
+        yield from some([f"{layer}.experts.{number}.{projection}" for number in extra], f"config.json has {wanted} experts, but there is", "")
+        shapes = set(members.values())
+        if len(shapes) > 1:
+            yield f"{layer}.experts.*.{projection}: has shapes {sorted(map(list, shapes))}"
+    checkpoint.counts["experts"] = sum(map(len, groups.values()))
+
+
+def _lost_projections(groups: Groups) -> Iterator[str]:
+    """Layers in which no expert has a projection that experts of other layers have."""
+    projections: dict[str, set] = defaultdict(set)
+    for layer, projection in groups:
+        projections[layer].add(projection)
+    usual = set().union(*projections.values())
+    for layer, names in projections.items():
+        yield from some([f"{layer}.experts.*.{name}" for name in sorted(usual - names)], "no expert has", "the layer cannot run")
+
+
+def layers(checkpoint: Checkpoint) -> Iterator[str]:
+    """Every layer that config.json counts is there, with the tensors that layers of its kind have."""
+    count, drafts = checkpoint.text.get("num_hidden_layers"), checkpoint.text.get("num_nextn_predict_layers") or 0
+    if not is_count(count) or not (is_count(drafts) or drafts == 0):
+        yield f"config.json: num_hidden_layers is {count!r} and num_nextn_predict_layers {drafts!r}; expected whole numbers"
+        return
+    held: dict[int, set[str]] = defaultdict(set)  # layer -> what its tensors are called in it, one name for all experts and parts
+    for name in checkpoint.tensors:
+        if match := LAYER.match(name):
+            tail = re.sub(r"\.experts\.\d+\.", ".experts.*.", "." + match["tail"])
+            held[int(match["layer"][:9])].add(re.sub(r"\.weight_(packed|scale)$", ".weight", tail)[1:])
+    if not held:
+        return
+    counted = f"config.json has {count} layers and {drafts} draft layers"
+    expected = count + (drafts if max(held) >= count else 0)  # a release may leave all draft layers out
+    yield from some([f"layer {layer}" for layer in range(min(expected, MOST_LAYERS)) if layer not in held],
+                    "no shard holds anything of", counted)
+    yield from some([f"layer {layer}" for layer in sorted(held) if layer >= count + drafts], "there are tensors of", counted)
+    yield from _unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count})
+    checkpoint.counts["layers"] = len(held)
+
+
+def _unlike_their_kind(held: dict[int, set[str]]) -> Iterator[str]:
+    """Layers that lack what others with the same parts have."""
+    kinds: dict[frozenset, dict[int, set[str]]] = defaultdict(dict)
+    for layer, tails in held.items():
+        parts = {tail.split(".")[0] for tail in tails if tail.count(".") >= 2}
+        parts |= {"experts" for tail in tails if ROUTED.search(tail)}  # a dense `mlp` beside one of experts
+        kinds[frozenset(parts)][layer] = tails
+    for members in kinds.values():
+        usual = set.union(*members.values())
+        for layer, tails in members.items():
+            yield from some([f"layer {layer}: {tail}" for tail in sorted(usual - tails)], "there is no", "other layers of its kind have it")

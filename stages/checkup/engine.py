@@ -1,0 +1,96 @@
+"""What an engine makes of the config: whether its groups are those of the formats, and whether they claim what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stages.checkup.checkpoint import Checkpoint
+from stages.checkup.form import is_count
+from stages.dialects.roles import is_routed_expert
+from stages.schemes import vllm_rules
+from stages.schemes.architectures import UNKNOWN, architecture_of
+
+SCALE_DTYPE = "torch.uint8"
+ARGUMENTS = {  # format -> what its group's `weights` must say
+    "mxfp4-pack-quantized": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True},
+    "mxfp8-quantized": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True},
+    "float-quantized": {"num_bits": 8, "type": "float", "symmetric": True},
+}
+
+
+def scheme_arguments(checkpoint: Checkpoint) -> Iterator[str]:
+    """Groups say what is stored: bits, type, block, and a format for each."""
+    section = checkpoint.section
+    groups = section.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        yield "config.json: quantization_config has no config_groups, so that nothing is read as quantized"
+        return
+    for name, group in groups.items():
+        form = group.get("format") or section.get("format")
+        if form == "mixed-precision":
+            yield f"config.json: {name} has no format of its own; mixed-precision needs one in every group"
+        elif form not in ARGUMENTS:
+            checkpoint.notes.append(f"config.json: {name} has format {form}, which is not verified here")
+        else:
+            yield from _weights(name, form, group.get("weights") or {})
+            yield from _activations(checkpoint, name, form, group.get("input_activations"))
+    for key in ("transform_config", "sparsity_config"):
+        if section.get(key):
+            yield f"config.json: quantization_config has a {key}, by which an engine changes weights or inputs; nothing here vouches for that"
+    if section.get("kv_cache_scheme"):
+        checkpoint.notes.append("config.json: the KV cache is quantized, too")
+    checkpoint.counts["scheme_arguments"] = len(groups)
+
+
+def _weights(group: str, form: str, weights: dict) -> Iterator[str]:
+    """What a group's `weights` say otherwise than its format."""
+    for key, value in ARGUMENTS[form].items():
+        if weights.get(key) != value:
+            yield f"config.json: {group}.weights.{key} is {weights.get(key)!r}, {form} needs {value!r}"
+    if form != "float-quantized" and weights.get("scale_dtype") != SCALE_DTYPE:
+        yield (f"config.json: {group}.weights.scale_dtype is {weights.get('scale_dtype')!r}, not {SCALE_DTYPE!r}; "
+               + ("vLLM does not take it for MXFP8" if form == "mxfp8-quantized" else "compressed-tensors takes its scales for floats"))
+    if weights.get("dynamic"):
+        yield f"config.json: {group}.weights.dynamic is {weights['dynamic']!r}; the scales are stored"
+
+
+def _activations(checkpoint: Checkpoint, group: str, form: str, activations: object) -> Iterator[str]:
+    """Of weight-only formats nothing; of FP8 a float of 8 bits found on the fly, unless the checkpoint stores its scales."""
+    if activations is None:
+        if form == "float-quantized":
+            yield f"config.json: {group} is FP8 without input_activations; vLLM takes that per channel only, and experts not at all"
+        return
+    if not isinstance(activations, dict) or activations.get("type") != "float":
+        yield f"config.json: {group}.input_activations is {str(activations)[:80]!r}, expected none or floats"
+    elif not activations.get("dynamic") and not any(name.endswith(("input_scale", "input_global_scale")) for name in checkpoint.tensors):
+        yield f"config.json: {group}.input_activations is not dynamic, but the checkpoint holds no input_scale"
+    elif form != "float-quantized":
+        checkpoint.notes.append(f"config.json: {group} quantizes activations, too")
+
+
+def coverage(checkpoint: Checkpoint) -> Iterator[str]:
+    """vLLM's matching gives every module the format that it is stored in."""
+    layers = checkpoint.text.get("num_hidden_layers")
+    if not is_count(layers):
+        return  # `layers` says so
+    row = architecture_of(checkpoint.architecture)
+    known = row is not None
+    if not known:
+        checkpoint.notes.append(f"config.json: the runtime names of {checkpoint.architecture} are not known here; they are taken to be the "
+                                "checkpoint's")
+    linears, experts, formats = [], [], {}
+    for module, (stored, info, _, _) in checkpoint.modules.items():
+        if is_routed_expert(module, layers):
+            experts.append(module)
+        elif len(info.shape) == 2 or known:
+            linears.append(module)
+        if stored != "plain":
+            formats[module] = stored
+    modules = vllm_rules.runtime_modules(linears, experts, layers, row or UNKNOWN)
+    unused = {f"{entry}: matches no module of the model" for entry in checkpoint.section.get("ignore") or []}
+    for fault in vllm_rules.coverage_faults(modules, checkpoint.section, formats):
+        if fault in unused:
+            checkpoint.notes.append(f"config.json: ignore {fault}")
+        else:
+            yield fault
+    checkpoint.counts["coverage"] = len(modules)

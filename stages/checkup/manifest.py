@@ -1,0 +1,38 @@
+"""Whether the files are those of manifest.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from stages.checkpoint.files import read_json, sha256_file
+from stages.checkup.checkpoint import Checkpoint
+from stages.checkup.faults import on_all_cores, some
+from stages.checkup.form import json_object
+
+NOT_IN_MANIFEST = ("manifest.json", "README.md")
+
+
+def manifest(checkpoint: Checkpoint) -> Iterator[str]:
+    """Every file has the size and the sha256 of manifest.json."""
+    directory = checkpoint.directory
+    path = directory / "manifest.json"
+    if not path.exists():
+        return
+    files = json_object(json_object(read_json(path), "manifest.json").get("files"), "manifest.json: files")
+    names = [file.relative_to(directory) for file in directory.rglob("*") if file.is_file()]
+    present = {str(name) for name in names if not any(part.startswith(".") for part in name.parts)}  # .git, .cache of a download
+    yield from some(sorted(present - {*files, *NOT_IN_MANIFEST}), "manifest.json does not list", "nothing vouches for its bytes")
+    yield from on_all_cores(partial(_compare_file, checkpoint), files.items())
+    checkpoint.counts["manifest"] = len(files)
+
+
+def _compare_file(checkpoint: Checkpoint, item: tuple[str, object]) -> str | None:
+    """The fault of a file that manifest.json lists."""
+    name, entry = item
+    file, entry = checkpoint.directory / name, json_object(entry, f"manifest.json: {name}")
+    if not file.is_file():
+        return f"{name}: is missing"
+    if file.stat().st_size != entry.get("bytes") or (not checkpoint.quick and sha256_file(file) != entry.get("sha256")):
+        return f"{name}: its bytes are not those of manifest.json"
+    return None

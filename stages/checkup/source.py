@@ -1,0 +1,52 @@
+"""The checkpoint that a release was made from, opened: what its weights are, and which modules of a release they become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stages.checkpoint.files import read_json
+from stages.checkup.checkpoint import Shards
+from stages.dialects import recognize
+from stages.dialects.claim import Claim
+from stages.dialects.config import checked
+from stages.dialects.reading import Tensors
+from stages.errors import UserError
+from stages.schemes.modules import Matrix, matrices
+
+
+class Source(Shards):
+    """`claims` say how each tensor is stored, `places` reads them; `origins` leads from a release's module, in either layout, to the
+    weight that becomes it and to its Matrix."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory)
+        self.places = Tensors(self.reader)
+        self.claims: dict[str, Claim] = {}
+        self.origins: dict[str, tuple[str, Matrix]] = {}
+
+    def read(self, release: Path) -> None:
+        """Opens everything; UserError that names the source when it is none, or the release itself."""
+        for path in sorted(self.directory.glob("*.safetensors")):
+            self.open_shard(path)
+        if not self.tensors:
+            raise UserError(f"--source {self.directory}: holds no tensor; name the checkpoint that the release was made from")
+        config = checked(read_json(self.directory / "config.json"), f"{self.directory}/config.json")
+        self.claims = recognize(self.tensors, self.where, config)
+        if self.directory.resolve() == release.resolve() or (self.directory / "manifest.json").exists():
+            raise UserError(f"--source {self.directory}: is a release itself, not a source; name the checkpoint that the release was made from")
+        for name, claim in self.claims.items():
+            for layout in ("stacked", "per_expert") if claim.matrix else ():
+                self.origins |= {matrix.module: (name, matrix) for matrix in matrices(name, claim.matrix, layout)}
+
+
+@contextmanager
+def open_source(directory: Path | None, release: Path) -> Iterator[Source | None]:
+    """The source of a release, closed behind the block; None where none is named."""
+    if directory is None:
+        yield None
+        return
+    with Source(directory) as source:
+        source.read(release)
+        yield source
