@@ -23,15 +23,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from stages.checkpoint.files import (CHUNK, atomic_write, human_bytes, read_json, sync_directory, write_json)
-from stages.checkpoint.header import LFS_POINTER, Header, header_length, parse_header, read_header
+from stages.checkpoint.files import CHUNK, atomic_write, check_disk, human_bytes, read_json, sync_directory, write_json
+from stages.checkpoint.header import INDEX, LFS_POINTER, Header, header_length, parse_header, read_header
 from stages.errors import UserError, exit_with_one_line
 from stages.settings import Settings, SourceSettings, load, stage_parser
 
-INDEX = "model.safetensors.index.json"
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # the same weights once more
 FIRST_BYTES = 64  # of a shard: the length of its header, or enough to recognize an LFS pointer
-DISK_MARGIN = 1.01
 ATTEMPTS = 5  # without a new byte, waiting 1, 2, 4, 8 s in between; each goes on behind the bytes that came
 LONGEST_WAIT = 60  # seconds that a hub which limits the rate may ask for
 
@@ -72,17 +70,6 @@ def safe_name(name: str, where: str) -> str:
     if not name or path.is_absolute() or ".." in path.parts or str(path) != name:
         raise UserError(f"{where}: names the file {name!r}, which would leave the directory; do not trust this checkpoint")
     return name
-
-
-def check_disk(directory: Path, needed_bytes: int, what: str) -> None:
-    """UserError unless the disk that holds (or will hold) `directory` has room for `needed_bytes` and one percent."""
-    existing = Path(directory).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes * DISK_MARGIN:
-        raise UserError(f"not enough disk: {what} needs {human_bytes(needed_bytes * DISK_MARGIN)}, {directory} has "
-                        f"{human_bytes(free)} free; free some, or point results= to a larger disk")
 
 
 def check_places(settings: Settings) -> None:

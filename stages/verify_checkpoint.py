@@ -29,13 +29,12 @@ import numpy as np
 from kernels.difference import difference
 from kernels.errors import NonFiniteError
 from stages.checkpoint.files import read_json, sha256_file
-from stages.checkpoint.header import TensorInfo
+from stages.checkpoint.header import INDEX, TensorInfo
 from stages.checkpoint.reader import ShardReader, as_array, as_tensor
 from stages.dialects import recognize
 from stages.dialects.config import EXPERT_COUNTS, checked
 from stages.dialects.reading import Tensors, decoded_rows, stored_rows
 from stages.dialects.roles import is_routed_expert
-from stages.download import INDEX
 from stages.errors import UserError
 from stages.quantize_experts import USUAL_SIZES
 from stages.schemes import SCHEMES, vllm_rules

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from stages import download, evaluate, inspect_format, plan, quantize_experts
-from stages.checkpoint.header import render_header
+from stages.checkpoint.header import INDEX, render_header
 from stages.errors import UserError
 from stages.settings import load
 from tests.conftest import PROJECT, TINY, convert
@@ -343,7 +343,7 @@ def test_a_local_file_with_a_hostile_name_is_refused(checkpoint, local):
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000, '"\xff"'])
 def test_an_index_that_is_none_is_one_line(checkpoint, local, text):
-    (checkpoint / download.INDEX).write_text(text, encoding="latin-1")
+    (checkpoint / INDEX).write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"model.safetensors.index.json (is not valid JSON|has no weight_map).*restore"):
         download.fetch_metadata(load(local))
 
@@ -354,7 +354,7 @@ def test_a_shard_that_the_index_does_not_name_is_read_and_noted(checkpoint, loca
     download.fetch_metadata(settings)
     assert "extra.safetensors" in json.loads((settings.source_directory / "headers.json").read_text())
     anomalies = json.loads((settings.source_directory / "listing.json").read_text())["anomalies"]
-    assert f"{download.INDEX} does not name extra.safetensors" in anomalies
+    assert f"{INDEX} does not name extra.safetensors" in anomalies
 
 
 def test_a_shard_that_was_swapped_for_another_of_its_size_is_refused(checkpoint, local):
