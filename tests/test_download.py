@@ -18,6 +18,8 @@ from stages import download, evaluate, inspect_format, plan, quantize_experts
 from stages.checkpoint.header import INDEX, render_header
 from stages.errors import UserError
 from stages.settings import load
+from stages.sources.files import safe_name
+from stages.sources.hub import ATTEMPTS, FIRST_BYTES, Hub, resolve
 from tests.conftest import PROJECT, TINY, convert
 from tests.hub_server import HubServer
 
@@ -77,7 +79,7 @@ def test_planning_a_hub_checkpoint_downloads_headers_and_no_weights(hub, setting
     headers = json.loads((settings.source_directory / "headers.json").read_text())
     assert set(headers) == set(SHARDS)
     for shard in SHARDS:
-        assert hub.sent[shard] <= headers[shard]["data_start"] + download.FIRST_BYTES
+        assert hub.sent[shard] <= headers[shard]["data_start"] + FIRST_BYTES
     assert (settings.source_directory / "auxiliary/tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
 
 
@@ -154,7 +156,7 @@ def test_a_line_that_drops_again_and_again_still_brings_a_large_shard_home(large
     server, overrides, original = large
     settings = load(overrides)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr(download, "ATTEMPTS", 2)
+    monkeypatch.setattr("stages.sources.hub.ATTEMPTS", 2)
     download.fetch_metadata(settings)
     server.drop_after, server.drop_always = 11_000_000, True
     assert download.fetch_shard(settings, "model.safetensors").read_bytes() == original.read_bytes()
@@ -172,8 +174,8 @@ def test_resets_behind_new_bytes_are_forgiven_and_resets_without_are_counted(set
         raise ConnectionResetError("reset by peer")
 
     with pytest.raises(UserError, match="reset by peer.*finished bytes are kept"):
-        download.Hub(settings.source)._patiently("downloading x", resets, lambda: received[0])
-    assert calls[0] == 20 + download.ATTEMPTS - 1
+        Hub(settings.source).patiently("downloading x", resets, lambda: received[0])
+    assert calls[0] == 20 + ATTEMPTS - 1
 
 
 def test_headers_of_every_length_come_exactly(tmp_path, monkeypatch):
@@ -326,13 +328,13 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(hub, settings, m
 @pytest.mark.parametrize("name", ["/etc/passwd", "../up", "a/../../b", "", "./a", "a//b"])
 def test_a_name_that_leaves_the_directory_is_refused(name):
     with pytest.raises(UserError, match="would leave"):
-        download.safe_name(name, "index")
+        safe_name(name, "index")
 
 
 @pytest.mark.parametrize("name", ["a\\b", "a\0b", "a\nb", "a\udcffb"])
 def test_a_name_that_no_result_could_carry_is_refused(name):
     with pytest.raises(UserError, match="not accepted"):
-        download.safe_name(name, "index")
+        safe_name(name, "index")
 
 
 def test_a_local_file_with_a_hostile_name_is_refused(checkpoint, local):
@@ -460,4 +462,4 @@ def test_the_command_line_downloads_from_the_hub(hub, tmp_path):
 
 def test_a_hub_that_cannot_be_asked_for_a_revision_is_one_line(hub, tmp_path):
     with pytest.raises(UserError, match="somebody/tiniest: .*no such repository"):
-        download.resolve("somebody/tiniest", None)
+        resolve("somebody/tiniest", None)
