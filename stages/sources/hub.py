@@ -7,6 +7,7 @@ else. Endpoint and token come from the environment (HF_ENDPOINT, HF_TOKEN). The 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import time
 from collections.abc import Callable
@@ -175,20 +176,19 @@ class Hub:
             part.unlink()
 
         def received() -> int:
-            return part.stat().st_size if part.exists() else 0
+            return os.fstat(output.fileno()).st_size
 
         def once() -> None:
             done = received()
             check_disk(target.parent, file.size - done, file.name)
-            with open(part, "ab") as output:
-                if file.size > done:
-                    http_get(self._url(file.name), output, resume_size=done, headers=self._headers(),
-                             expected_size=file.size, displayed_filename=file.name)
-                output.flush()
-                os.fsync(output.fileno())
+            if file.size > done:
+                http_get(self._url(file.name), output, resume_size=done, headers=self._headers(),
+                         expected_size=file.size, displayed_filename=file.name)
+            os.fsync(output.fileno())
 
-        self.patiently(f"downloading {file.name}", once, received)
-        check_bytes(part, file, self.source.repository)
+        with HashedFile(part) as output:
+            self.patiently(f"downloading {file.name}", once, received)
+        check_bytes(part, output.digest.hexdigest(), file, self.source.repository)
         os.replace(part, target)
         sync_directory(target.parent)
 
@@ -204,21 +204,51 @@ def resolve(repository: str, revision: str | None) -> tuple[str, list[str]]:
     return info.sha, shards
 
 
-def check_bytes(path: Path, file: SourceFile, where: str) -> None:
-    """Size and, where known, sha256 of a downloaded file; a wrong one is deleted and refused."""
+class HashedFile(io.FileIO):
+    """A file that is written at its end only, whatever is sought, and the sha256 of all that is in it.
+
+    What is there is read once; what comes is hashed as far as the system took it, so that the hash is the file's behind a failed
+    write, too. A file that is cut, as the hub's client does when a server ignores ranges, is read again.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path, "a+")
+        self._read_again()
+
+    def _read_again(self) -> None:
+        self.digest = hashlib.sha256()
+        self.seek(0)
+        while chunk := self.read(CHUNK):
+            self.digest.update(chunk)
+
+    def write(self, data: bytes) -> int:
+        """Appends all of it: a FileIO may take less at a time."""
+        rest = memoryview(data)
+        while rest:
+            count = super().write(rest)
+            self.digest.update(rest[:count])
+            rest = rest[count:]
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Cuts the file off at `size`, or at where it was sought."""
+        size = super().truncate(size)
+        self._read_again()
+        return size
+
+
+def check_bytes(path: Path, sha256: str, file: SourceFile, where: str) -> None:
+    """Size and, where known, sha256 of a downloaded file, whose bytes have this one; a wrong one is deleted and refused."""
     found = path.stat().st_size
-    digest, head = hashlib.sha256(), b""
     with open(path, "rb") as opened:
-        while chunk := opened.read(CHUNK):
-            head = head or chunk[:len(LFS_POINTER)]
-            digest.update(chunk)
+        head = opened.read(len(LFS_POINTER))
     what = None
     if head == LFS_POINTER and file.kind == "shard":
         what = "is a Git LFS pointer, not the data"
     elif found != file.size:
         what = f"has {found} bytes, the hub listed {file.size}"
-    elif file.sha256 and digest.hexdigest() != file.sha256:
-        what = f"has sha256 {digest.hexdigest()[:12]}..., the hub listed {file.sha256[:12]}..."
+    elif file.sha256 and sha256 != file.sha256:
+        what = f"has sha256 {sha256[:12]}..., the hub listed {file.sha256[:12]}..."
     if what:
         path.unlink()
         raise UserError(f"{where}: {file.name} {what}; the download was deleted, run again")
