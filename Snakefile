@@ -2,10 +2,10 @@
 #   snakemake --cores all --config source=step37_fp8 recipe=mxfp4_experts 'overrides=["device.lane=4"]'
 import shlex, sys
 sys.path.insert(0, workflow.basedir)
-from stages.download import local_files
 from stages.errors import UserError
 from stages.serving.environment import PLUGIN, ingredients, marker_inputs, plugin_files
 from stages.settings import CONVERTING, as_json, code_of, load, overrides_from, shards_of, text_path
+from stages.sources.local import local_files
 try:
     OVERRIDES = overrides_from(config)
     S = load(OVERRIDES, ask=True)

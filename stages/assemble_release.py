@@ -14,8 +14,8 @@ import struct
 from pathlib import Path
 
 from stages.checkpoint.files import read_json, sha256_file, sync_directory, write_json, write_text
+from stages.checkpoint.header import INDEX
 from stages.checkpoint.writer import ShardWriter
-from stages.download import INDEX
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.plan import SHARD_METADATA, coverage, index_json, outputs_of_shard, read_plan, release_config

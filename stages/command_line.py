@@ -26,6 +26,7 @@ from stages.plan import release_config
 from stages.schemes import compressed_tensors, vllm_rules
 from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, choices, load
+from stages.sources.hub import resolve
 
 REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -50,7 +51,7 @@ def settings_of(where: str, recipe: str, overrides: list[str], results: str) -> 
     if not match:
         raise UserError(f"{where!r}: no such directory, no source of conf/ ({', '.join(choices('source'))}), and no hub repository "
                         "(OWNER/NAME or OWNER/NAME@REVISION)")
-    revision, shards = download.resolve(match["name"], match["revision"])
+    revision, shards = resolve(match["name"], match["revision"])
     return load(["source=hub", f"source.repository={match['name']}", f"source.revision={revision}",
                  f"source.shards=[{','.join(shards)}]", *fixed])
 

@@ -12,12 +12,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from stages.checkpoint.files import human_bytes, read_json, render_json, write_json
+from stages.checkpoint.files import check_disk, human_bytes, read_json, render_json, write_json
 from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
 from stages.dialects.experts import check_experts
 from stages.dialects.plain import WEIGHT_DTYPES
 from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, declared_drafts, draft_layers, is_routed_expert, projection_of
-from stages.download import check_disk
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.schemes import SCHEMES, compressed_tensors, draft_scales, kept, tensor_parallel, vllm_rules

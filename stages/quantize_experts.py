@@ -32,13 +32,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from kernels import mxfp4
 from kernels.arrays import first_index, to_float32
 from kernels.errors import NonFiniteError
-from stages.checkpoint.files import human_bytes, read_json, sha256_file, write_json
+from stages.checkpoint.files import check_disk, human_bytes, read_json, sha256_file, write_json
 from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import ShardReader, as_array
 from stages.checkpoint.writer import ShardWriter
 from stages.dialects import Claim
 from stages.dialects.reading import Tensors, stored_rows
-from stages.download import check_disk, read_tensor_bytes
+from stages.download import read_tensor_bytes
 from stages.errors import UserError, exit_with_one_line, without_collection
 from stages.plan import SHARD_METADATA, outputs_of_shard, read_plan, specs_of
 from stages.schemes import SCHEMES

@@ -270,7 +270,7 @@ def _pin(settings: Settings, ask: bool) -> None:
         if not ask:
             raise UserError(f"{record} is missing: {source.repository} was given without a revision, which snakemake looks up and records when "
                             "it starts; or set source.revision and source.shards")
-        from stages.download import resolve
+        from stages.sources.hub import resolve
 
         revision, shards = resolve(source.repository, None)
         found = {"repository": source.repository, "revision": revision, "shards": shards}

@@ -20,9 +20,8 @@ from pathlib import Path
 from kernels.energy import energy
 from stages.assemble_release import auxiliary_files, manifest_of, read_receipts
 from stages.checkpoint.files import read_json, sha256_file, write_json
-from stages.checkpoint.header import Header, read_header
+from stages.checkpoint.header import INDEX, Header, read_header
 from stages.checkpoint.reader import ShardReader
-from stages.download import INDEX
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.plan import coverage, index_json, outputs_of_shard, read_plan, release_config

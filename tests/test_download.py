@@ -2,8 +2,10 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,9 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from stages import download, evaluate, inspect_format, plan, quantize_experts
-from stages.checkpoint.header import render_header
+from stages.checkpoint.header import INDEX, LFS_POINTER, render_header
 from stages.errors import UserError
 from stages.settings import load
+from stages.sources.files import safe_name
+from stages.sources.hub import ATTEMPTS, FIRST_BYTES, HashedFile, Hub, resolve
 from tests.conftest import PROJECT, TINY, convert
 from tests.hub_server import HubServer
 
@@ -77,7 +81,7 @@ def test_planning_a_hub_checkpoint_downloads_headers_and_no_weights(hub, setting
     headers = json.loads((settings.source_directory / "headers.json").read_text())
     assert set(headers) == set(SHARDS)
     for shard in SHARDS:
-        assert hub.sent[shard] <= headers[shard]["data_start"] + download.FIRST_BYTES
+        assert hub.sent[shard] <= headers[shard]["data_start"] + FIRST_BYTES
     assert (settings.source_directory / "auxiliary/tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
 
 
@@ -154,7 +158,7 @@ def test_a_line_that_drops_again_and_again_still_brings_a_large_shard_home(large
     server, overrides, original = large
     settings = load(overrides)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr(download, "ATTEMPTS", 2)
+    monkeypatch.setattr("stages.sources.hub.ATTEMPTS", 2)
     download.fetch_metadata(settings)
     server.drop_after, server.drop_always = 11_000_000, True
     assert download.fetch_shard(settings, "model.safetensors").read_bytes() == original.read_bytes()
@@ -172,8 +176,111 @@ def test_resets_behind_new_bytes_are_forgiven_and_resets_without_are_counted(set
         raise ConnectionResetError("reset by peer")
 
     with pytest.raises(UserError, match="reset by peer.*finished bytes are kept"):
-        download.Hub(settings.source)._patiently("downloading x", resets, lambda: received[0])
-    assert calls[0] == 20 + download.ATTEMPTS - 1
+        Hub(settings.source).patiently("downloading x", resets, lambda: received[0])
+    assert calls[0] == 20 + ATTEMPTS - 1
+
+
+@pytest.fixture
+def read_back(monkeypatch):
+    """Bytes of a download that were read to hash them, reading by reading."""
+    sizes = []
+
+    def read(file, size=-1):
+        data = io.FileIO.read(file, size)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(HashedFile, "read", read)
+    return sizes
+
+
+def incomplete(settings, beginning):
+    """What an interrupted run would have left of SHARD."""
+    settings.shard_directory.mkdir(parents=True)
+    (settings.shard_directory / (SHARD + ".incomplete")).write_bytes(beginning)
+
+
+@pytest.mark.parametrize("there", [0, 3_000_000])
+def test_what_comes_is_hashed_on_its_way_and_only_what_was_there_is_read(hub, settings, read_back, there):
+    download.fetch_metadata(settings)
+    data = (TINY / SHARD).read_bytes()
+    incomplete(settings, data[:there])
+    read_back.clear()
+    assert download.fetch_shard(settings, SHARD).read_bytes() == data
+    assert sum(read_back) == there
+
+
+def test_a_download_that_goes_on_behind_other_bytes_is_deleted_and_refused(hub, settings):
+    download.fetch_metadata(settings)
+    incomplete(settings, bytes(3_000_000))
+    with pytest.raises(UserError, match=rf"{SHARD} has sha256 .* the hub listed .* the download was deleted, run again"):
+        download.fetch_shard(settings, SHARD)
+    assert not list(settings.shard_directory.glob("*"))
+
+
+def test_a_server_that_ignores_ranges_makes_the_download_start_again(hub, settings, read_back):
+    """The hub's client then cuts off what was there, and the hash must forget it."""
+    download.fetch_metadata(settings)
+    incomplete(settings, bytes(3_000_000))
+    hub.ignore_range = True
+    hub.sent.clear()
+    read_back.clear()
+    data = (TINY / SHARD).read_bytes()
+    assert download.fetch_shard(settings, SHARD).read_bytes() == data
+    assert hub.sent[SHARD] == len(data) and sum(read_back) == 3_000_000
+
+
+@pytest.mark.parametrize("ignore_range", [False, True])
+def test_a_failure_in_the_middle_is_mended_in_the_same_process_and_nothing_is_read_again(large, monkeypatch, read_back, ignore_range):
+    """The line drops, the hub's client asks again and is refused, ours asks once more; the file stays open and its hash goes on."""
+    server, overrides, original = large
+    settings = load(overrides)
+    download.fetch_metadata(settings)
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        server.unavailable = int(len(pauses) == 1)  # the client's own attempt
+
+    monkeypatch.setattr("time.sleep", pause)
+    server.drop_after, server.ignore_range = 25_000_000, ignore_range
+    server.requests.clear()
+    read_back.clear()
+    assert download.fetch_shard(settings, "model.safetensors").read_bytes() == original.read_bytes()
+    (_, _, first), (_, _, second) = server.requests
+    assert first is None and second == f"bytes={20 << 20}-" and len(pauses) == 2  # two pieces of the client's 10 MiB came
+    assert sum(read_back) == 0
+
+
+def test_a_pointer_in_place_of_a_shard_is_deleted_and_refused(large):
+    _, overrides, original = large
+    settings = load(overrides)
+    download.fetch_metadata(settings)
+    original.write_bytes((LFS_POINTER + b".github.com/spec/v1\n").ljust(original.stat().st_size))
+    with pytest.raises(UserError, match="model.safetensors is a Git LFS pointer, not the data; the download was deleted, run again"):
+        download.fetch_shard(settings, "model.safetensors")
+    assert not list(settings.shard_directory.glob("*"))
+
+
+def test_the_hash_is_that_of_the_file_after_a_write_that_failed_and_after_a_cut(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * 500)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with HashedFile(path) as file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                file.write(b"b" * 900)  # the system takes 500 of them, then none
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.stat().st_size == 1000 and file.digest.digest() == hashlib.sha256(path.read_bytes()).digest()
+        file.seek(0)
+        assert file.write(b"c") == 1  # at the end nevertheless
+        file.seek(700)
+        assert file.truncate() == 700
+        assert file.write(b"d" * 5) == 5
+        expected = b"a" * 500 + b"b" * 200 + b"d" * 5
+        assert path.read_bytes() == expected and file.digest.digest() == hashlib.sha256(expected).digest()
 
 
 def test_headers_of_every_length_come_exactly(tmp_path, monkeypatch):
@@ -326,13 +433,13 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(hub, settings, m
 @pytest.mark.parametrize("name", ["/etc/passwd", "../up", "a/../../b", "", "./a", "a//b"])
 def test_a_name_that_leaves_the_directory_is_refused(name):
     with pytest.raises(UserError, match="would leave"):
-        download.safe_name(name, "index")
+        safe_name(name, "index")
 
 
 @pytest.mark.parametrize("name", ["a\\b", "a\0b", "a\nb", "a\udcffb"])
 def test_a_name_that_no_result_could_carry_is_refused(name):
     with pytest.raises(UserError, match="not accepted"):
-        download.safe_name(name, "index")
+        safe_name(name, "index")
 
 
 def test_a_local_file_with_a_hostile_name_is_refused(checkpoint, local):
@@ -343,7 +450,7 @@ def test_a_local_file_with_a_hostile_name_is_refused(checkpoint, local):
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000, '"\xff"'])
 def test_an_index_that_is_none_is_one_line(checkpoint, local, text):
-    (checkpoint / download.INDEX).write_text(text, encoding="latin-1")
+    (checkpoint / INDEX).write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"model.safetensors.index.json (is not valid JSON|has no weight_map).*restore"):
         download.fetch_metadata(load(local))
 
@@ -354,7 +461,7 @@ def test_a_shard_that_the_index_does_not_name_is_read_and_noted(checkpoint, loca
     download.fetch_metadata(settings)
     assert "extra.safetensors" in json.loads((settings.source_directory / "headers.json").read_text())
     anomalies = json.loads((settings.source_directory / "listing.json").read_text())["anomalies"]
-    assert f"{download.INDEX} does not name extra.safetensors" in anomalies
+    assert f"{INDEX} does not name extra.safetensors" in anomalies
 
 
 def test_a_shard_that_was_swapped_for_another_of_its_size_is_refused(checkpoint, local):
@@ -460,4 +567,4 @@ def test_the_command_line_downloads_from_the_hub(hub, tmp_path):
 
 def test_a_hub_that_cannot_be_asked_for_a_revision_is_one_line(hub, tmp_path):
     with pytest.raises(UserError, match="somebody/tiniest: .*no such repository"):
-        download.resolve("somebody/tiniest", None)
+        resolve("somebody/tiniest", None)

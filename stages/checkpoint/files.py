@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: write beside, sync, rename, sync the directory."""
+"""Files that are there whole or not at all: write beside, sync, rename, sync the directory; and whether the disk has room for them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from stages.errors import UserError
 
 CHUNK = 8 << 20  # bytes read or written at a time
 DIRECT = getattr(os, "O_DIRECT", 0)  # past the page cache; only whole pages can be written so
+DISK_MARGIN = 1.01
 
 
 def sync_directory(directory: Path) -> None:
@@ -150,3 +152,14 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def check_disk(directory: Path, needed_bytes: int, what: str) -> None:
+    """UserError unless the disk that holds (or will hold) `directory` has room for `needed_bytes` and one percent."""
+    existing = Path(directory).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes * DISK_MARGIN:
+        raise UserError(f"not enough disk: {what} needs {human_bytes(needed_bytes * DISK_MARGIN)}, {directory} has "
+                        f"{human_bytes(free)} free; free some, or point results= to a larger disk")

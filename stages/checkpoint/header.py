@@ -25,6 +25,7 @@ DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
 MAXIMUM_HEADER = 100_000_000  # bytes; the format's own limit
 MAXIMUM_RANK = 64  # dimensions; torch's own limit, and a product of more would be arithmetic on request of a stranger
 LFS_POINTER = b"version https://git-lfs"
+INDEX = "model.safetensors.index.json"  # of a checkpoint of several files: which tensor is in which
 
 
 @dataclass(frozen=True)

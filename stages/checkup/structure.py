@@ -11,7 +11,7 @@ from stages.checkpoint.header import TensorInfo
 from stages.checkup.checkpoint import BLOCKS, Checkpoint, Module, scale_shape
 from stages.checkup.faults import some
 from stages.checkup.form import json_object
-from stages.download import INDEX
+from stages.checkpoint.header import INDEX
 from stages.errors import UserError
 
 

@@ -26,9 +26,8 @@ from pathlib import Path
 import httpx
 
 from stages.checkpoint.files import read_json
-from stages.checkpoint.header import read_header
+from stages.checkpoint.header import INDEX, read_header
 from stages.dialects.roles import declared_drafts, draft_layers
-from stages.download import INDEX
 from stages.errors import UserError
 from stages.settings import PROJECT, Settings
 

@@ -1,0 +1,254 @@
+"""Hub repositories at a pinned revision: listing, ranges of files, downloads that are resumed, and errors in one line.
+
+What a server or the line may do is expected here: refuse for a moment, stop in the middle, ignore ranges, answer with something
+else. Endpoint and token come from the environment (HF_ENDPOINT, HF_TOKEN). The hub's client is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from stages.checkpoint.files import CHUNK, check_disk, sync_directory
+from stages.checkpoint.header import LFS_POINTER, Header, header_length, parse_header
+from stages.errors import UserError
+from stages.settings import SourceSettings
+from stages.sources.files import SourceFile, kind_of, safe_name
+
+FIRST_BYTES = 64  # of a shard: the length of its header, or enough to recognize an LFS pointer
+ATTEMPTS = 5  # without a new byte, waiting 1, 2, 4, 8 s in between; each goes on behind the bytes that came
+LONGEST_WAIT = 60  # seconds that a hub which limits the rate may ask for
+
+
+def _hub_error(source: SourceSettings, what: str, error: Exception) -> UserError:
+    from huggingface_hub import errors
+
+    place = f"{source.repository}@{source.revision[:12]}" if source.revision else source.repository
+    remedies = (
+        (errors.GatedRepoError, "access must be granted: accept the licence on the hub and set HF_TOKEN"),
+        (errors.RepositoryNotFoundError, "no such repository, or it is private: check source.repository and set HF_TOKEN"),
+        (errors.RevisionNotFoundError, "no such revision: check source.revision"),
+        (errors.EntryNotFoundError, "no such file at this revision: check source.shards"),
+    )
+    for kind, remedy in remedies:
+        if isinstance(error, kind):
+            return UserError(f"{place}: {what}: {remedy}")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return UserError(f"{place}: {what}: the hub refused with {status}; set HF_TOKEN to a token with access")
+    text = " ".join(str(error).split("For more information")[0].split())[:160] or type(error).__name__
+    if status is None and not isinstance(error, ValueError):
+        text += "; check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+    return UserError(f"{place}: {what}: {text}; run the same command again to go on, finished bytes are kept")
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether the same request may succeed in a moment: no connection, a cut one, 408, 429, 5xx."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    return not isinstance(error, (ValueError, OfflineModeIsEnabled))
+
+
+def _asked_wait(error: Exception) -> int:
+    """Seconds of a Retry-After header, if there is one that says seconds."""
+    response = getattr(error, "response", None)
+    text = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(int(text), LONGEST_WAIT) if text.isascii() and text.isdigit() else 0
+
+
+class Hub:
+    """A repository at a pinned revision."""
+
+    def __init__(self, source: SourceSettings):
+        from huggingface_hub import HfApi
+
+        self.source = source
+        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        self.api = HfApi(endpoint=self.endpoint, token=os.environ.get("HF_TOKEN") or None)
+
+    def _errors(self) -> tuple[type[Exception], ...]:
+        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.utils import get_session
+
+        transport = type(get_session()).__module__.split(".")[0]  # the client's HTTP library has changed its name before
+        return HfHubHTTPError, __import__(transport).HTTPError, OSError, ValueError
+
+    def patiently(self, what: str, action: Callable[[], object], received: Callable[[], int] = lambda: 0):
+        """`action()`, again after failures that pass, with growing pauses and no more than ATTEMPTS times in vain.
+
+        `received` counts the bytes that have come: a failure behind new bytes is the first one again, so that a flaky line
+        brings a large shard home in any number of pieces. Raises UserError with the remedy when the hub means it; an
+        OSError of the local disk is passed on as it is.
+        """
+        failures, most = 0, received()
+        while True:
+            try:
+                return action()
+            except self._errors() as error:
+                if isinstance(error, OSError) and error.errno is not None and not isinstance(
+                        error, (ConnectionError, TimeoutError)):
+                    raise
+                failures, most = (1, received()) if received() > most else (failures + 1, most)
+                if failures == ATTEMPTS or not _is_passing(error):
+                    raise _hub_error(self.source, what, error) from None
+                time.sleep(max(2 ** (failures - 1), _asked_wait(error)))
+
+    def list_files(self) -> list[SourceFile]:
+        """All files of the revision with sizes, and sha256 of those that the hub stores as large files."""
+        info = self.patiently("listing its files", lambda: self.api.model_info(
+            self.source.repository, revision=self.source.revision, files_metadata=True))
+        if info.sha != self.source.revision:
+            raise UserError(f"{self.source.repository}: asked for revision {self.source.revision}, the hub answered with "
+                            f"{info.sha}; check source.revision and HF_ENDPOINT")
+        files = []
+        for entry in sorted(info.siblings, key=lambda sibling: sibling.rfilename):
+            name = safe_name(entry.rfilename, self.source.repository)
+            if entry.size is None:
+                raise UserError(f"{self.source.repository}: the hub gives no size for {name}; it cannot be checked, try "
+                                "again later")
+            files.append(SourceFile(name, entry.size, entry.lfs.sha256 if entry.lfs else None, kind_of(name)))
+        return files
+
+    def _url(self, name: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.source.repository, name, revision=self.source.revision, endpoint=self.endpoint)
+
+    def _headers(self) -> dict[str, str]:
+        from huggingface_hub.utils import build_hf_headers
+
+        return build_hf_headers(token=os.environ.get("HF_TOKEN") or None)
+
+    def read_range(self, name: str, begin: int, end: int, size: int) -> bytes:
+        """Bytes begin..end (end not included) of a file of `size` bytes, and no more, whatever the server sends.
+
+        A server that ignores ranges starts at 0; its answer is read up to `end` and cut off there. UserError for an answer
+        with another range than the one asked for, or when `size` is not the file's.
+        """
+        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+        from huggingface_hub.utils import get_session, hf_raise_for_status
+
+        headers = self._headers() | {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+        promised = f"bytes {begin}-{end - 1}/{size}"
+
+        def once() -> bytes:
+            with get_session().stream("GET", self._url(name), headers=headers, follow_redirects=True,
+                                      timeout=HF_HUB_DOWNLOAD_TIMEOUT) as response:
+                hf_raise_for_status(response)
+                partial = response.status_code == 206
+                answered = response.headers.get("Content-Range", "")
+                if partial and answered.strip().lower() != promised:
+                    raise UserError(f"{self.source.repository}: {name}: asked for {promised}, the server answered "
+                                    f"{answered[:60]!r}; the repository is being changed or a proxy is in the way, check "
+                                    "source.revision and HF_ENDPOINT")
+                wanted = end - begin if partial else end
+                data = bytearray()
+                for chunk in response.iter_bytes(1 << 16):
+                    data += chunk
+                    if len(data) > wanted or (len(data) == wanted and not partial):
+                        break  # an answer of the right length is read to its end, so that the connection serves the next
+            if len(data) < wanted or (partial and len(data) > wanted):
+                raise ConnectionError(f"asked for {promised}, {len(data)} bytes came")
+            return bytes(data[wanted - (end - begin):wanted])
+
+        return self.patiently(f"reading the header of {name}", once)
+
+    def read_header(self, name: str, size: int) -> Header:
+        """Header of a shard, by two range requests."""
+        where = f"{self.source.repository}/{name}"
+        length = header_length(self.read_range(name, 0, min(FIRST_BYTES, size), size) if size else b"", size, where)
+        return parse_header(self.read_range(name, 8, 8 + length, size), size, where)
+
+    def fetch(self, file: SourceFile, target: Path) -> None:
+        """Downloads a file to `target`, going on behind what an interrupted run left, and checks size and sha256."""
+        from huggingface_hub.file_download import http_get
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(target.name + ".incomplete")
+        if part.exists() and part.stat().st_size > file.size:
+            part.unlink()
+
+        def received() -> int:
+            return os.fstat(output.fileno()).st_size
+
+        def once() -> None:
+            done = received()
+            check_disk(target.parent, file.size - done, file.name)
+            if file.size > done:
+                http_get(self._url(file.name), output, resume_size=done, headers=self._headers(),
+                         expected_size=file.size, displayed_filename=file.name)
+            os.fsync(output.fileno())
+
+        with HashedFile(part) as output:
+            self.patiently(f"downloading {file.name}", once, received)
+        check_bytes(part, output.digest.hexdigest(), file, self.source.repository)
+        os.replace(part, target)
+        sync_directory(target.parent)
+
+
+def resolve(repository: str, revision: str | None) -> tuple[str, list[str]]:
+    """(commit, shards) of a repository's branch, tag or commit; of its main branch if none is given."""
+    hub = Hub(SourceSettings(repository=repository, revision=revision))
+    info = hub.patiently("finding its revision", lambda: hub.api.model_info(repository, revision=revision))
+    names = sorted(sibling.rfilename for sibling in info.siblings)
+    shards = [safe_name(name, repository) for name in names if kind_of(name) == "shard"]
+    if not shards:
+        raise UserError(f"{repository}: no *.safetensors file at its top; name a checkpoint's repository")
+    return info.sha, shards
+
+
+class HashedFile(io.FileIO):
+    """A file that is written at its end only, whatever is sought, and the sha256 of all that is in it.
+
+    What is there is read once; what comes is hashed as far as the system took it, so that the hash is the file's behind a failed
+    write, too. A file that is cut, as the hub's client does when a server ignores ranges, is read again.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path, "a+")
+        self._read_again()
+
+    def _read_again(self) -> None:
+        self.digest = hashlib.sha256()
+        self.seek(0)
+        while chunk := self.read(CHUNK):
+            self.digest.update(chunk)
+
+    def write(self, data: bytes) -> int:
+        """Appends all of it: a FileIO may take less at a time."""
+        rest = memoryview(data)
+        while rest:
+            count = super().write(rest)
+            self.digest.update(rest[:count])
+            rest = rest[count:]
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Cuts the file off at `size`, or at where it was sought."""
+        size = super().truncate(size)
+        self._read_again()
+        return size
+
+
+def check_bytes(path: Path, sha256: str, file: SourceFile, where: str) -> None:
+    """Size and, where known, sha256 of a downloaded file, whose bytes have this one; a wrong one is deleted and refused."""
+    found = path.stat().st_size
+    with open(path, "rb") as opened:
+        head = opened.read(len(LFS_POINTER))
+    what = None
+    if head == LFS_POINTER and file.kind == "shard":
+        what = "is a Git LFS pointer, not the data"
+    elif found != file.size:
+        what = f"has {found} bytes, the hub listed {file.size}"
+    elif file.sha256 and sha256 != file.sha256:
+        what = f"has sha256 {sha256[:12]}..., the hub listed {file.sha256[:12]}..."
+    if what:
+        path.unlink()
+        raise UserError(f"{where}: {file.name} {what}; the download was deleted, run again")
