@@ -3,9 +3,10 @@
 import shlex, sys
 sys.path.insert(0, workflow.basedir)
 from stages.errors import UserError
+from stages.plan import is_for_other_settings
 from stages.serving.environment import PLUGIN, ingredients, marker_inputs, plugin_files
 from stages.settings import CONVERTING, as_json, code_of, load, overrides_from, shards_of, text_path
-from stages.sources.local import local_files
+from stages.sources.local import identities, local_files
 try:
     OVERRIDES = overrides_from(config)
     S = load(OVERRIDES, ask=True)
@@ -18,21 +19,23 @@ PLUGIN = [str(PLUGIN / path) for path in plugin_files()]
 SERVER = marker_inputs(S.serving)
 SOURCE, RUN = str(S.source_directory), str(S.run_directory)
 RELEASE = f"{RUN}/release/manifest.json"
+RESULTS = ("report.html", "card.md", "metrics.json", "settings.yaml", "verify.json", "sqnr.json", "perplexity.json", "gemm.json", "serving.json")
 CODE = code_of(*CONVERTING)
 PYTHON, SETTINGS = shlex.quote(sys.executable), shlex.join(OVERRIDES)  # filled in late: they are no part of a rule's code
 stage = lambda name, extra="": (f"{{PYTHON}} -m stages.{name} {{SETTINGS}} {extra} 2>&1 | tee {{log:q}} "
                                 f"| sed -u 's/^/{name:16} | /'")
 workflow.global_resources.setdefault("lane", S.device.lane)  # source shards on disk and in work at any time
+if is_for_other_settings(S): workflow.dag_settings.forcerun.add("plan")  # also when Snakemake's own records are gone
 wildcard_constraints: shard="|".join(map(re.escape, SHARDS))
 localrules: all
 
 rule all:
-    input: f"{RUN}/report.html", f"{RUN}/verify.json", RELEASE, expand(f"{RUN}/shards/{{shard}}.safetensors", shard=SHARDS)
+    input: RELEASE, [f"{RUN}/{name}" for name in RESULTS], expand(f"{RUN}/shards/{{shard}}.safetensors", shard=SHARDS)
 
 rule download_metadata:
     input: FILES
     output: listing=f"{SOURCE}/listing.json", headers=f"{SOURCE}/headers.json", auxiliary=directory(f"{SOURCE}/auxiliary")
-    params: source=[S.source.path, S.source.repository, S.source.revision]
+    params: source=[S.source.path, S.source.repository, S.source.revision], files=identities(FILES)
     log: f"{SOURCE}/logs/metadata.log"
     shell: stage("download", "--metadata")
 
@@ -88,7 +91,7 @@ rule verify_release:
     output: f"{RUN}/verify.json"
     params: release=as_json(S.release), code=code_of("stages/verify_release.py", "kernels/energy.py")
     log: f"{RUN}/logs/verify_release.log"
-    threads: 64  # as many as there are
+    threads: workflow.cores or 64  # all: nothing else runs beside it
     shell: stage("verify_release")
 
 rule evaluate:
@@ -97,7 +100,7 @@ rule evaluate:
     params: evaluation=as_json(S.evaluation)
     resources: mem_mb=int(1000 * S.evaluation.memory_gb)
     log: f"{RUN}/logs/evaluate.log"
-    threads: 64  # as many as there are
+    threads: workflow.cores or 64  # all: nothing else runs beside it
     shell: stage("evaluate")
 
 rule serve_environment:
@@ -111,7 +114,7 @@ rule serve_bench:
     output: f"{RUN}/serving.json"
     params: serving=as_json(S.serving)
     log: f"{RUN}/logs/serve_bench.log"
-    threads: 64  # as many as there are
+    threads: workflow.cores or 64  # all: nothing else runs beside it
     shell: stage("serve_bench")
 
 rule report:

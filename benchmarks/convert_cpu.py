@@ -74,7 +74,8 @@ def make_source(directory: Path, experts: int) -> Path:
     """One shard with one layer of `experts` routed experts: gaussian weights, one scale per tile."""
     directory.mkdir()
     shapes = {"gate": (ROWS, COLUMNS), "up": (ROWS, COLUMNS), "down": (COLUMNS, ROWS)}
-    specs = sorted_specs([(f"model.layers.0.moe.{name}_proj.{part}", dtype, shape)
+    ends = (("model.embed_tokens.weight", (32, COLUMNS)), ("model.norm.weight", (COLUMNS,)), ("lm_head.weight", (32, COLUMNS)))  # a model has more than experts
+    specs = sorted_specs([(name, "BF16", shape) for name, shape in ends] + [(f"model.layers.0.moe.{name}_proj.{part}", dtype, shape)
                           for name, (rows, columns) in shapes.items()
                           for part, dtype, shape in (("weight", "F8_E4M3", (experts, rows, columns)),
                                                      ("weight_scale_inv", "F32", (experts, rows // 128, columns // 128)))])
@@ -85,6 +86,9 @@ def make_source(directory: Path, experts: int) -> Path:
     with open(path, "wb") as file:
         file.write(render_header(specs, {"format": "pt"}))
         for _, dtype, shape in specs:
+            if dtype == "BF16":
+                file.write(torch.ones(shape, dtype=torch.bfloat16).view(torch.int16).numpy().tobytes())
+                continue
             for _ in range(shape[0]):
                 file.write((codes.view(torch.uint8) if dtype == "F8_E4M3" else scales).numpy().tobytes())
     (directory / "config.json").write_text(json.dumps({

@@ -17,6 +17,7 @@ from stages.checkpoint.files import read_json, sha256_file, sync_directory, writ
 from stages.checkpoint.header import INDEX
 from stages.checkpoint.writer import ShardWriter
 from stages.errors import UserError, exit_with_one_line
+from stages.download import read_listing
 from stages.inspect_format import read_config
 from stages.plan import SHARD_METADATA, coverage, index_json, outputs_of_shard, read_plan, release_config
 from stages.quantize_experts import plan_hash
@@ -45,8 +46,19 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
 
 def auxiliary_files(settings: Settings) -> list[Path]:
     """Files of the source that go into the release unchanged, relative to its directory, sorted."""
-    listing = read_json(settings.source_directory / "listing.json", "download --metadata")["files"]
+    listing = read_listing(settings)
     return [Path(name) for name in sorted(listing) if listing[name]["kind"] == "auxiliary" and name not in LEFT_OUT]
+
+
+def bundled_files(plan: dict) -> list[Path]:
+    """Files of the plugin that a release of this architecture brings along, relative to the plugin's directory."""
+    return plugin_files() if architecture_of(plan["architecture"]).plugin else []
+
+
+def other_files(settings: Settings, plan: dict) -> set[str]:
+    """Names of all files of a release that are no shards, without manifest.json."""
+    bundled = [f"{PLUGIN.name}/{path.as_posix()}" for path in bundled_files(plan)]
+    return {"config.json", INDEX, *bundled, *(path.as_posix() for path in auxiliary_files(settings))}
 
 
 def source_identity(settings: Settings, receipts: dict) -> dict:
@@ -90,7 +102,7 @@ def run(settings: Settings) -> dict:
             (building / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(settings.source_directory / "auxiliary" / name, building / name)
         config = read_config(settings)
-        bundled = plugin_files() if architecture_of(plan["architecture"]).plugin else []
+        bundled = bundled_files(plan)
         for path in bundled:
             (building / PLUGIN.name / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(PLUGIN / path, building / PLUGIN.name / path)

@@ -63,10 +63,23 @@ def _index_anomalies(directory: Path, headers: dict[str, Header], place: str) ->
                             "get it again")
     unlisted = sum(name not in weight_map for header in headers.values() for name in header.tensors)
     anomalies = [f"{INDEX} omits {unlisted} tensors that the shards hold"] if unlisted else []
-    strangers = sorted(set(headers) - set(weight_map.values()))
-    if strangers:
-        anomalies.append(f"{INDEX} does not name {', '.join(strangers)}")
+    if strangers := sorted(set(headers) - set(weight_map.values())):
+        raise UserError(f"{place}: {INDEX} does not name {', '.join(strangers)}, of which engines then know nothing (the same weights in another "
+                        "form, often); remove it, or complete the index")
     return anomalies
+
+
+def read_listing(settings: Settings) -> dict[str, dict]:
+    """The files of the source as `fetch_metadata` listed them; UserError where those are of another source than the settings name."""
+    path = settings.source_directory / "listing.json"
+    listing = read_json(path, "download --metadata")
+    source = settings.source
+    same_place = bool(source.path) == bool(listing.get("path")) and (not source.path or Path(source.path).resolve() == Path(listing["path"]).resolve())
+    if not same_place or (source.repository, source.revision) != (listing.get("repository"), listing.get("revision")):
+        listed = listing.get("path") or f"{listing.get('repository')} at {listing.get('revision')}"
+        raise UserError(f"{path}: lists {listed}, which is not the source that the settings name; run download --metadata again, or set source.name: "
+                        "results are kept by it")
+    return listing["files"]
 
 
 def read_tensor_bytes(settings: Settings, shard: str, name: str) -> bytes:
@@ -87,7 +100,7 @@ def fetch_metadata(settings: Settings) -> None:
     """Writes listing.json, headers.json and auxiliary/ into results/<source>/source; moves no weight byte.
 
     Raises UserError for what `list_files` refuses, a damaged header, a tensor in two shards, or an index that names shards
-    or tensors that are not there. What the index merely omits is read from the headers and noted as an anomaly.
+    or tensors that are not there, or leaves a whole shard out. What the index merely omits is read from the headers and noted as an anomaly.
     """
     check_places(settings)
     source, directory = settings.source, settings.source_directory
@@ -139,7 +152,7 @@ def fetch_shard(settings: Settings, shard: str) -> Path:
     if not, if the hub refuses, or if the disk is too small for what is still to come.
     """
     check_places(settings)
-    listing = read_json(settings.source_directory / "listing.json", "download --metadata")["files"]
+    listing = read_listing(settings)
     if listing.get(shard, {}).get("kind") != "shard":
         raise UserError(f"--shard {shard}: not a shard of {settings.source.name}; it has "
                         f"{', '.join(name for name, entry in listing.items() if entry['kind'] == 'shard')}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stages.checkpoint.files import check_disk, human_bytes, read_json, render_json, write_json
 from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
+from stages.dialects.completeness import check_ends, check_layers
 from stages.dialects.experts import check_experts
 from stages.dialects.plain import WEIGHT_DTYPES
 from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, declared_drafts, draft_layers, is_routed_expert, projection_of
@@ -115,6 +116,12 @@ def decide(settings: Settings, census: dict) -> dict[str, dict]:
     tensors = census["tensors"]
     chosen = _selected(settings, tensors)
     decided = {}
+    for name, entry in tensors.items():
+        if entry["role"] == "routed_experts" and not entry["matrix"] and not entry["belongs_to"]:
+            raise UserError(f"{entry['shard']}: {name} ({entry['dtype']} {entry['shape']}) is of routed experts, but no weight or scale that is "
+                            "known; an engine would not find it beside the converted ones")
+    check_layers(tensors, census["text_layers"], census["drafts"])
+    check_ends(tensors, census["text_layers"], census["tied"])
     for name, scheme in chosen.items():
         _check_weight(name, tensors[name], settings.recipe.name, settings.recipe.layout)
     check_experts({name: entry for name, entry in tensors.items() if entry["role"] == "routed_experts" and entry["matrix"]},
@@ -231,6 +238,9 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "exponent_rule": settings.recipe.exponent_rule, "text_layers": census["text_layers"],
         "recipe_settings": as_dict(settings.recipe), "tensors": tensors,
     }
+    if settings.recipe.layout == "stacked" and not any(entry["scheme"] and len(entry["matrix"]) == 3 for entry in tensors.values()):
+        raise UserError(f"recipe {settings.recipe.name}: recipe.layout=stacked keeps 3D experts together, but {settings.source.name} stores none so; "
+                        "use recipe.layout=per_expert")
     experts = _expert_names(tensors, settings.recipe.layout)
     if missing := experts - set(row.experts):
         raise UserError(f"{census['architecture']}: vLLM loads its experts as {', '.join(row.experts)}, the release would have "
@@ -353,8 +363,25 @@ def run(settings: Settings) -> dict:
 
 
 def read_plan(settings: Settings) -> dict:
-    """plan.json of this run."""
-    return _current(settings.run_directory / "plan.json", "plan")
+    """plan.json of this run; UserError where it was made for another recipe than the settings have."""
+    path = settings.run_directory / "plan.json"
+    plan = _current(path, "plan")
+    if not _is_for(plan, settings):
+        raise UserError(f"{path}: was made for other settings of recipe {settings.recipe.name} (or of release.draft_scales) than these; run plan "
+                        "again, or choose other results= if another run is writing here")
+    return plan
+
+
+def _is_for(plan: dict, settings: Settings) -> bool:
+    return plan.get("recipe_settings") == as_dict(settings.recipe) and bool(plan.get("draft_scales")) == settings.release.draft_scales
+
+
+def is_for_other_settings(settings: Settings) -> bool:
+    """Whether there is a plan of other settings, which Snakemake cannot know when its own records of the run are gone."""
+    try:
+        return not _is_for(_current(settings.run_directory / "plan.json", "plan"), settings)
+    except UserError:
+        return False  # missing or of another version: made again anyway
 
 
 def _current(path: Path, stage: str) -> dict:

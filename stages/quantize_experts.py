@@ -38,7 +38,7 @@ from stages.checkpoint.reader import ShardReader, as_array
 from stages.checkpoint.writer import ShardWriter
 from stages.dialects import Claim
 from stages.dialects.reading import Tensors, stored_rows
-from stages.download import read_tensor_bytes
+from stages.download import read_listing, read_tensor_bytes
 from stages.errors import UserError, exit_with_one_line, without_collection
 from stages.plan import SHARD_METADATA, outputs_of_shard, read_plan, specs_of
 from stages.schemes import SCHEMES
@@ -247,6 +247,21 @@ def check_kept(name: str, entry: dict, chunk: memoryview, begin: int) -> None:
         raise UserError(f"{entry['shard']}: {name}{index} is no number that a weight can be made of; the source is damaged, get that shard again")
 
 
+EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}  # all set: NaN or infinite
+
+
+def check_plain(name: str, entry: dict, chunk: memoryview, begin: int) -> None:
+    """UserError at the first NaN or infinity of an unquantized weight that passes through; `chunk` begins at byte `begin`."""
+    if entry["dtype"] not in EXPONENTS or not name.endswith("weight"):
+        return
+    dtype, exponent = EXPONENTS[entry["dtype"]]
+    bad = (np.frombuffer(chunk, dtype) & dtype(exponent)) == exponent
+    if bad.any():
+        flat = begin // np.dtype(dtype).itemsize + first_index(bad)[0]
+        index = [int(part) for part in np.unravel_index(flat, entry["shape"])]
+        raise UserError(f"{entry['shard']}: {name}{index} is NaN or infinite; the source is damaged, get that shard again")
+
+
 def _check_header(reader: ShardReader, plan: dict, shard: str) -> None:
     """UserError where the shard is not the one that was inspected."""
     planned = {name: entry for name, entry in plan["tensors"].items() if entry["shard"] == shard}
@@ -271,7 +286,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 def _check_digest(settings: Settings, shard: str, digest: str) -> None:
     """UserError where the bytes that were converted are not those that the hub listed; the download is deleted."""
-    listed = read_json(settings.source_directory / "listing.json", "download --metadata")["files"].get(shard, {}).get("sha256")
+    listed = read_listing(settings).get(shard, {}).get("sha256")
     if listed and digest != listed:
         (settings.shard_directory / shard).unlink()
         raise UserError(f"{settings.shard_directory / shard}: has sha256 {digest[:12]}..., the hub listed {listed[:12]}...; it was changed "
@@ -285,8 +300,7 @@ def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Qu
         if output.part == "weight":
             entry, done = plan["tensors"][output.source], 0
             for chunk in reader.chunks(output.source):
-                if entry["decision"] == "keep":
-                    check_kept(output.source, entry, chunk, done)
+                (check_kept if entry["decision"] == "keep" else check_plain)(output.source, entry, chunk, done)
                 writer.write(output.name, chunk)
                 progress.advance(len(chunk))
                 done += len(chunk)

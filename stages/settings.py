@@ -16,6 +16,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -29,9 +30,10 @@ from stages.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONF = PROJECT / "conf"
-CONVERTING = ("kernels", "stages/checkpoint", "stages/dialects", "stages/schemes", "stages/inspect_format.py", "stages/plan.py",
-              "stages/quantize_experts.py")  # the code on which a shard's bytes depend
-RESULTS_FORMAT = 5  # of inspect.json, plan.json and receipts; raised with their meaning, so that older results are made again
+CONVERTING = (  # the code on which a shard's bytes depend
+    *(f"kernels/{name}.py" for name in ("arrays", "errors", "formats", "fp8", "mxfp8", "panels")), "kernels/mxfp4", "stages/checkpoint", "stages/dialects",
+    "stages/schemes", "stages/sources", "stages/download.py", "stages/inspect_format.py", "stages/plan.py", "stages/quantize_experts.py")
+RESULTS_FORMAT = 6  # of inspect.json, plan.json and receipts; raised with their meaning, so that older results are made again
 
 
 @dataclass
@@ -103,6 +105,7 @@ class ServingSettings:
     model: str = "release"  # the name under which the server offers the release
     url: str | None = None  # of an endpoint, http://HOST:PORT
     environment: str | None = None  # virtual environment with vLLM; null: the `vllm` on the PATH
+    makes_environment: bool = False  # the environment is this project's own, for a CPU: snakemake makes it, and anew when its parts change
     if_installed: bool = False  # leave serving out, and say so, where the environment has not been made
     drafts: bool = True  # let the release's MTP layers draft tokens
     flags: list[str] = field(default_factory=list)  # further flags of `vllm serve`
@@ -213,6 +216,9 @@ def _compose(overrides) -> Settings:
         groups = ", ".join(field_.name for field_ in dataclasses.fields(Settings) if field_.name != "results")
         raise UserError(f"conf: each of {groups} is chosen by the name of a file in conf/, not by null, a number or true and false: "
                         f"got {' '.join(overrides)}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"conf: {f'{mark.name}, line {mark.line + 1}' if mark else 'a file'}: is no YAML: {getattr(error, 'problem', None) or error}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from None
 
@@ -266,7 +272,7 @@ def _pin(settings: Settings, ask: bool) -> None:
     """Fills in the revision and the shards that a hub source without them was first converted at."""
     source, record = settings.source, settings.source_directory / "revision.json"
     found = read_json(record, "snakemake") if record.exists() else None
-    if found is None or found.get("repository") != source.repository:
+    if found is None or found.get("repository") != source.repository or not found.get("revision") or not found.get("shards"):
         if not ask:
             raise UserError(f"{record} is missing: {source.repository} was given without a revision, which snakemake looks up and records when "
                             "it starts; or set source.revision and source.shards")

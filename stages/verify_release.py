@@ -1,4 +1,4 @@
-"""Reads the release back from disk and proves it, trusting nothing but the plan and the receipts.
+"""Reads the release back from disk and proves it, trusting nothing but plan, receipts and the files that it copied.
 
 Every shard is read once, by as many threads as there are cores: each byte goes into the sha256 of its file, into that of its tensor
 where it passed through, and into the sum of squares of its matrix where it is quantized (kernels/energy.py). Each check is a row
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernels.energy import energy
-from stages.assemble_release import auxiliary_files, manifest_of, read_receipts
+from stages.assemble_release import auxiliary_files, bundled_files, manifest_of, other_files, read_receipts
 from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.checkpoint.header import INDEX, Header, read_header
 from stages.checkpoint.reader import ShardReader
@@ -27,6 +27,7 @@ from stages.inspect_format import read_config
 from stages.plan import coverage, index_json, outputs_of_shard, read_plan, release_config
 from stages.schemes import draft_scales
 from stages.schemes.modules import Output
+from stages.serving.environment import PLUGIN
 from stages.settings import Settings, load, stage_parser
 
 RELATIVE_TOLERANCE = 1e-9  # of sums of squares that two implementations add up in different orders
@@ -126,14 +127,15 @@ class Verification:
     def files(self) -> Iterator[str]:
         """The manifest is what plan and receipts make of it; every file is there, with its size and sha256, and no other."""
         manifest = read_json(self.release / "manifest.json", "assemble_release")
-        present = {str(p.relative_to(self.release)) for p in self.release.rglob("*") if p.is_file()}
-        expected = {*manifest["files"], "manifest.json"}
+        present = {p.relative_to(self.release).as_posix() for p in self.release.rglob("*") if p.is_file()}
+        expected = {*self.shards, *other_files(self.settings, self.plan), "manifest.json"}
         yield from (f"{name}: is missing" for name in sorted(expected - present))
         yield from (f"{name}: does not belong to the release" for name in sorted(present - expected))
+        yield from (f"manifest.json: lists {name}, which does not belong to the release" for name in sorted({*manifest["files"]} - expected))
         for name, entry in manifest["files"].items():
             if name in present and ((self.release / name).stat().st_size != entry["bytes"] or self._sha256(name) != entry["sha256"]):
                 yield f"{name}: its bytes are not those of the manifest"
-        right = manifest_of(self.settings, self.plan, self.receipts, manifest["files"])
+        right = manifest_of(self.settings, self.plan, self.receipts, {k: v for k, v in manifest["files"].items() if k in expected})
         for key in sorted(right.keys() | manifest.keys()):
             if right.get(key) != manifest.get(key):
                 yield f"manifest.json: {_where(right.get(key), manifest.get(key), key)} is not what plan and receipts say"
@@ -188,12 +190,13 @@ class Verification:
         self.checked["passthrough"] = count
 
     def auxiliary(self) -> Iterator[str]:
-        """Tokenizer and other auxiliary files are those of the source, byte for byte."""
-        names = auxiliary_files(self.settings)
-        for name in names:
-            if sha256_file(self.settings.source_directory / "auxiliary" / name) != sha256_file(self.release / name):
-                yield f"{name}: differs from the source's"
-        self.checked["auxiliary"] = len(names)
+        """Tokenizer and other auxiliary files are those of the source, byte for byte, and the plugin is this project's."""
+        originals = {name: self.settings.source_directory / "auxiliary" / name for name in auxiliary_files(self.settings)}
+        originals |= {Path(PLUGIN.name) / path: PLUGIN / path for path in bundled_files(self.plan)}
+        for name, original in originals.items():
+            if sha256_file(original) != sha256_file(self.release / name):
+                yield f"{name}: differs from its original, {original}"
+        self.checked["auxiliary"] = len(originals)
 
     def quantized(self) -> Iterator[str]:
         """Every quantized tensor, as it lies on the disk, has the energy that was measured, and its SQNR
@@ -257,7 +260,7 @@ class Verification:
         ("tensors", "Every planned tensor is there once, none extra, dtypes and shapes as planned", inventory),
         ("index", "The index names every tensor and its true total size", index),
         ("passthrough", "Everything not quantized is bit-identical to the source", passthrough),
-        ("auxiliary", "Tokenizer and auxiliary files are the source's, byte for byte", auxiliary),
+        ("auxiliary", "Tokenizer, auxiliary files and the plugin are their originals, byte for byte", auxiliary),
         ("quantized", "Every quantized matrix decodes to what was measured", quantized),
         ("config", "vLLM's matching gives every module its stored format", config),
         ("sizes", "Bytes on disk are exactly the predicted ones", sizes),
@@ -281,8 +284,8 @@ class Verification:
                     faults.append(fault)
             except (UserError, OSError) as error:
                 faults.append(str(error))
-            except KeyError as error:
-                faults.append(f"could not be checked: {error} cannot be read")
+            except (KeyError, TypeError, ValueError) as error:  # of a receipt or manifest that somebody edited
+                faults.append(f"could not be checked: {error if isinstance(error, KeyError) else 'a number or a list'} cannot be read")
             rows.append({"check": key, "title": title, "passed": not faults, "count": self.checked.get(key),
                          "faults": faults[:20], "fault_count": len(faults)})
         return {"passed": all(row["passed"] for row in rows), "checks": rows}
@@ -296,7 +299,7 @@ def run(settings: Settings) -> dict:
         print(f"{'pass' if row['passed'] else 'FAIL'}  {row['title']}{count}")
     write_json(settings.run_directory / ("verify.json" if result["passed"] else "verify.failed.json"), result)
     if not result["passed"]:
-        for name in ("report.html", "card.md"):  # of an earlier release, which they call proven
+        for name in ("verify.json", "report.html", "card.md"):  # of an earlier release, which they call proven
             (settings.run_directory / name).unlink(missing_ok=True)
         faults = [fault for row in result["checks"] for fault in row["faults"]]
         raise UserError(f"{settings.run_directory / 'release'}: {faults[0]}"

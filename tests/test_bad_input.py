@@ -109,6 +109,81 @@ def config_counts_drafts_in_words(checkpoint):
     path.write_text(json.dumps(config))
 
 
+def without_index(checkpoint):
+    """A source may come without one; then nothing but the config says what should be there."""
+    (checkpoint / "model.safetensors.index.json").unlink()
+
+
+def two_layers_gone(checkpoint):
+    without_index(checkpoint)
+    missing_shard(checkpoint)
+
+
+def attention_of_a_layer_gone(checkpoint):
+    without_index(checkpoint)
+    rewrite(checkpoint / "model-00003.safetensors", lambda tensors: tensors.pop("model.layers.3.self_attn.o_proj.weight"))
+
+
+def experts_of_a_layer_gone(checkpoint):
+    without_index(checkpoint)
+    rewrite(checkpoint / "model-00003.safetensors",
+            lambda tensors: [tensors.pop(name) for name in list(tensors) if ".layers.3.moe." in name and "_proj." in name])
+
+
+def layers_more_than_counted(checkpoint):
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["num_hidden_layers"] = 5
+    path.write_text(json.dumps(config))
+
+
+def layers_less_than_counted(checkpoint):
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["num_hidden_layers"] = 10**12
+    path.write_text(json.dumps(config))
+
+
+def head_gone(checkpoint):
+    without_index(checkpoint)
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+    rewrite(checkpoint / "model-00005.safetensors", lambda tensors: tensors.pop("lm_head.weight"))
+
+
+def embedding_gone(checkpoint):
+    without_index(checkpoint)
+    rewrite(checkpoint / "model-00005.safetensors", lambda tensors: tensors.pop("model.embed_tokens.weight"))
+
+
+def final_norm_gone(checkpoint):
+    without_index(checkpoint)
+    rewrite(checkpoint / "model-00005.safetensors", lambda tensors: tensors.pop("model.norm.weight"))
+
+
+def odd_tensor_among_the_experts(checkpoint):
+    without_index(checkpoint)
+    rewrite(checkpoint / "model-00003.safetensors",
+            lambda tensors: tensors.update({"model.layers.3.moe.gate_proj.bias": torch.zeros(16, 64)}))
+
+
+def nan_in_a_weight_that_passes_through(checkpoint):
+    def change(tensors):
+        tensors["model.layers.3.self_attn.o_proj.weight"][3, 5] = float("nan")
+    rewrite(checkpoint / "model-00003.safetensors", change)
+
+
+def infinity_in_a_norm(checkpoint):
+    def change(tensors):
+        tensors["model.layers.3.input_layernorm.weight"][7] = float("inf")
+    rewrite(checkpoint / "model-00003.safetensors", change)
+
+
+def name_with_a_line_break(checkpoint):
+    without_index(checkpoint)
+    rewrite(checkpoint / "model-00003.safetensors", lambda tensors: tensors.update({'a b"\n\t.weight': torch.zeros(4, 4)}))
+
+
 def config_is_not_json(checkpoint):
     (checkpoint / "config.json").write_text("{")
 
@@ -145,6 +220,17 @@ def overlapping_offsets(checkpoint):
     (config_missing, ["config.json"]),
     (config_is_not_json, ["config.json"]),
     (config_counts_drafts_in_words, ["config.json", "num_nextn_predict_layers is 'three'"]),
+    (two_layers_gone, ["layer 3", "no shard holds anything of it", "6 layers"]),
+    (attention_of_a_layer_gone, ["layer 3", "self_attn.o_proj.weight"]),
+    (experts_of_a_layer_gone, ["layer 3", "moe."]),
+    (layers_more_than_counted, ["layer 8", "5 layers and 3 draft layers"]),
+    (layers_less_than_counted, ["layer 9", "no shard holds anything of it"]),
+    (head_gone, ["lm_head.weight"]),
+    (embedding_gone, ["embed_tokens.weight"]),
+    (final_norm_gone, ["norm.weight"]),
+    (odd_tensor_among_the_experts, ["model.layers.3.moe.gate_proj.bias"]),
+    (nan_in_a_weight_that_passes_through, ["model.layers.3.self_attn.o_proj.weight[3, 5]"]),
+    (infinity_in_a_norm, ["model.layers.3.input_layernorm.weight[7]"]),
     (tensor_in_two_shards, ["two shards", "model-00009.safetensors"]),
     (overlapping_offsets, ["model-00001.safetensors"]),
 ])

@@ -294,7 +294,8 @@ def test_memory_stays_bounded_on_a_shard_much_larger_than_the_bound(tmp_path):
     directory = tmp_path / "large"
     directory.mkdir()
     experts, rows, columns = 96, 1280, 4096
-    specs = sorted_specs([(f"model.layers.{layer}.moe.{projection}_proj.{part}", dtype, shape)
+    ends = (("model.embed_tokens.weight", (32, columns)), ("model.norm.weight", (columns,)), ("lm_head.weight", (32, columns)))
+    specs = sorted_specs([(name, "BF16", shape) for name, shape in ends] + [(f"model.layers.{layer}.moe.{projection}_proj.{part}", dtype, shape)
                           for layer in (0,) for projection, r, c in (("gate", rows, columns), ("up", rows, columns),
                                                                      ("down", columns, rows))
                           for part, dtype, shape in (("weight", "F8_E4M3", (experts, r, c)),
@@ -304,11 +305,14 @@ def test_memory_stays_bounded_on_a_shard_much_larger_than_the_bound(tmp_path):
     with open(directory / "model-00001.safetensors", "wb") as file:
         file.write(render_header(specs, {"format": "pt"}))
         for _, dtype, shape in specs:
+            if dtype == "BF16":
+                file.write(torch.ones(shape, dtype=torch.bfloat16).view(torch.int16).numpy().tobytes())
+                continue
             for _ in range(shape[0]):
                 file.write(codes.tobytes() if dtype == "F8_E4M3" else
                            numpy.full(shape[1] * shape[2], 0.01, numpy.float32).tobytes())
     config = json.loads((TINY / "config.json").read_text())
-    config["text_config"] |= {"moe_num_experts": experts, "hidden_size": columns}
+    config["text_config"] |= {"moe_num_experts": experts, "hidden_size": columns, "num_hidden_layers": 1}
     (directory / "config.json").write_text(json.dumps(config))
     script = ("import sys\n"
               "from stages import download, inspect_format, plan, quantize_experts\n"

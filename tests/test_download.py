@@ -455,13 +455,28 @@ def test_an_index_that_is_none_is_one_line(checkpoint, local, text):
         download.fetch_metadata(load(local))
 
 
-def test_a_shard_that_the_index_does_not_name_is_read_and_noted(checkpoint, local):
-    save_file({"an.extra.tensor": torch.zeros(3)}, checkpoint / "extra.safetensors")
-    settings = load(local)
-    download.fetch_metadata(settings)
-    assert "extra.safetensors" in json.loads((settings.source_directory / "headers.json").read_text())
-    anomalies = json.loads((settings.source_directory / "listing.json").read_text())["anomalies"]
-    assert f"{INDEX} does not name extra.safetensors" in anomalies
+def test_a_shard_that_the_index_does_not_name_is_refused(checkpoint, local):
+    """It would be converted beside the rest: the same weights in the original format, or what an older revision left behind."""
+    save_file({"an.extra.tensor": torch.zeros(3)}, checkpoint / "consolidated.safetensors")
+    with pytest.raises(UserError, match="does not name consolidated.safetensors"):
+        download.fetch_metadata(load(local))
+
+
+def test_results_of_another_source_of_the_same_name_are_not_gone_on_with(checkpoint, local, tmp_path):
+    download.fetch_metadata(load(local))
+    other = tmp_path / "other" / checkpoint.name
+    shutil.copytree(checkpoint, other)
+    with pytest.raises(UserError, match="not the source that the settings name"):
+        download.fetch_shard(load([*local, f"source.path={other}"]), SHARD)
+    moved = load([*local, f"source.path={checkpoint.parent}/./{checkpoint.name}"])  # the same, spelt differently
+    assert download.fetch_shard(moved, SHARD).exists()
+
+
+def test_a_linked_directory_is_refused_not_left_out(checkpoint, local, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (checkpoint / "code").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="code: is a link to a directory"):
+        download.fetch_metadata(load(local))
 
 
 def test_a_shard_that_was_swapped_for_another_of_its_size_is_refused(checkpoint, local):
@@ -503,7 +518,6 @@ def test_a_link_to_any_directory_that_is_called_blobs_is_no_hub_cache(checkpoint
 def test_links_and_special_files_that_nobody_needs_do_not_stop_a_conversion(checkpoint, local, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/secret.txt").write_text("x")
-    (checkpoint / "linked_directory").symlink_to(tmp_path / "elsewhere")  # never followed
     (checkpoint / "pytorch_model.bin").symlink_to(tmp_path / "elsewhere/secret.txt")
     (checkpoint / ".lock").symlink_to(tmp_path / "missing")
     (checkpoint / ".cache").mkdir()

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from stages.checkup.checkpoint import EXPERT, Checkpoint
 from stages.checkup.faults import some
 from stages.checkup.form import is_count
+from stages.dialects.completeness import unlike_their_kind
 from stages.dialects.config import EXPERT_COUNTS
 from stages.dialects.roles import TEXT_ROOT
 
 LAYER = re.compile(rf"{TEXT_ROOT}\.layers\.(?P<layer>\d+)\.(?P<tail>.+)$", re.S)
-ROUTED = re.compile(r"\.experts\.|^\w+\.(gate|router)\.weight$")  # of a layer with experts, even one that has lost them
 MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000  # that are looked for, whatever a config or a name says
 
 Groups = dict[tuple[str, str], dict[int, tuple[int, ...]]]  # layer and projection -> expert -> shape of its weight
@@ -80,18 +80,6 @@ def layers(checkpoint: Checkpoint) -> Iterator[str]:
     yield from some([f"layer {layer}" for layer in range(min(expected, MOST_LAYERS)) if layer not in held],
                     "no shard holds anything of", counted)
     yield from some([f"layer {layer}" for layer in sorted(held) if layer >= count + drafts], "there are tensors of", counted)
-    yield from _unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count})
+    for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}):
+        yield from some([f"layer {layer}: {tail}" for tail in lacking], "there is no", "other layers of its kind have it")
     checkpoint.counts["layers"] = len(held)
-
-
-def _unlike_their_kind(held: dict[int, set[str]]) -> Iterator[str]:
-    """Layers that lack what others with the same parts have."""
-    kinds: dict[frozenset, dict[int, set[str]]] = defaultdict(dict)
-    for layer, tails in held.items():
-        parts = {tail.split(".")[0] for tail in tails if tail.count(".") >= 2}
-        parts |= {"experts" for tail in tails if ROUTED.search(tail)}  # a dense `mlp` beside one of experts
-        kinds[frozenset(parts)][layer] = tails
-    for members in kinds.values():
-        usual = set.union(*members.values())
-        for layer, tails in members.items():
-            yield from some([f"layer {layer}: {tail}" for tail in sorted(usual - tails)], "there is no", "other layers of its kind have it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 from stages.checkpoint.files import read_json, sha256_file
 from stages.checkup.checkpoint import Checkpoint
@@ -31,6 +32,8 @@ def _compare_file(checkpoint: Checkpoint, item: tuple[str, object]) -> str | Non
     """The fault of a file that manifest.json lists."""
     name, entry = item
     file, entry = checkpoint.directory / name, json_object(entry, f"manifest.json: {name}")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"manifest.json: lists {name!r}, which lies outside of the directory"
     if not file.is_file():
         return f"{name}: is missing"
     if file.stat().st_size != entry.get("bytes") or (not checkpoint.quick and sha256_file(file) != entry.get("sha256")):

@@ -25,12 +25,15 @@ def check_experts(entries: Mapping[str, Mapping], count: int | None, hidden_size
             layer = experts.rpartition(".")[0]
             layers[layer][projection][matrix.number] = (name, len(range(*matrix.rows)), entry["matrix"][-1])
     usual = set().union(*layers.values()) if layers else set()
+    largest = max((max(members) for projections in layers.values() for members in projections.values()), default=0)
+    expected = count or 1 + largest  # of all layers: the last expert of one may be what is missing
     for layer, projections in layers.items():
-        expected = count or 1 + max(max(members) for members in projections.values())
         for projection in sorted(usual):
             members = projections.get(projection, {})
-            missing = [number for number in range(expected) if number not in members]
-            if missing or len(members) != expected:
+            present = sorted(members)
+            if present != list(range(len(present))) or len(present) != expected:  # the number in a config is not looped over
+                gap = next((number for number, member in enumerate(present) if number != member), len(present))
+                missing = [gap] if gap < expected else []
                 odd = missing[0] if missing else max(members)
                 raise UserError(f"{layer}.{odd}.{projection}: {'is missing' if missing else 'is one too many'}, a layer has {expected} experts"
                                 f"{' by config.json' if count else ''} with {', '.join(sorted(usual))}; the checkpoint is incomplete "

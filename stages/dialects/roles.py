@@ -52,7 +52,7 @@ ROLES = (
 ROLE_NAMES = tuple(dict.fromkeys(role.name for role in ROLES))
 QUANTIZABLE = ("routed_experts", "shared_experts", "dense_mlp", "attention", "linear_attention")  # linear weights of the text model
 DRAFT_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # keys of config.json; the second is Qwen3.5's
-_COMPILED = tuple((role.name, re.compile(role.pattern)) for role in ROLES)
+_COMPILED = tuple((role.name, re.compile(role.pattern, re.S)) for role in ROLES)  # a name may hold anything
 
 
 def hidden_layers(config: dict) -> int:

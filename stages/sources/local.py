@@ -26,8 +26,12 @@ def list_directory(source: SourceSettings) -> list[SourceFile]:
     if not root.is_dir():
         raise UserError(f"source.path={source.path}: no such directory; name a checkpoint directory")
     files = []
-    for directory, subdirectories, names in os.walk(root, onerror=_refuse_to_walk):  # directory links are not followed
+    for directory, subdirectories, names in os.walk(root, onerror=_refuse_to_walk):
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
+        for name in subdirectories:
+            if (Path(directory) / name).is_symlink():
+                raise UserError(f"{Path(directory) / name}: is a link to a directory, whose files would be left out; replace it by the directory if "
+                                "it belongs to the checkpoint")
         for name in sorted(names):
             path = Path(directory) / name
             relative = path.relative_to(root).as_posix()
@@ -52,3 +56,8 @@ def local_files(source: SourceSettings) -> list[str]:
     cannot change. A name with what Snakemake reads as a wildcard is not watched."""
     files = list_directory(source) if source.path else []
     return [str(Path(source.path) / file.name) for file in files if file.kind != "ignored" and not re.search(r"[{}*?]", file.name)]
+
+
+def identities(paths: list[str]) -> list[tuple[str, int, int]]:
+    """(path, bytes, time of the last change in ns): a file that was replaced by an older one is another one, too."""
+    return [(path, status.st_size, status.st_mtime_ns) for path in paths for status in [os.stat(path)]]

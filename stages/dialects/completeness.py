@@ -1,0 +1,64 @@
+"""Whether a model's layers are all there, with what layers of their kind have: no shard and no header says that something is missing."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+
+from stages.dialects.roles import layer_of, role_of
+from stages.errors import UserError
+
+ROUTED = re.compile(r"\.experts\.|^\w+\.(gate|router)\.weight$")  # of a layer with experts, even one that has lost them
+STORED = re.compile(r"[._](weight|weight_packed|blocks)$")  # one name for a weight, however it is stored
+
+
+def unlike_their_kind(held: Mapping[int, set[str]]) -> Iterator[tuple[int, list[str]]]:
+    """(layer, what it lacks) of layers that lack what others with the same parts have; held: layer -> its tensors' names in it."""
+    kinds: dict[frozenset, dict[int, set[str]]] = defaultdict(dict)
+    for layer, tails in held.items():
+        parts = {tail.split(".")[0] for tail in tails if tail.count(".") >= 2}
+        parts |= {"experts" for tail in tails if ROUTED.search(tail)}  # a dense `mlp` beside one of experts
+        kinds[frozenset(parts)][layer] = tails
+    for members in kinds.values():
+        usual = set.union(*members.values())
+        yield from ((layer, sorted(usual - tails)) for layer, tails in members.items() if tails != usual)
+
+
+def check_layers(entries: Mapping[str, Mapping], layers: int, drafts: int) -> None:
+    """UserError for a text layer that is missing, one past those that config.json counts, and one that lacks what others of its kind have.
+
+    entries: tensor name -> {"belongs_to", ...}; layers and drafts: by config.json. Draft layers may be left out.
+    """
+    held: dict[int, set[str]] = defaultdict(set)
+    for name, entry in entries.items():
+        layer = layer_of(name)
+        if layer is not None and not entry["belongs_to"]:
+            tail = re.sub(r"\.experts\.\d+\.", ".experts.*.", "." + re.split(r"(?:^|\.)layers\.\d+\.", name, maxsplit=1)[1])
+            held[layer].add(STORED.sub(".weight", tail)[1:])
+    counted = f"config.json has {layers} layers" + (f" and {drafts} draft layers" if drafts else "")
+    incomplete = "the checkpoint is incomplete or of another config"
+    missing = [layer for layer in range(layers) if layer not in held] if len(held) >= layers else _absent(held, layers)
+    if missing:
+        raise UserError(f"layer {missing[0]}: no shard holds anything of it, but {counted}; {incomplete}")
+    if past := [layer for layer in held if layer >= layers + drafts]:
+        raise UserError(f"layer {min(past)}: there are tensors of it, but {counted}; {incomplete}")
+    for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < layers}):
+        raise UserError(f"layer {layer}: there is no {lacking[0]}{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}, which other layers "
+                        f"of its kind have; {incomplete}")
+
+
+def _absent(held: Iterable[int], layers: int) -> list[int]:
+    """The first layer that is missing, where some are: the number in a config is not looped over."""
+    present = sorted(layer for layer in held if layer < layers)
+    return [next((number for number, layer in enumerate(present) if number != layer), len(present))]
+
+
+def check_ends(entries: Mapping[str, Mapping], layers: int, tied: bool) -> None:
+    """UserError where the embedding, the norm behind the last layer or, unless it is tied to the embedding, the head is missing."""
+    roles = {role_of(name, layers) for name in entries}
+    norm = any(role_of(name, layers) == "norms" and layer_of(name) is None for name in entries)
+    for there, what in (("embeddings" in roles, "embedding (embed_tokens.weight)"), (norm, "norm behind the last layer (norm.weight)"),
+                        (tied or "lm_head" in roles, "output head (lm_head.weight), and tie_word_embeddings is false")):
+        if not there:
+            raise UserError(f"no shard holds the {what}; the checkpoint is incomplete")
