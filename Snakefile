@@ -1,9 +1,10 @@
 # The whole conversion as a table of contents. Settings live in conf/, what a node does in stages/<node>.py.
 #   snakemake --cores all --config source=step37_fp8 recipe=mxfp4_experts 'overrides=["device.lane=4"]'
-import shlex, sys
+import re, shlex, sys
+from snakemake.io import IOFile
 sys.path.insert(0, workflow.basedir)
 from stages.errors import UserError
-from stages.plan import is_for_other_settings
+from stages.plan import of_other_settings
 from stages.serving.environment import PLUGIN, ingredients, marker_inputs, plugin_files
 from stages.settings import CONVERTING, as_json, code_of, load, overrides_from, shards_of, text_path
 from stages.sources.local import identities, local_files
@@ -25,7 +26,7 @@ PYTHON, SETTINGS = shlex.quote(sys.executable), shlex.join(OVERRIDES)  # filled 
 stage = lambda name, extra="": (f"{{PYTHON}} -m stages.{name} {{SETTINGS}} {extra} 2>&1 | tee {{log:q}} "
                                 f"| sed -u 's/^/{name:16} | /'")
 workflow.global_resources.setdefault("lane", S.device.lane)  # source shards on disk and in work at any time
-if is_for_other_settings(S): workflow.dag_settings.forcerun.add("plan")  # also when Snakemake's own records are gone
+workflow.global_resources.setdefault("server", 1)  # one model at a time is run
 wildcard_constraints: shard="|".join(map(re.escape, SHARDS))
 localrules: all
 
@@ -46,8 +47,14 @@ rule inspect_format:
     log: f"{RUN}/logs/inspect_format.log"
     shell: stage("inspect_format")
 
+def known_results(wildcards):
+    """Nothing; ends the run where results of other settings would be taken for these, because Snakemake's records of how they were made are gone."""
+    if (stale := of_other_settings(S)) and workflow.persistence.metadata(IOFile(stale)) is None:
+        sys.exit(f"error: {stale} was made for other settings, and this working directory does not know by what run: remove it, or choose other results=")
+    return []
+
 rule plan:
-    input: f"{RUN}/inspect.json"
+    input: f"{RUN}/inspect.json", known_results
     output: f"{RUN}/plan.json"
     params: code=CODE, recipe=as_json(S.recipe), draft_scales=S.release.draft_scales
     log: f"{RUN}/logs/plan.log"
@@ -91,16 +98,16 @@ rule verify_release:
     output: f"{RUN}/verify.json"
     params: release=as_json(S.release), code=code_of("stages/verify_release.py", "kernels/energy.py")
     log: f"{RUN}/logs/verify_release.log"
-    threads: workflow.cores or 64  # all: nothing else runs beside it
+    threads: 64  # as many as there are
     shell: stage("verify_release")
 
 rule evaluate:
     input: RELEASE, ancient(f"{RUN}/verify.json"), TEXT, SERVER if S.evaluation.via == "vllm" else []
     output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
     params: evaluation=as_json(S.evaluation)
-    resources: mem_mb=int(1000 * S.evaluation.memory_gb)
+    resources: mem_mb=int(1000 * S.evaluation.memory_gb), server=1
     log: f"{RUN}/logs/evaluate.log"
-    threads: workflow.cores or 64  # all: nothing else runs beside it
+    threads: 64  # as many as there are
     shell: stage("evaluate")
 
 rule serve_environment:
@@ -113,8 +120,9 @@ rule serve_bench:
     input: RELEASE, ancient(f"{RUN}/verify.json"), SERVER
     output: f"{RUN}/serving.json"
     params: serving=as_json(S.serving)
+    resources: server=1
     log: f"{RUN}/logs/serve_bench.log"
-    threads: workflow.cores or 64  # all: nothing else runs beside it
+    threads: 64  # as many as there are
     shell: stage("serve_bench")
 
 rule report:

@@ -21,7 +21,7 @@ from pathlib import Path
 from stages.checkpoint.files import CHUNK, atomic_write, check_disk, human_bytes, read_json, write_json
 from stages.checkpoint.header import INDEX, Header, read_header
 from stages.errors import UserError, exit_with_one_line
-from stages.settings import Settings, load, stage_parser
+from stages.settings import Settings, SourceSettings, load, stage_parser
 from stages.sources import list_files
 from stages.sources.files import SourceFile, safe_name
 from stages.sources.hub import Hub
@@ -69,13 +69,18 @@ def _index_anomalies(directory: Path, headers: dict[str, Header], place: str) ->
     return anomalies
 
 
+def lists_source(listing: dict, source: SourceSettings) -> bool:
+    """Whether listing.json is of this directory, however its path is spelt, or of this revision of a repository."""
+    path = listing.get("path")
+    same_place = bool(source.path) == bool(path) and (not path or Path(source.path).resolve() == Path(path).resolve())
+    return same_place and (source.repository, source.revision) == (listing.get("repository"), listing.get("revision"))
+
+
 def read_listing(settings: Settings) -> dict[str, dict]:
     """The files of the source as `fetch_metadata` listed them; UserError where those are of another source than the settings name."""
     path = settings.source_directory / "listing.json"
     listing = read_json(path, "download --metadata")
-    source = settings.source
-    same_place = bool(source.path) == bool(listing.get("path")) and (not source.path or Path(source.path).resolve() == Path(listing["path"]).resolve())
-    if not same_place or (source.repository, source.revision) != (listing.get("repository"), listing.get("revision")):
+    if not lists_source(listing, settings.source):
         listed = listing.get("path") or f"{listing.get('repository')} at {listing.get('revision')}"
         raise UserError(f"{path}: lists {listed}, which is not the source that the settings name; run download --metadata again, or set source.name: "
                         "results are kept by it")

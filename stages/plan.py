@@ -18,6 +18,7 @@ from stages.dialects.completeness import check_ends, check_layers
 from stages.dialects.experts import check_experts
 from stages.dialects.plain import WEIGHT_DTYPES
 from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, declared_drafts, draft_layers, is_routed_expert, projection_of
+from stages.download import lists_source
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.schemes import SCHEMES, compressed_tensors, draft_scales, kept, tensor_parallel, vllm_rules
@@ -376,12 +377,15 @@ def _is_for(plan: dict, settings: Settings) -> bool:
     return plan.get("recipe_settings") == as_dict(settings.recipe) and bool(plan.get("draft_scales")) == settings.release.draft_scales
 
 
-def is_for_other_settings(settings: Settings) -> bool:
-    """Whether there is a plan of other settings, which Snakemake cannot know when its own records of the run are gone."""
+def of_other_settings(settings: Settings) -> str | None:
+    """The result that is there, but of another recipe or source than the settings have; None where all is as it should be, or not there yet."""
+    listing, plan = settings.source_directory / "listing.json", settings.run_directory / "plan.json"
     try:
-        return not _is_for(_current(settings.run_directory / "plan.json", "plan"), settings)
+        if listing.exists() and not lists_source(read_json(listing), settings.source):
+            return str(listing)
+        return None if not plan.exists() or _is_for(_current(plan, "plan"), settings) else str(plan)
     except UserError:
-        return False  # missing or of another version: made again anyway
+        return None  # damaged or of another version: made again anyway
 
 
 def _current(path: Path, stage: str) -> dict:

@@ -264,3 +264,14 @@ def test_dvc_rebuilds_the_release_whose_recipe_changed_and_all_when_the_code_did
     output = run(["dvc", "repro", "release@step37_tiny-mxfp4_experts"], clone)
     assert len(re.findall(r"^quantize_experts \|", output, re.M)) == 6
     assert release_hashes(clone / "dvc.lock") == after
+
+
+def test_results_of_other_settings_are_not_taken_for_these_where_snakemake_has_lost_its_records(finished, tmp_path):
+    directory = workdir(tmp_path / "fresh")
+    shutil.copytree(finished / "results", directory / "results", symlinks=True)
+    ran = snakemake(directory, "--cores", "2", "--config", "overrides=[recipe.exponent_rule=even]")
+    assert ran.returncode != 0 and "plan.json was made for other settings" in ran.stdout + ran.stderr, ran.stdout + ran.stderr
+    assert "Traceback" not in ran.stdout + ran.stderr
+    shutil.copytree(PROJECT / "tests/tiny/step37_tiny", tmp_path / "step37_tiny")
+    ran = snakemake(directory, "--cores", "2", "--config", "source=local", f"overrides=[source.path={tmp_path / 'step37_tiny'}]")
+    assert ran.returncode != 0 and "listing.json was made for other settings" in ran.stdout + ran.stderr, ran.stdout + ran.stderr
