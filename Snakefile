@@ -21,6 +21,7 @@ SERVER = marker_inputs(S.serving)
 SOURCE, RUN = str(S.source_directory), str(S.run_directory)
 RELEASE = f"{RUN}/release/manifest.json"
 RESULTS = ("report.html", "card.md", "metrics.json", "settings.yaml", "verify.json", "sqnr.json", "perplexity.json", "gemm.json", "serving.json")
+TEMPLATES = [f"stages/templates/{name}.j2" for name in ("card.md", "report.html")]
 CODE = code_of(*CONVERTING)
 PYTHON, SETTINGS = shlex.quote(sys.executable), shlex.join(OVERRIDES)  # filled in late: they are no part of a rule's code
 stage = lambda name, extra="": (f"{{PYTHON}} -m stages.{name} {{SETTINGS}} {extra} 2>&1 | tee {{log:q}} "
@@ -82,7 +83,7 @@ rule quantize_experts:
 rule validate_gemm:
     input: f"{RUN}/plan.json", expand(f"{RUN}/shards/{{shard}}.json", shard=SHARDS)
     output: f"{RUN}/gemm.json"
-    params: tensors=S.evaluation.gemm_tensors, tokens=S.evaluation.gemm_tokens
+    params: tensors=S.evaluation.gemm_tensors, tokens=S.evaluation.gemm_tokens, code=code_of("stages/validate_gemm.py", "kernels/gemm")
     log: f"{RUN}/logs/validate_gemm.log"
     shell: stage("validate_gemm")
 
@@ -104,7 +105,7 @@ rule verify_release:
 rule evaluate:
     input: RELEASE, ancient(f"{RUN}/verify.json"), TEXT, SERVER if S.evaluation.via == "vllm" else []
     output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
-    params: evaluation=as_json(S.evaluation)
+    params: evaluation=as_json(S.evaluation), code=code_of("stages/evaluate.py", "stages/models")
     resources: mem_mb=int(1000 * S.evaluation.memory_gb), server=1
     log: f"{RUN}/logs/evaluate.log"
     threads: 64  # as many as there are
@@ -128,6 +129,6 @@ rule serve_bench:
 rule report:
     input: f"{RUN}/verify.json", f"{RUN}/gemm.json", f"{RUN}/sqnr.json", f"{RUN}/perplexity.json", f"{RUN}/serving.json"
     output: f"{RUN}/report.html", f"{RUN}/card.md", f"{RUN}/metrics.json", f"{RUN}/settings.yaml"
-    params: settings=[as_json(part) for part in (S.source, S.recipe, S.release)]
+    params: settings=[as_json(part) for part in (S.source, S.recipe, S.release)], code=code_of("stages/report.py", *TEMPLATES)
     log: f"{RUN}/logs/report.log"
     shell: stage("report")

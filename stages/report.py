@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 import jinja2
+import yaml
 from omegaconf import OmegaConf
 
 from stages.assemble_release import read_receipts
@@ -163,18 +164,37 @@ def facts(settings: Settings) -> dict:
         "tensor_ratio": plan["release_tensor_bytes"] / plan["source_tensor_bytes"],
         "versions": versions(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "source_card": source_card(settings),
+        "source_card": source_card(settings), "source_matter": source_matter(settings),
         "command": command_for(settings),
     }
 
 
+FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.S)  # of a hub's card: YAML
+KEPT_MATTER = ("license", "license_name", "license_link", "language", "pipeline_tag")  # holds of a release, too
+
+
+def _source_readme(settings: Settings) -> str | None:
+    path = settings.source_directory / "auxiliary" / "README.md"
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+
+
 def source_card(settings: Settings) -> str | None:
     """The source's README.md without its front matter, which would read as text in the middle of a card."""
-    path = settings.source_directory / "auxiliary" / "README.md"
-    if not path.exists():
-        return None
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S)
+    text = _source_readme(settings)
+    return text and FRONT_MATTER.sub("", text)
+
+
+def source_matter(settings: Settings) -> str:
+    """YAML lines of the source's front matter that hold of a release: above all its licence, which source.license overrides."""
+    found = FRONT_MATTER.match(_source_readme(settings) or "")
+    try:
+        stated = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        stated = None
+    kept = {key: stated[key] for key in KEPT_MATTER if stated.get(key)} if isinstance(stated, dict) else {}
+    if settings.source.license:
+        kept = {key: value for key, value in kept.items() if not key.startswith("license")} | {"license": settings.source.license}
+    return yaml.safe_dump(kept, sort_keys=False) if kept else ""
 
 
 def _environment() -> jinja2.Environment:

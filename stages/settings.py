@@ -195,8 +195,9 @@ def _one_line(error: Exception) -> str:
     keep = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "Set the", "Error merging"))]
     if "LexerNoViableAlt" in text or "mismatched input" in text or "Error parsing override" in text:
         found = re.search(r"Error parsing override '(.*)'", text)
-        return (f"conf: cannot read the setting {found.group(1) if found else text.splitlines()[0]!r}; put values with spaces, "
-                "braces or quotes in quotes, as in \"source.path='/my data/checkpoint'\"")
+        shown = re.sub(r"^\w+Exception: ", "", text.splitlines()[0])
+        return (f"conf: cannot read the setting {found.group(1) if found else shown!r}; put values with spaces, "
+                "braces, quotes, ~ or other than ASCII letters in quotes, as in \"source.path='/my data/checkpoint'\"")
     key = re.search(r"full_key: (\S+)", text)
     return "conf: " + (f"{key.group(1)}: " if key else "") + " ".join(keep[:2])
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stages import validate_gemm
 from stages.assemble_release import run as assemble
 from stages.errors import UserError
+from stages.serving import environment
 from stages.settings import load
 from stages.verify_release import run as verify
 from tests.conftest import PROJECT, TINY, convert
@@ -411,6 +413,44 @@ def test_a_manifest_that_says_something_else_than_plan_and_receipts_is_found(fin
     change(manifest)
     path.write_text(json.dumps(manifest, indent=2))
     assert failing(finished) == {"files"}
+
+
+def test_files_that_the_manifest_was_changed_to_fit_are_found(finished):
+    """The plugin is code that a server runs."""
+    unlinked(finished)
+    release = finished.run_directory / "release"
+    manifest = json.loads((release / "manifest.json").read_text())
+    for name in ("evil.py", "vllm_plugin/mxforge_vllm/drafts.py", "tokenizer.json"):
+        (release / name).write_text("print('hello')\n")
+        manifest["files"][name] = {"bytes": 15, "sha256": hashlib.sha256(b"print('hello')\n").hexdigest()}
+    (release / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    with pytest.raises(UserError):
+        verify(finished)
+    faults = {row["check"]: row["faults"] for row in json.loads((finished.run_directory / "verify.failed.json").read_text())["checks"]}
+    assert any(fault.startswith("evil.py: does not belong") for fault in faults["files"])
+    assert {fault.split(":")[0] for fault in faults["auxiliary"]} == {"tokenizer.json", "vllm_plugin/mxforge_vllm/drafts.py"}
+    assert not (finished.run_directory / "verify.json").exists()
+
+
+def test_a_plan_of_other_settings_is_not_gone_on_with(finished):
+    for change in ("recipe.exponent_rule=even", "release.draft_scales=true"):
+        other = load(["source=local", f"source.path={finished.source.path}", f"results={finished.results}", f"source.name={finished.source.name}", change])
+        with pytest.raises(UserError, match="was made for other settings"):
+            verify(other)
+
+
+def test_an_environment_that_was_not_made_here_is_not_installed_into(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text("")
+    with pytest.raises(UserError, match="was not made here"):
+        environment.build(tmp_path)
+    assert environment.marker_inputs(load(["serving=vllm_cuda", f"serving.environment={tmp_path}"]).serving) == []
+
+
+def test_a_kernel_that_gives_no_numbers_is_no_traceback():
+    truth = torch.ones(2, 2, dtype=torch.float64)
+    for value in (float("nan"), float("inf")):
+        assert validate_gemm.signal_to_noise_db(torch.full((2, 2), value), truth) == -300
 
 
 def test_assembling_with_a_shard_of_another_plan_is_refused(finished):

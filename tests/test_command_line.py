@@ -51,6 +51,12 @@ def change(directory, action, contains=f"{LAYER}.3.gate_proj.weight_packed", ind
         (directory / "model.safetensors.index.json").write_text(json.dumps(text))
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_a_release_without_an_end_of_its_model_is_found(release, name):
+    change(release, lambda tensors: tensors.pop(name), contains=name)
+    assert "layers" in faults(release)
+
+
 def edit_config(directory, action):
     path = directory / "config.json"
     config = json.loads(path.read_text())

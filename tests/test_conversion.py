@@ -191,6 +191,19 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
     assert "A Step-3.7 model small enough for a repository" in card  # the source's own card, below
 
 
+def test_a_card_keeps_the_licence_of_the_source(local, checkpoint):
+    (checkpoint / "README.md").write_text("---\nlicense: other\nlicense_name: a-licence\nlicense_link: LICENSE\ntags: [x]\n---\n# A model\n")
+    settings = load(local)
+    download.fetch_metadata(settings)
+    assert report.source_matter(settings) == "license: other\nlicense_name: a-licence\nlicense_link: LICENSE\n"
+    assert report.source_card(settings) == "# A model\n"
+    settings.source.license = "mit"
+    assert report.source_matter(settings) == "license: mit\n"
+    (settings.source_directory / "auxiliary/README.md").write_text("---\n: [\n---\nno YAML")
+    settings.source.license = None
+    assert report.source_matter(settings) == ""
+
+
 def test_a_model_too_large_for_this_machine_is_reported_as_not_measured(converted, tmp_path):
     settings = load([f"results={tmp_path}", f"source.path={TINY}", "evaluation.memory_gb=0.01", "serving=none"])
     shutil.copytree(converted.source_directory, settings.source_directory)

@@ -59,6 +59,19 @@ def few_experts(family):
     return dataclasses.replace(family, tensors=tensors, config=config)
 
 
+def test_without_a_count_in_the_config_the_last_expert_of_a_layer_is_still_missed(tmp_path):
+    family = few_experts(FAMILIES["qwen3_moe_fp8"])
+    config = {key: value for key, value in family.config.items() if key not in EXPERT_COUNTS}
+    gone = [name for name in family.tensors() if ".layers.1.mlp.experts.7." in name]
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts.*is missing"):
+        planned(tmp_path, dataclasses.replace(family, config=config), drop=gone)
+
+
+def test_the_stacked_layout_of_experts_that_are_stored_one_by_one_is_refused(tmp_path):
+    with pytest.raises(UserError, match="stores none so"):
+        planned(tmp_path, few_experts(FAMILIES["qwen3_moe_fp8"]), recipe="mxfp4_experts_stacked")
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_tensors_of_a_family_have_the_published_bytes(name):
     assert (FAMILIES | VARIANTS)[name].total_size == PUBLISHED[name]

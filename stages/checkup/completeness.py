@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from stages.checkup.checkpoint import EXPERT, Checkpoint
 from stages.checkup.faults import some
 from stages.checkup.form import is_count
-from stages.dialects.completeness import unlike_their_kind
+from stages.dialects.completeness import check_ends, unlike_their_kind
 from stages.dialects.config import EXPERT_COUNTS
 from stages.dialects.roles import TEXT_ROOT
+from stages.errors import UserError
 
 LAYER = re.compile(rf"{TEXT_ROOT}\.layers\.(?P<layer>\d+)\.(?P<tail>.+)$", re.S)
 MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000  # that are looked for, whatever a config or a name says
@@ -82,4 +83,8 @@ def layers(checkpoint: Checkpoint) -> Iterator[str]:
     yield from some([f"layer {layer}" for layer in sorted(held) if layer >= count + drafts], "there are tensors of", counted)
     for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}):
         yield from some([f"layer {layer}: {tail}" for tail in lacking], "there is no", "other layers of its kind have it")
+    try:
+        check_ends(checkpoint.tensors, count, checkpoint.text.get("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings")) is not False)
+    except UserError as error:
+        yield str(error)
     checkpoint.counts["layers"] = len(held)

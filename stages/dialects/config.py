@@ -18,6 +18,10 @@ def checked(config: object, where: str = "config.json") -> dict:
     text = config.get("text_config")
     if text is not None:
         need(text, dict, ": text_config", "a JSON object")
+    for number in ("hidden_size", "num_hidden_layers"):
+        value = (text if text is not None else config).get(number)
+        if value is not None and type(value) is not int:
+            raise UserError(f"{where}: {number} is {_shown(value)}, expected a whole number; restore the original")
     architectures = config.get("architectures")
     if architectures is not None and not (isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)):
         raise UserError(f"{where}: architectures is {_shown(architectures)}, expected a list of names; restore the original")

@@ -20,7 +20,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -168,8 +168,9 @@ def stop(process: subprocess.Popen) -> None:
         if not _alive(process.pid):
             break
         time.sleep(0.1)
-    if _alive(process.pid):
-        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it may end in this moment
+        if _alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from stages.checkpoint.header import INDEX
 from stages.errors import UserError
 
-OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # the same weights once more
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt", ".distcp")  # the same weights once more
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def kind_of(name: str) -> str:
     if name in (INDEX, "config.json"):
         return "index" if name == INDEX else "config"
     hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-    return "ignored" if hidden or name.endswith((*OTHER_WEIGHTS, ".safetensors")) else "auxiliary"
+    return "ignored" if hidden or name.lower().endswith((*OTHER_WEIGHTS, ".safetensors")) else "auxiliary"
 
 
 def is_plain(name: str) -> bool:
