@@ -51,7 +51,7 @@ writer.os.fdatasync = writer.os.fsync = lambda handle: None
 reader, buffer, packed = ShardReader(sys.argv[1]), bytearray(8 << 20), np.empty((1280 * 4096) // 2, np.uint8)
 quantize_matrix(np.zeros((1, 32), np.uint8), np.ones((1, 1), np.float32))  # loads the kernel
 start = time.perf_counter()
-names = [name for name in reader.header.tensors if name.endswith("weight")]
+names = [name for name in reader.header.tensors if name.endswith("proj.weight")]
 shapes = {name: reader.info(name).shape for name in names}
 specs = [spec for name in names for spec in ((name, "U8", (*shapes[name][:2], shapes[name][2] // 2)),
                                              (name + "_scale", "U8", (*shapes[name][:2], shapes[name][2] // 32)))]
