@@ -13,7 +13,7 @@ from pathlib import Path
 from stages.checkpoint.files import human_bytes, read_json, write_json
 from stages.checkpoint.header import TensorInfo
 from stages.dialects import recognize
-from stages.dialects.config import checked, expert_count
+from stages.dialects.config import checked, expert_count, is_tied
 from stages.dialects.roles import declared_drafts, hidden_layers, role_of
 from stages.errors import UserError, exit_with_one_line
 from stages.settings import RESULTS_FORMAT, Settings, load, stage_parser
@@ -63,7 +63,7 @@ def census(settings: Settings) -> dict:
         "hidden_size": (config.get("text_config") or config).get("hidden_size"),
         "experts": expert_count(config),
         "drafts": declared_drafts(config),
-        "tied": (config.get("text_config") or {}).get("tie_word_embeddings", config.get("tie_word_embeddings")) is not False,  # the library's default
+        "tied": is_tied(config),
         "shards": files,
         "tensor_bytes": sum(entry["bytes"] for entry in entries.values()),
         "file_bytes": sum(file["file_size"] for file in files.values()),

@@ -104,11 +104,15 @@ def config_missing(checkpoint):
     (checkpoint / "config.json").unlink()
 
 
-def config_counts_drafts_in_words(checkpoint):
+def edit_text_config(checkpoint, **fields):
     path = checkpoint / "config.json"
     config = json.loads(path.read_text())
-    config["text_config"]["num_nextn_predict_layers"] = "three"
+    config["text_config"] |= fields
     path.write_text(json.dumps(config))
+
+
+def config_counts_drafts_in_words(checkpoint):
+    edit_text_config(checkpoint, num_nextn_predict_layers="three")
 
 
 def without_index(checkpoint):
@@ -133,23 +137,16 @@ def experts_of_a_layer_gone(checkpoint):
 
 
 def layers_more_than_counted(checkpoint):
-    path = checkpoint / "config.json"
-    config = json.loads(path.read_text())
-    config["text_config"]["num_hidden_layers"] = 5
-    path.write_text(json.dumps(config))
+    edit_text_config(checkpoint, num_hidden_layers=5)
 
 
 def layers_less_than_counted(checkpoint):
-    path = checkpoint / "config.json"
-    config = json.loads(path.read_text())
-    config["text_config"]["num_hidden_layers"] = 10**12
-    path.write_text(json.dumps(config))
+    edit_text_config(checkpoint, num_hidden_layers=10**12)
 
 
 def head_gone(checkpoint):
     without_index(checkpoint)
-    path = checkpoint / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+    edit_text_config(checkpoint, tie_word_embeddings=False)
     rewrite(checkpoint / "model-00005.safetensors", lambda tensors: tensors.pop("lm_head.weight"))
 
 

@@ -10,7 +10,7 @@ from stages.checkup.checkpoint import EXPERT, Checkpoint
 from stages.checkup.faults import some
 from stages.checkup.form import is_count
 from stages.dialects.completeness import check_ends, unlike_their_kind
-from stages.dialects.config import EXPERT_COUNTS
+from stages.dialects.config import EXPERT_COUNTS, is_tied
 from stages.dialects.roles import TEXT_ROOT
 from stages.errors import UserError
 
@@ -84,7 +84,7 @@ def layers(checkpoint: Checkpoint) -> Iterator[str]:
     for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}):
         yield from some([f"layer {layer}: {tail}" for tail in lacking], "there is no", "other layers of its kind have it")
     try:
-        check_ends(checkpoint.tensors, count, checkpoint.text.get("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings")) is not False)
+        check_ends(checkpoint.tensors, count, is_tied(checkpoint.config))
     except UserError as error:
         yield str(error)
     checkpoint.counts["layers"] = len(held)

@@ -13,6 +13,12 @@ ROUTED = re.compile(r"\.experts\.|^\w+\.(gate|router)\.weight$")  # of a layer w
 STORED = re.compile(r"[._](weight|weight_packed|blocks)$")  # one name for a weight, however it is stored
 
 
+def first_gap(numbers: Iterable[int]) -> int:
+    """The least whole number that is not among them; how many a config counts is not looped over, it may say anything."""
+    present = set(numbers)
+    return next(number for number in range(len(present) + 1) if number not in present)
+
+
 def unlike_their_kind(held: Mapping[int, set[str]]) -> Iterator[tuple[int, list[str]]]:
     """(layer, what it lacks) of layers that lack what others with the same parts have; held: layer -> its tensors' names in it."""
     kinds: dict[frozenset, dict[int, set[str]]] = defaultdict(dict)
@@ -38,20 +44,13 @@ def check_layers(entries: Mapping[str, Mapping], layers: int, drafts: int) -> No
             held[layer].add(STORED.sub(".weight", tail)[1:])
     counted = f"config.json has {layers} layers" + (f" and {drafts} draft layers" if drafts else "")
     incomplete = "the checkpoint is incomplete or of another config"
-    missing = [layer for layer in range(layers) if layer not in held] if len(held) >= layers else _absent(held, layers)
-    if missing:
-        raise UserError(f"layer {missing[0]}: no shard holds anything of it, but {counted}; {incomplete}")
+    if (missing := first_gap(held)) < layers:
+        raise UserError(f"layer {missing}: no shard holds anything of it, but {counted}; {incomplete}")
     if past := [layer for layer in held if layer >= layers + drafts]:
         raise UserError(f"layer {min(past)}: there are tensors of it, but {counted}; {incomplete}")
     for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < layers}):
         raise UserError(f"layer {layer}: there is no {lacking[0]}{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}, which other layers "
                         f"of its kind have; {incomplete}")
-
-
-def _absent(held: Iterable[int], layers: int) -> list[int]:
-    """The first layer that is missing, where some are: the number in a config is not looped over."""
-    present = sorted(layer for layer in held if layer < layers)
-    return [next((number for number, layer in enumerate(present) if number != layer), len(present))]
 
 
 def check_ends(entries: Mapping[str, Mapping], layers: int, tied: bool) -> None:

@@ -41,6 +41,11 @@ def checked(config: object, where: str = "config.json") -> dict:
     return config
 
 
+def is_tied(config: dict) -> bool:
+    """Whether the head may be the embedding: unless config.json says no, which is the library's default."""
+    return (config.get("text_config") or {}).get("tie_word_embeddings", config.get("tie_word_embeddings")) is not False
+
+
 def expert_count(config: dict) -> int | None:
     """Routed experts of a layer by config.json, None where it does not say."""
     text = config.get("text_config") or config

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
+from stages.dialects.completeness import first_gap
 from stages.errors import UserError
 from stages.schemes.modules import matrices
 
@@ -30,12 +31,10 @@ def check_experts(entries: Mapping[str, Mapping], count: int | None, hidden_size
     for layer, projections in layers.items():
         for projection in sorted(usual):
             members = projections.get(projection, {})
-            present = sorted(members)
-            if present != list(range(len(present))) or len(present) != expected:  # the number in a config is not looped over
-                gap = next((number for number, member in enumerate(present) if number != member), len(present))
-                missing = [gap] if gap < expected else []
-                odd = missing[0] if missing else max(members)
-                raise UserError(f"{layer}.{odd}.{projection}: {'is missing' if missing else 'is one too many'}, a layer has {expected} experts"
+            gap = first_gap(members)
+            if gap < expected or len(members) != expected:
+                odd, what = (gap, "is missing") if gap < expected else (max(members), "is one too many")
+                raise UserError(f"{layer}.{odd}.{projection}: {what}, a layer has {expected} experts"
                                 f"{' by config.json' if count else ''} with {', '.join(sorted(usual))}; the checkpoint is incomplete "
                                 "or of another config")
         _check_shapes(layer, projections, hidden_size)
