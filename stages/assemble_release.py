@@ -16,6 +16,7 @@ from pathlib import Path
 from stages.checkpoint.files import read_json, sha256_file, sync_directory, write_json, write_text
 from stages.checkpoint.header import INDEX
 from stages.checkpoint.writer import ShardWriter
+from stages.dialects.config import MODELOPT
 from stages.errors import UserError, exit_with_one_line
 from stages.download import read_listing
 from stages.inspect_format import read_config
@@ -27,7 +28,7 @@ from stages.serving.environment import PLUGIN, plugin_files
 from stages.settings import Settings, load, stage_parser
 
 WRITTEN = ("config.json", INDEX, "manifest.json")
-LEFT_OUT = ("README.md", ".gitattributes", "hf_quant_config.json", *WRITTEN)  # the last says how the source is quantized
+LEFT_OUT = ("README.md", ".gitattributes", MODELOPT, *WRITTEN)  # MODELOPT says how the source is quantized
 
 
 def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:

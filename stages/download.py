@@ -62,7 +62,7 @@ def _index_anomalies(directory: Path, headers: dict[str, Header], place: str) ->
             raise UserError(f"{place}: {INDEX} says that {name} is in {shard}, but {where}; the checkpoint is inconsistent, "
                             "get it again")
     unlisted = sum(name not in weight_map for header in headers.values() for name in header.tensors)
-    anomalies = [f"{INDEX} omits {unlisted} tensors that the shards hold"] if unlisted else []
+    anomalies = [f"the source's {INDEX} omits {unlisted} tensors that its shards hold"] if unlisted else []
     if strangers := sorted(set(headers) - set(weight_map.values())):
         raise UserError(f"{place}: {INDEX} does not name {', '.join(strangers)}, of which engines then know nothing (the same weights in another "
                         "form, often); remove it, or complete the index")

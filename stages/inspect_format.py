@@ -13,7 +13,7 @@ from pathlib import Path
 from stages.checkpoint.files import human_bytes, read_json, write_json
 from stages.checkpoint.header import TensorInfo
 from stages.dialects import recognize
-from stages.dialects.config import checked, expert_count, is_tied
+from stages.dialects.config import expert_count, is_tied, read_source_config
 from stages.dialects.roles import declared_drafts, hidden_layers, role_of
 from stages.errors import UserError, exit_with_one_line
 from stages.settings import RESULTS_FORMAT, Settings, load, stage_parser
@@ -33,11 +33,11 @@ def read_headers(settings: Settings) -> tuple[dict[str, TensorInfo], dict[str, s
 
 
 def read_config(settings: Settings) -> dict:
-    """The source's config.json; UserError where it has a form that it cannot have."""
-    source, copy = settings.source, settings.source_directory / "auxiliary" / "config.json"
-    if not copy.exists():
-        return read_json(copy, "download --metadata")
-    return checked(read_json(copy, shown=Path(source.path or source.repository) / "config.json"))
+    """The source's config.json, as `read_source_config` gives it."""
+    source, copies = settings.source, settings.source_directory / "auxiliary"
+    if not (copies / "config.json").exists():
+        return read_json(copies / "config.json", "download --metadata")
+    return read_source_config(copies, Path(source.path or source.repository))
 
 
 def census(settings: Settings) -> dict:

@@ -344,12 +344,15 @@ def print_plan(plan: dict) -> None:
           f"{human_bytes(plan['disk_peak_bytes'])} with {plan['lane']} shards at a time, {plan['jobs']} jobs; config claims {plan['runtime_modules']} vLLM modules rightly")
     for note in plan["notes"]:
         print(f"note: {note}")
-    for engine in plan["engines"]:
-        print(f"{engine['engine']}: {engine['loads']}; {'; '.join(engine['how'])}")
-    print("tensor parallel: " + ", ".join(str(row["tensor_parallel"]) for row in plan["tensor_parallel"] if row["fits"] and row["marlin"]))
-    for row in plan["tensor_parallel"]:
-        if row["reason"]:
-            print(f"note: tensor parallel {row['tensor_parallel']}{'' if row['fits'] else ' is out'}: {row['reason']}")
+    print("\n".join(where_it_runs(plan)))
+
+
+def where_it_runs(plan: dict) -> list[str]:
+    """A line for each engine and for the numbers of GPUs that the release can be split over."""
+    rows = plan["tensor_parallel"]
+    return [*(f"{engine['engine']}: {engine['loads']}; {'; '.join(engine['how'])}" for engine in plan["engines"]),
+            "tensor parallel: " + ", ".join(str(row["tensor_parallel"]) for row in rows if row["fits"] and row["marlin"]),
+            *(f"tensor parallel {row['tensor_parallel']}{'' if row['fits'] else ' is out'}: {row['reason']}" for row in rows if row["reason"])]
 
 
 def run(settings: Settings) -> dict:

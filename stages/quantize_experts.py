@@ -178,6 +178,7 @@ class Quantizer:
         self._buffer = bytearray(min(largest, 4 * PANEL_WEIGHTS))
         self._codes = np.empty(0, np.uint8)  # memory for those of a panel
         self.sums: dict[str, list[list]] = {}  # group -> [number of the expert or None, signal, error, decoded]
+        self.zeros: list[str] = []  # weights of which nothing but zeros came
 
     def panels(self, source: str, matrix: Matrix, expert: int | None):
         """Yields (codes, scale) of consecutive row panels of a matrix; adds its sums to the receipt."""
@@ -208,7 +209,9 @@ class Quantizer:
             self._progress.advance(row_bytes * len(panel))
             yield codes, scales
         size = math.sqrt(total[0] / (len(rows) * claim.matrix[-1]))
-        if size and not USUAL_SIZES[0] < size < USUAL_SIZES[1]:
+        if not size:
+            self.zeros.append(source if expert is None else f"{source}[{expert}]")
+        elif not USUAL_SIZES[0] < size < USUAL_SIZES[1]:
             raise UserError(f"{entry['shard']}: {source}{'' if expert is None else [expert]} decodes to weights of {size:.1e} (root mean "
                             f"square), which no network has; its scales mean something else than {claim.dialect} takes them for, or are damaged")
         number = expert if matrix.number is None else matrix.number
@@ -298,12 +301,15 @@ def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Qu
     pending: dict[Matrix, list] = {}  # scale bytes wait until their codes are written
     for output in outputs:
         if output.part == "weight":
-            entry, done = plan["tensors"][output.source], 0
+            entry, done, zeros = plan["tensors"][output.source], 0, len(output.shape) > 1
             for chunk in reader.chunks(output.source):
                 (check_kept if entry["decision"] == "keep" else check_plain)(output.source, entry, chunk, done)
                 writer.write(output.name, chunk)
                 progress.advance(len(chunk))
                 done += len(chunk)
+                zeros = zeros and not np.frombuffer(chunk, np.uint8).any()
+            if zeros:
+                quantizer.zeros.append(output.source)
         elif output.part == "codes":
             for expert in range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.expert]:
                 for codes, scale in quantizer.panels(output.source, output.matrix, expert):
@@ -312,6 +318,12 @@ def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Qu
         else:
             for scale in pending.pop(output.matrix):
                 writer.write(output.name, scale)
+
+
+def zeros_note(names: list[str]) -> str:
+    """What to say of weights that hold nothing but zeros: converted rightly, but where a download left a hole, too."""
+    return (f"{len(names)} weight{'s hold' if len(names) > 1 else ' holds'} nothing but zeros, in the source already "
+            f"({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}); compare the source with its published sha256 if that is a surprise")
 
 
 def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
@@ -356,6 +368,7 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
         "tensors": writer.tensor_sha256,
         "quantized": {source: sorted(sums, key=lambda entry: entry[0] or 0)
                       for source, sums in sorted(quantizer.sums.items())},
+        "zeros": sorted(quantizer.zeros),
         "seconds": round(seconds, 3),
         "bytes_per_second": round(source_bytes / seconds),
     }
@@ -366,6 +379,8 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
         signal, error = (math.fsum(t[i] for t in done) for i in (0, 1))
         line += f", SQNR {10 * math.log10(signal / error):.2f} dB" if error else ", exact"
     print(line, flush=True)
+    if receipt["zeros"]:
+        print(f"note: {zeros_note(receipt['zeros'])}", flush=True)
     return receipt
 
 

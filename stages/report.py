@@ -23,7 +23,8 @@ from omegaconf import OmegaConf
 from stages.assemble_release import read_receipts
 from stages.checkpoint.files import human_bytes, read_json, write_json, write_text
 from stages.errors import exit_with_one_line
-from stages.plan import by_role, read_plan
+from stages.plan import by_role, read_plan, where_it_runs
+from stages.quantize_experts import zeros_note
 from stages.serving.commands import client_example, serve_commands
 from stages.serving.plots import serving_plot
 from stages.settings import PROJECT, Settings, command_for, load, stage_parser
@@ -148,13 +149,15 @@ def facts(settings: Settings) -> dict:
                               "format_db": min(formats, default=None)})
     serving = read_json(run_directory / "serving.json", "serve_bench")
     config = read_json(run_directory / "release" / "config.json", "assemble_release")
+    zeros = [name for receipt in receipts.values() for name in receipt["zeros"]]
+    notes = [*read_json(run_directory / "inspect.json", "inspect_format")["anomalies"], *plan["notes"], *([zeros_note(zeros)] if zeros else [])]
     schemes = sorted({entry["scheme"] for entry in plan["tensors"].values() if entry["scheme"]})
     return {
         "schemes": schemes, "formats": " and ".join(FORMATS[scheme] for scheme in schemes),
         "commands": serve_commands(plan, config, serving.get("engine", {})), "client": client_example(config),
         "origin": settings.source.repository or settings.source.origin,
         "experts": any(entry["role"] == "routed_experts" for entry in plan["tensors"].values()),
-        "settings": settings, "plan": plan, "roles": role_rows(plan), "gemm": gemm_rows,
+        "settings": settings, "plan": plan, "notes": notes, "where_it_runs": where_it_runs(plan), "roles": role_rows(plan), "gemm": gemm_rows,
         "verify": read_json(run_directory / "verify.json", "verify_release"),
         "sqnr": read_json(run_directory / "sqnr.json", "evaluate"),
         "quality": read_json(run_directory / "perplexity.json", "evaluate"),

@@ -366,7 +366,7 @@ def test_plan_of_step37_flash_is_exact_and_needs_less_than_300_megabytes(flash):
     assert ran.returncode == 0, ran.stderr
     made = json.loads(ran.stdout)
     assert {key: made[key] for key in EXPECTED} == EXPECTED and sum(row["tensors"] for row in made["roles"]) == 1_597
-    assert made["anomalies"] == ["model.safetensors.index.json omits 126 tensors that the shards hold"]
+    assert made["anomalies"] == ["the source's model.safetensors.index.json omits 126 tensors that its shards hold"]
     assert int(ran.stderr.split()[-1]) < 300_000
 
 

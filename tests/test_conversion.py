@@ -189,6 +189,21 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
     card = (converted.run_directory / "card.md").read_text()
     assert f"{quality['release']['perplexity']:.4f}" in card and "step37_tiny" in card
     assert "A Step-3.7 model small enough for a repository" in card  # the source's own card, below
+    for text in (page, card):
+        assert "index.json omits 15 tensors" in text and "tensor parallel 8 is out" in text and "transformers: no" in text
+
+
+def test_weights_of_nothing_but_zeros_are_converted_and_named(local, checkpoint, capsys):
+    tensors = load_file(checkpoint / "model-00004.safetensors")
+    tensors["model.layers.5.moe.down_proj.weight"].view(torch.uint8)[3] = 0  # what a hole in a download leaves
+    tensors["model.layers.5.self_attn.q_proj.weight"].zero_()
+    tensors["model.layers.5.input_layernorm.weight"].zero_()  # a norm may be
+    save_file(tensors, checkpoint / "model-00004.safetensors", metadata={"format": "pt"})
+    settings = convert(*local)
+    receipts = assemble_release.read_receipts(settings, plan.read_plan(settings))
+    zeros = ["model.layers.5.moe.down_proj.weight[3]", "model.layers.5.self_attn.q_proj.weight"]
+    assert [receipt["zeros"] for receipt in receipts.values() if receipt["zeros"]] == [zeros]
+    assert f"note: 2 weights hold nothing but zeros, in the source already ({', '.join(zeros)})" in capsys.readouterr().out
 
 
 def test_a_card_keeps_the_licence_of_the_source(local, checkpoint):

@@ -128,13 +128,13 @@ def checkpoint(directory, store, quantization_config, experts=16):
 
 @pytest.mark.parametrize(("store", "quantization_config"), [
     (channel, CHANNEL), (lambda weight: {k: v.bfloat16() if k != "weight" else v for k, v in channel(weight).items()}, CHANNEL),
-    (whole, CHANNEL), (microscaled, MXFP8), (lambda weight: microscaled(weight, "weight_scale"), CHANNEL),
+    (whole, CHANNEL), (whole, {"quant_method": "fp8", "activation_scheme": "static"}), (microscaled, MXFP8), (lambda weight: microscaled(weight, "weight_scale"), CHANNEL),
     (tiled, BLOCKS), (lambda weight: tiled(weight, "scale"), {"quant_method": "fp8", "weight_block_size": [64, 64]}),
     (packed_mxfp4, FOUR_BITS), (lambda weight: packed_mxfp4(weight, "weight"), {"quant_method": "quark"}),
     (lambda weight: packed_mxfp4(weight, "weight", "scale"), {"quant_method": "fp8", "expert_dtype": "fp4"}),
     (packed_nvfp4, FOUR_BITS), (lambda weight: packed_nvfp4(weight, modelopt=True), {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
     (packed_int4, INT4), (lambda weight: packed_int4(weight, zeros=True), INT4),
-], ids=["per_channel", "per_channel_bf16", "per_tensor", "mxfp8", "mxfp8_named_weight_scale", "compressed_tensors_blocks",
+], ids=["per_channel", "per_channel_bf16", "per_tensor", "per_tensor_autofp8", "mxfp8", "mxfp8_named_weight_scale", "compressed_tensors_blocks",
         "e8m0_blocks", "mxfp4", "mxfp4_quark", "mxfp4_deepseek", "nvfp4", "nvfp4_modelopt", "int4", "int4_zero_points"])
 def test_a_dialect_becomes_the_mxfp4_of_its_decoded_values(tmp_path, store, quantization_config):
     stored = checkpoint(tmp_path / "model", store, quantization_config)
@@ -185,6 +185,21 @@ def test_a_dialect_that_config_or_shapes_deny_is_refused(tmp_path, store, quanti
     with pytest.raises(UserError) as caught:
         convert("source=local", f"source.path={tmp_path / 'model'}", f"results={tmp_path / 'results'}")
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_modelopt_may_say_in_a_file_of_its_own_how_it_quantized(tmp_path):
+    checkpoint(tmp_path / "model", lambda weight: packed_nvfp4(weight, modelopt=True), None, experts=16)
+    told = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}}
+    (tmp_path / "model" / "hf_quant_config.json").write_text(json.dumps(told))
+    arguments = ["source=local", f"source.path={tmp_path / 'model'}", f"results={tmp_path / 'results'}"]
+    release = convert(*arguments).run_directory / "release"
+    assert not (release / "hf_quant_config.json").exists()
+    assert json.loads((release / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
+    result = checkup.check(release, tmp_path / "model", quick=True)
+    assert result["passed"], result
+    (tmp_path / "model" / "hf_quant_config.json").write_text(json.dumps(told | {"quantization": ["NVFP4"]}))
+    with pytest.raises(UserError, match="hf_quant_config.json.* is \\['NVFP4'\\]"):
+        convert(*arguments[:2], f"results={tmp_path / 'others'}")
 
 
 def stacked(directory, make, quantization_config):

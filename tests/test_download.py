@@ -557,7 +557,7 @@ def test_a_hub_cache_made_of_links_to_blobs_is_a_checkpoint(tmp_path, converted)
 
 def test_what_the_index_omits_is_read_from_the_headers_and_noted(converted):
     listing = json.loads((converted.source_directory / "listing.json").read_text())
-    assert listing["anomalies"] == ["model.safetensors.index.json omits 15 tensors that the shards hold"]
+    assert listing["anomalies"] == ["the source's model.safetensors.index.json omits 15 tensors that its shards hold"]
 
 
 def test_duplicate_weights_in_other_formats_are_left_out(checkpoint, local):

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.checkpoint.files import read_json
 from stages.checkup.checkpoint import Shards
 from stages.dialects import recognize
 from stages.dialects.claim import Claim
-from stages.dialects.config import checked
+from stages.dialects.config import read_source_config
 from stages.dialects.reading import Tensors
 from stages.errors import UserError
 from stages.schemes.modules import Matrix, matrices
@@ -32,8 +31,7 @@ class Source(Shards):
             self.open_shard(path)
         if not self.tensors:
             raise UserError(f"--source {self.directory}: holds no tensor; name the checkpoint that the release was made from")
-        config = checked(read_json(self.directory / "config.json"), f"{self.directory}/config.json")
-        self.claims = recognize(self.tensors, self.where, config)
+        self.claims = recognize(self.tensors, self.where, read_source_config(self.directory))
         if self.directory.resolve() == release.resolve() or (self.directory / "manifest.json").exists():
             raise UserError(f"--source {self.directory}: is a release itself, not a source; name the checkpoint that the release was made from")
         for name, claim in self.claims.items():

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 from stages.checkpoint.header import TensorInfo
 from stages.dialects import block_fp8, channel_fp8, int4, mxfp4, mxfp8, nvfp4, plain
-from stages.dialects.block_fp8 import declared
 from stages.dialects.claim import Claim
+from stages.dialects.config import declared
 from stages.errors import UserError
 
 __all__ = ["DIALECTS", "Claim", "by_name", "recognize"]
@@ -54,7 +54,7 @@ def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], confi
             raise UserError(f"{where[name]}: {_unknown(name, info, tensors)}")
         if claimed.dialect == plain.NAME and SCALE.fullmatch(name):
             raise UserError(f"{where[name]}: {_lone(name, info, tensors)}")
-    if declared(config).get("quant_method") == "fp8" and not any(claimed.dialect in ("block_fp8", "mxfp4") for claimed in claims.values()):
+    if declared(config).get("quant_method") == "fp8" and not any(claimed.dialect in ("block_fp8", "channel_fp8", "mxfp4") for claimed in claims.values()):
         raise UserError("config.json declares quant_method 'fp8', but no shard holds an FP8 tensor; shards are missing "
                         "or config.json is of another checkpoint")
     for dialect in DIALECTS:

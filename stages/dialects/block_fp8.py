@@ -14,6 +14,7 @@ disagreement names both instead of guessing.
 from __future__ import annotations
 
 from stages.dialects.claim import Claim
+from stages.dialects.config import declared
 from stages.errors import UserError
 
 NAME = "block_fp8"
@@ -21,12 +22,6 @@ METHODS = ("fp8", "compressed-tensors")
 FLOATS = ("F32", "BF16", "F16")
 SCALE_DTYPES = (*FLOATS, "F8_E8M0")
 DEFAULT_TILE = (128, 128)
-
-
-def declared(config: dict) -> dict:
-    """The quantization_config, at the top or in text_config; empty where there is none."""
-    section = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
-    return section if isinstance(section, dict) else {}
 
 
 def declared_weights(config: dict) -> list[dict]:

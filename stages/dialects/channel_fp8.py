@@ -1,8 +1,9 @@
-"""FP8 with one float scale per output channel or per tensor, `weight_scale` (compressed-tensors float-quantized, ModelOpt).
+"""FP8 with one float scale per output channel or per tensor, `weight_scale` (compressed-tensors float-quantized, ModelOpt, AutoFP8).
 
     w[r, c] = float32(weight[r, c]) * float32(weight_scale[r])        [out, 1], or one element for the whole tensor
 
-The suffix alone does not say what it is: U8 scales of the same name are MXFP8, so dtype and shape decide.
+The suffix alone does not say what it is: U8 scales of the same name are MXFP8, so dtype and shape decide. AutoFP8 declares
+quant_method fp8 and has one scale per tensor.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 from stages.dialects import block_fp8
 from stages.dialects.block_fp8 import FLOATS, static_scale
 from stages.dialects.claim import Claim
+from stages.dialects.config import declared
 from stages.errors import UserError
 
 NAME = "channel_fp8"
-METHODS = ("compressed-tensors", "modelopt", "modelopt_mixed")
+METHODS = ("compressed-tensors", "modelopt", "modelopt_mixed", "fp8")
 
 
 def claim(name, info, tensors, where, config):
@@ -27,6 +29,9 @@ def claim(name, info, tensors, where, config):
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}; for {name} of shape "
                         f"{list(info.shape)} one scale per channel is {list(per_channel)} and one per tensor [1]; the scale "
                         "is of another checkpoint or of a dialect that is not read")
+    if scale.shape == per_channel and declared(config).get("quant_method") == "fp8":
+        raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, one per channel, which config.json's "
+                        "quant_method 'fp8' does not have; the scale or config.json is of another checkpoint")
     return Claim(NAME, scale_name, (1, info.shape[-1]), info.shape, static_scale(name, tensors), one_scale=scale.shape != per_channel)
 
 

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from stages.checkpoint.files import read_json
 from stages.errors import UserError
 
 EXPERT_COUNTS = ("moe_num_experts", "n_routed_experts", "num_local_experts", "num_experts")  # keys of config.json, by family
+MODELOPT = "hf_quant_config.json"  # older exports of ModelOpt say there, and there alone, how they are quantized; engines read it
+
+
+def declared(config: dict) -> dict:
+    """The quantization_config, at the top or in text_config; empty where there is none."""
+    section = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    return section if isinstance(section, dict) else {}
+
+
+def read_source_config(directory: Path, shown: Path | None = None) -> dict:
+    """config.json of a checkpoint, with what MODELOPT declares as its quantization_config where it has none itself.
+
+    `shown` is the directory to name where this one is a copy of ours. UserError where a part has a form that it cannot have.
+    """
+    place = shown or directory
+    config = checked(read_json(directory / "config.json", shown=place / "config.json"), f"{place}/config.json")
+    if declared(config) or not (directory / MODELOPT).exists():
+        return config
+    section = read_json(directory / MODELOPT, shown=place / MODELOPT).get("quantization")
+    if isinstance(section, dict):
+        section = {"quant_method": "modelopt"} | section
+    return checked(config | {"quantization_config": section}, f"{place}/{MODELOPT}")
 
 
 def checked(config: object, where: str = "config.json") -> dict:

@@ -18,6 +18,7 @@ import torch
 
 from stages.checkpoint.reader import ShardReader
 from stages.dialects import recognize
+from stages.dialects.config import read_source_config
 from stages.dialects.reading import Tensors, decoded
 from stages.dialects.roles import hidden_layers, layer_of
 from stages.errors import UserError
@@ -33,7 +34,7 @@ def expanded_tensors(directory: Path, dtype: torch.dtype) -> Iterator[tuple[str,
     Experts stored one by one come stacked, [experts, out, in], as `...moe.gate_proj.weight`. F32 tensors stay F32.
     """
     directory = Path(directory)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_source_config(directory)
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
         raise UserError(f"{directory} holds no *.safetensors file; is it a checkpoint?")
