@@ -5,24 +5,26 @@ from snakemake.io import IOFile
 sys.path.insert(0, workflow.basedir)
 from stages.errors import UserError
 from stages.plan import of_other_settings
-from stages.serving.environment import PLUGIN, ingredients, marker_inputs, plugin_files
-from stages.settings import CONVERTING, as_json, code_of, load, overrides_from, shards_of, text_path
+from stages.serving.environment import PLUGIN, fingerprint, ingredients, marker_inputs, plugin_files
+from stages.settings import CONVERTING, as_json, code_of, load, overrides_from, scoring, shards_of, text_path
 from stages.sources.local import identities, local_files
 try:
     OVERRIDES = overrides_from(config)
     S = load(OVERRIDES, ask=True)
     SHARDS = [name.removesuffix(".safetensors") for name in shards_of(S.source)]
-    FILES, TEXT = local_files(S.source), str(text_path(S))
+    FILES, TEXT, SERVER = local_files(S.source), str(text_path(S)), marker_inputs(S.serving)
+    if S.evaluation.via == "vllm" and S.serving.if_installed and S.serving.makes_environment and not SERVER:
+        raise UserError("evaluation.via=vllm needs a server: run make serve-env, or choose serving=vllm_cpu, vllm_cuda or endpoint")
 except UserError as error:
     sys.exit(f"error: {error}")
 
 PLUGIN = [str(PLUGIN / path) for path in plugin_files()]
-SERVER = marker_inputs(S.serving)
 SOURCE, RUN = str(S.source_directory), str(S.run_directory)
 RELEASE = f"{RUN}/release/manifest.json"
 RESULTS = ("report.html", "card.md", "metrics.json", "settings.yaml", "verify.json", "sqnr.json", "perplexity.json", "gemm.json", "serving.json")
 TEMPLATES = [f"stages/templates/{name}.j2" for name in ("card.md", "report.html")]
 CODE = code_of(*CONVERTING)
+serving_code = lambda *names: [f"stages/serving/{name}.py" for name in names]
 PYTHON, SETTINGS = shlex.quote(sys.executable), shlex.join(OVERRIDES)  # filled in late: they are no part of a rule's code
 stage = lambda name, extra="": (f"{{PYTHON}} -m stages.{name} {{SETTINGS}} {extra} 2>&1 | tee {{log:q}} "
                                 f"| sed -u 's/^/{name:16} | /'")
@@ -105,7 +107,8 @@ rule verify_release:
 rule evaluate:
     input: RELEASE, ancient(f"{RUN}/verify.json"), TEXT, SERVER if S.evaluation.via == "vllm" else []
     output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
-    params: evaluation=as_json(S.evaluation), code=code_of("stages/evaluate.py", "stages/models")
+    params: evaluation=as_json(scoring(S.evaluation)), server=as_json(S.serving) if S.evaluation.via == "vllm" else "",
+        code=code_of("stages/evaluate.py", "stages/models", *(serving_code("score", "launcher") if S.evaluation.via == "vllm" else []))
     resources: mem_mb=int(1000 * S.evaluation.memory_gb), server=1
     log: f"{RUN}/logs/evaluate.log"
     threads: 64  # as many as there are
@@ -114,13 +117,14 @@ rule evaluate:
 rule serve_environment:
     input: ingredients()
     output: "{environment}/installed.json"
+    params: made_of=fingerprint()
     wildcard_constraints: environment=re.escape(S.serving.environment or "-")
     shell: "{PYTHON} -m stages.serving.environment --directory {wildcards.environment:q}"
 
 rule serve_bench:
     input: RELEASE, ancient(f"{RUN}/verify.json"), SERVER
     output: f"{RUN}/serving.json"
-    params: serving=as_json(S.serving)
+    params: serving=as_json(S.serving), code=code_of("stages/serve_bench.py", *serving_code("launcher", "load", "statistics"))
     resources: server=1
     log: f"{RUN}/logs/serve_bench.log"
     threads: 64  # as many as there are
@@ -129,6 +133,6 @@ rule serve_bench:
 rule report:
     input: f"{RUN}/verify.json", f"{RUN}/gemm.json", f"{RUN}/sqnr.json", f"{RUN}/perplexity.json", f"{RUN}/serving.json"
     output: f"{RUN}/report.html", f"{RUN}/card.md", f"{RUN}/metrics.json", f"{RUN}/settings.yaml"
-    params: settings=[as_json(part) for part in (S.source, S.recipe, S.release)], code=code_of("stages/report.py", *TEMPLATES)
+    params: settings=[as_json(part) for part in (S.source, S.recipe, S.release)], code=code_of("stages/report.py", *serving_code("commands", "plots"), *TEMPLATES)
     log: f"{RUN}/logs/report.log"
     shell: stage("report")

@@ -25,7 +25,7 @@ from stages.dialects.roles import layer_of, projection_of
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import read_plan
 from stages.schemes.architectures import architecture_of
-from stages.settings import Settings, as_dict, load, stage_parser, text_path
+from stages.settings import Settings, load, scoring, stage_parser, text_path
 
 BYTES = {"float32": 4, "bfloat16": 2}
 FEWEST_TOKENS = 16  # of a text: fewer measure nothing, and draft layers look several ahead
@@ -191,16 +191,16 @@ def perplexity(settings: Settings, plan: dict) -> dict:
     """The content of perplexity.json; reasons stand in place of figures that were not measured."""
     evaluation = settings.evaluation
     weights = sum(math.prod(entry["matrix"] or entry["shape"]) for entry in plan["tensors"].values() if not entry["belongs_to"])
-    result = {"settings": {key: value for key, value in as_dict(evaluation).items() if not key.startswith("gemm")}}
+    result = {"settings": scoring(evaluation)}
     source = Path(settings.source.path) if settings.source.path else None
     need = weights * BYTES[evaluation.dtype] * (2 if source is None else 4)  # state beside model; two models at once
-    if evaluation.via == "process" and not architecture_of(plan["architecture"]).in_process:
+    if evaluation.via == "process" and plan["architecture"] not in architecture_of(plan["architecture"]).in_process:
         return result | {"not_measured": f"{plan['architecture']} does not run in process here: measure perplexity through a server "
                          "(evaluation.via=vllm)"}
     if evaluation.via == "process" and need > evaluation.memory_gb * 1e9:
-        return result | {"not_measured": f"{human_bytes(weights * BYTES[evaluation.dtype])} of weights in "
-                         f"{evaluation.dtype} exceed evaluation.memory_gb={evaluation.memory_gb:g}: measure perplexity "
-                         "through a server (evaluation.via=vllm)"}
+        return result | {"not_measured": f"{'the release' if source is None else 'source and release'} in {evaluation.dtype} and what they are "
+                         f"loaded from need about {human_bytes(need)}, which exceed evaluation.memory_gb={evaluation.memory_gb:g}: measure "
+                         "perplexity through a server (evaluation.via=vllm)"}
     path = text_path(settings)
     try:
         text = path.read_text(encoding="utf-8")

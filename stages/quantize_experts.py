@@ -51,6 +51,7 @@ KEPT_BYTES = 64 << 20  # of scales from other shards that are kept in memory
 USUAL_SIZES = (1e-9, 1e4)  # root mean square of a network's weights; outside of it a scale was misunderstood
 MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # mallopt's parameter and its value in bytes
 DECISIVE = ("shard", "dtype", "shape", "decision", "scheme")  # of a plan's entry, beside the fields of its Claim
+INSPECT = "run download --metadata and inspect_format again"
 REPORT_SECONDS = 10.0  # between progress lines where the output is no terminal
 
 
@@ -269,7 +270,9 @@ def _check_header(reader: ShardReader, plan: dict, shard: str) -> None:
     """UserError where the shard is not the one that was inspected."""
     planned = {name: entry for name, entry in plan["tensors"].items() if entry["shard"] == shard}
     if more := sorted(reader.header.tensors.keys() - planned.keys()):
-        raise UserError(f"{shard}: tensor {more[0]} was not there when it was inspected; run download --metadata and inspect_format again")
+        raise UserError(f"{shard}: tensor {more[0]} was not there when it was inspected; {INSPECT}")
+    if lost := sorted(planned.keys() - reader.header.tensors.keys()):
+        raise UserError(f"{shard}: tensor {lost[0]} is gone, which was there when it was inspected; {INSPECT}")
     for name, entry in planned.items():
         _check_tensor(reader, shard, name, entry)
 
@@ -278,7 +281,7 @@ def _check_tensor(reader: ShardReader, shard: str, name: str, entry: dict) -> No
     info = reader.info(name)
     if (info.dtype, list(info.shape)) != (entry["dtype"], entry["shape"]):
         raise UserError(f"{shard}: tensor {name} is {info.dtype} {list(info.shape)}, but was "
-                        f"{entry['dtype']} {entry['shape']} when it was inspected; run inspect_format again")
+                        f"{entry['dtype']} {entry['shape']} when it was inspected; {INSPECT}")
 
 
 def _identity(path: Path) -> tuple[int, ...]:
@@ -355,7 +358,7 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
             _write(plan, outputs, reader, quantizer, writer, progress)
             source_digest = source_sha256.result()
             if _identity(source_path) != identity:  # before the output takes its name
-                raise UserError(f"{source_path} changed while it was converted; run download --metadata and inspect_format again")
+                raise UserError(f"{source_path} changed while it was converted; {INSPECT}")
             _check_digest(settings, shard, source_digest)
     assert writer.size == promised["file_bytes"], f"{shard}: {writer.size} bytes, planned {promised['file_bytes']}"
     seconds = time.monotonic() - start

@@ -371,8 +371,13 @@ def as_dict(part: object) -> dict:
 
 
 def as_json(part: object) -> str:
-    """Canonical JSON of a settings part: the string whose hash a receipt carries."""
-    return json.dumps(as_dict(part), sort_keys=True, separators=(",", ":"))
+    """Canonical JSON of a settings part, or of what was picked from one."""
+    return json.dumps(part if isinstance(part, dict) else as_dict(part), sort_keys=True, separators=(",", ":"))
+
+
+def scoring(evaluation: EvaluationSettings) -> dict:
+    """What a perplexity depends on: all of the evaluation's settings but those of the GEMM checks."""
+    return {key: value for key, value in as_dict(evaluation).items() if not key.startswith("gemm")}
 
 
 def stage_parser(description: str | None) -> argparse.ArgumentParser:

@@ -78,8 +78,9 @@ def test_changing_the_evaluation_does_not_convert_again(finished):
 
 @pytest.mark.parametrize("override, jobs", [
     ("source.license=mit", {"report"}), ("source.origin=somebody/original", {"report"}), ("release.minimum_sqnr_db=16", {"verify_release", "report"}),
+    ("evaluation.gemm_tokens=48", {"validate_gemm", "report"}), ("serving.output_tokens=64", {"serve_bench", "report"}),
 ])
-def test_what_only_the_card_or_the_proof_depends_on_converts_and_measures_nothing_again(finished, override, jobs):
+def test_only_what_depends_on_a_setting_runs_again(finished, override, jobs):
     ran = snakemake(finished, "-n", "--cores", "2", "--config", f"overrides=[{override}]")
     found = jobs_of(ran)
     assert ran.returncode == 0 and found == jobs | {"all"}, ran.stdout + ran.stderr
@@ -178,6 +179,7 @@ def test_every_recipe_and_every_pinned_source_dry_runs(tmp_path, source, recipe)
     (["overrides=[recipe.layot=stacked]"], "did you mean 'recipe.layout'"),
     (["source=local", "overrides=[source.path=/nonexistent]"], "/nonexistent"),
     (["overrides=[evaluation.text=/nonexistent]"], "/nonexistent"),
+    (["overrides=[evaluation.via=vllm,serving.environment=nonexistent]"], "evaluation.via=vllm needs a server: run make serve-env"),
 ])
 def test_a_mistake_on_the_command_line_is_one_clear_line(tmp_path, config, words):
     ran = snakemake(workdir(tmp_path / "mistake"), "--cores", "1", "--config", *config)

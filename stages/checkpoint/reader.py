@@ -64,7 +64,7 @@ class ShardReader:
         try:
             return self.header.tensors[name]
         except KeyError:
-            raise UserError(f"{self.path.name}: tensor {name} is not in the shard; run inspect_format again") from None
+            raise UserError(f"{self.path}: holds no tensor {name}; it is not the file that was expected") from None
 
     def _read(self, begin: int, end: int, buffer: bytearray | None = None) -> memoryview:
         """Bytes begin..end of the data section; in the caller's buffer if that is large enough, fresh memory costs more

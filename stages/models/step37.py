@@ -22,6 +22,7 @@ from stages.dialects.config import read_source_config
 from stages.dialects.reading import Tensors, decoded
 from stages.dialects.roles import hidden_layers, layer_of
 from stages.errors import UserError
+from stages.schemes.architectures import architecture_of
 from stages.schemes.draft_scales import NAME as DRAFT_SCALE
 from stages.schemes.modules import module_of
 
@@ -85,9 +86,10 @@ def load(directory: Path, dtype: torch.dtype):
     logging.set_verbosity_error()  # its loading report is turned into the error below
     raw = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     architecture = (raw.get("architectures") or ["?"])[0]
-    if architecture != "Step3p7ForConditionalGeneration":
-        raise UserError(f"{directory}: architecture {architecture} cannot be evaluated in process, only "
-                        "Step3p7ForConditionalGeneration can")
+    row = architecture_of(architecture)
+    if row is None or architecture not in row.in_process:
+        raise UserError(f"{directory}: architecture {architecture} cannot be evaluated in process; measure perplexity through a server "
+                        "(evaluation.via=vllm)")
     layers = hidden_layers(raw)
     raw.pop("quantization_config", None)
     raw.pop("auto_map", None)

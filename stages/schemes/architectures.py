@@ -55,7 +55,7 @@ class Architecture:
     probes: tuple[str, ...] = SWIGLU  # projections of expert 0 whose targets decide for all experts
     experts: tuple[str, ...] = SWIGLU  # projections under which the checkpoint must store experts to be loaded
     plugin: bool = False  # a release bundles the plugin that vLLM needs for its draft layers
-    in_process: bool = False  # stages/models can run it
+    in_process: tuple[str, ...] = ()  # of the names, those that stages/models can run
     tried: tuple[Tried, ...] = ()  # what was really run, with the first of `names`
     cautions: tuple[str, ...] = ()  # what a user of the release must know
     refused: str | None = None  # why a release of it would not load
@@ -83,7 +83,7 @@ ARCHITECTURES = (
                  (r"\.attn\.in_proj$", ".attn.qkv_proj"), (r"\.mlp\.c_fc$", ".mlp.fc1"), (r"\.mlp\.c_proj$", ".mlp.fc2")),
         unseen=r"model\.layers\.|vision_model\.|vit_large_projector",  # drafts and tower are built before the mapping is set
         never=_NEVER + r"|.*embed_tokens$|.*vit_downsampler\d$",
-        plugin=True, in_process=True,
+        plugin=True, in_process=("Step3p7ForConditionalGeneration",),
         tried=(Tried(VLLM, "yes", "run on a CPU with the plugin that the release bundles; without it the draft layers do not load",
                      ("experts mxfp4", "stacked experts mxfp4", "experts mxfp4, rest mxfp8")),
                Tried(TRANSFORMERS, "no", "5.19 leaves the experts of this model at random values, with only a warning; evaluate here expands "

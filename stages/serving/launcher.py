@@ -99,10 +99,10 @@ def executable(settings: Settings) -> Path:
 
 def drafts_of(directory: Path) -> int:
     """Number of MTP layers of a checkpoint or release that can draft: declared by config.json, and there."""
-    config = read_json(directory / "config.json", "assemble_release")
+    config = read_json(directory / "config.json")
     if not declared_drafts(config):
         return 0
-    index = read_json(directory / INDEX, "assemble_release") if (directory / INDEX).exists() else {}
+    index = read_json(directory / INDEX) if (directory / INDEX).exists() else {}
     if isinstance(index.get("weight_map"), dict):
         return draft_layers(config, index["weight_map"])
     return draft_layers(config, [name for path in directory.glob("*.safetensors") for name in read_header(path).tensors])

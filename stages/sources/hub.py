@@ -158,7 +158,7 @@ class Hub:
                 raise ConnectionError(f"asked for {promised}, {len(data)} bytes came")
             return bytes(data[wanted - (end - begin):wanted])
 
-        return self.patiently(f"reading the header of {name}", once)
+        return self.patiently(f"reading bytes {begin} to {end} of {name}", once)
 
     def read_header(self, name: str, size: int) -> Header:
         """Header of a shard, by two range requests."""

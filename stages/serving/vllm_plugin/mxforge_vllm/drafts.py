@@ -15,23 +15,25 @@ from __future__ import annotations
 import inspect
 import re
 
+from mxforge_vllm.configuration import vllms_text_config
+
 OPTIONAL = re.compile(r".*\.attn\.(q|k|v|prob)_(scale|zero_point)")
 
 
 def layer_types_needed() -> bool:
-    """Whether a list with entries for draft layers is cut."""
-    from vllm.transformers_utils.configs.step3p5 import Step3p5Config
-
-    config = Step3p5Config(num_hidden_layers=1, num_nextn_predict_layers=1,
-                           layer_types=["full_attention", "sliding_attention"])
+    """Whether a list with entries for draft layers is cut; 0.33 has no class of its own that could."""
+    text_class = vllms_text_config()
+    if text_class is None:
+        return False
+    config = text_class(num_hidden_layers=1, num_nextn_predict_layers=1,
+                        layer_types=["full_attention", "sliding_attention"])
     return len(config.layer_types) == 1
 
 
 def keep_layer_types() -> None:
     """Puts the uncut list back where it has exactly one entry per layer, draft layers included."""
-    from vllm.transformers_utils.configs.step3p5 import Step3p5Config
-
-    stock = Step3p5Config.__init__
+    text_class = vllms_text_config()
+    stock = text_class.__init__
 
     def __init__(self, *positional, **keywords):
         stock(self, *positional, **keywords)
@@ -40,7 +42,7 @@ def keep_layer_types() -> None:
             self.layer_types = whole
 
     __init__.__signature__ = inspect.signature(stock)
-    Step3p5Config.__init__ = __init__
+    text_class.__init__ = __init__
 
 
 def optional_scales_needed() -> bool:
