@@ -91,7 +91,7 @@ def read_tensor_bytes(settings: Settings, shard: str, name: str) -> bytes:
     """Bytes of one tensor of a hub source's shard by a range request; the header that `fetch_metadata` saw says where."""
     record = read_json(settings.source_directory / "headers.json", "download --metadata")[shard]
     _, _, begin, end = record["tensors"][name]
-    start = record["file_size"] - max(entry[3] for entry in record["tensors"].values())  # data ends where the file ends
+    start = record["data_start"]
     return Hub(settings.source).read_range(shard, start + begin, start + end, record["file_size"])
 
 

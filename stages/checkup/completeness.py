@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from stages.checkup.checkpoint import EXPERT, Checkpoint
 from stages.checkup.faults import some
 from stages.checkup.form import is_count
-from stages.dialects.completeness import check_ends, unlike_their_kind
+from stages.dialects.completeness import check_ends, held_by_layers, unlike_their_kind
 from stages.dialects.config import EXPERT_COUNTS, is_tied
-from stages.dialects.roles import TEXT_ROOT
+from stages.dialects.roles import declared_drafts, hidden_layers
 from stages.errors import UserError
 
-LAYER = re.compile(rf"{TEXT_ROOT}\.layers\.(?P<layer>\d+)\.(?P<tail>.+)$", re.S)
 MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000  # that are looked for, whatever a config or a name says
 
 Groups = dict[tuple[str, str], dict[int, tuple[int, ...]]]  # layer and projection -> expert -> shape of its weight
@@ -65,15 +64,12 @@ def _lost_projections(groups: Groups) -> Iterator[str]:
 
 def layers(checkpoint: Checkpoint) -> Iterator[str]:
     """Every layer that config.json counts is there, with the tensors that layers of its kind have."""
-    count, drafts = checkpoint.text.get("num_hidden_layers"), checkpoint.text.get("num_nextn_predict_layers") or 0
-    if not is_count(count) or not (is_count(drafts) or drafts == 0):
-        yield f"config.json: num_hidden_layers is {count!r} and num_nextn_predict_layers {drafts!r}; expected whole numbers"
+    try:
+        count, drafts = hidden_layers(checkpoint.config), declared_drafts(checkpoint.config)
+    except UserError as error:
+        yield str(error)
         return
-    held: dict[int, set[str]] = defaultdict(set)  # layer -> what its tensors are called in it, one name for all experts and parts
-    for name in checkpoint.tensors:
-        if match := LAYER.match(name):
-            tail = re.sub(r"\.experts\.\d+\.", ".experts.*.", "." + match["tail"])
-            held[int(match["layer"][:9])].add(re.sub(r"\.weight_(packed|scale)$", ".weight", tail)[1:])
+    held = held_by_layers(checkpoint.tensors)
     if not held:
         return
     counted = f"config.json has {count} layers and {drafts} draft layers"

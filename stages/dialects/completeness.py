@@ -6,17 +6,27 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from stages.dialects.roles import layer_of, role_of
+from stages.dialects.roles import layer_and_tail, layer_of, role_of
 from stages.errors import UserError
 
 ROUTED = re.compile(r"\.experts\.|^\w+\.(gate|router)\.weight$")  # of a layer with experts, even one that has lost them
-STORED = re.compile(r"[._](weight|weight_packed|blocks)$")  # one name for a weight, however it is stored
+STORED = re.compile(r"[._](weight(_packed|_scale(_inv)?)?|blocks|scales)$")  # one name for a weight, however it is stored
 
 
 def first_gap(numbers: Iterable[int]) -> int:
     """The least whole number that is not among them; how many a config counts is not looped over, it may say anything."""
     present = set(numbers)
     return next(number for number in range(len(present) + 1) if number not in present)
+
+
+def held_by_layers(names: Iterable[str]) -> dict[int, set[str]]:
+    """Layer -> what its tensors are called in it, one name for all experts and for all parts of a weight."""
+    held: dict[int, set[str]] = defaultdict(set)
+    for name in names:
+        layer, tail = layer_and_tail(name)
+        if layer is not None:
+            held[layer].add(STORED.sub(".weight", re.sub(r"\.experts\.\d+\.", ".experts.*.", f".{tail}"))[1:])
+    return held
 
 
 def unlike_their_kind(held: Mapping[int, set[str]]) -> Iterator[tuple[int, list[str]]]:
@@ -36,12 +46,7 @@ def check_layers(entries: Mapping[str, Mapping], layers: int, drafts: int) -> No
 
     entries: tensor name -> {"belongs_to", ...}; layers and drafts: by config.json. Draft layers may be left out.
     """
-    held: dict[int, set[str]] = defaultdict(set)
-    for name, entry in entries.items():
-        layer = layer_of(name)
-        if layer is not None and not entry["belongs_to"]:
-            tail = re.sub(r"\.experts\.\d+\.", ".experts.*.", "." + re.split(r"(?:^|\.)layers\.\d+\.", name, maxsplit=1)[1])
-            held[layer].add(STORED.sub(".weight", tail)[1:])
+    held = held_by_layers(name for name, entry in entries.items() if not entry["belongs_to"])
     counted = f"config.json has {layers} layers" + (f" and {drafts} draft layers" if drafts else "")
     incomplete = "the checkpoint is incomplete or of another config"
     if (missing := first_gap(held)) < layers:

@@ -16,7 +16,7 @@ from stages.errors import UserError
 
 TEXT_ROOT = r"(?:model\.language_model|language_model\.model|model)"  # what names of the text model begin with, where not plain
 _TEXT = rf"(?:{TEXT_ROOT}\.|(?=layers\.|embed\.|norm\.|head\.))"
-_LAYER = _TEXT + r"layers\.(?P<layer>\d+)\."
+_LAYER = _TEXT + r"layers\.(?P<layer>\d{1,9})\."
 _BLOCK = r"(?:moe|mlp|block_sparse_moe|ffn|feed_forward)\."
 # what a linear weight may be stored as: the weight, its scales, its bias
 _STORED = r"(?:[._](?:weight|scale|blocks|scales|bias|packed)[a-z0-9_]*|\.(?:input|output)_(?:global_)?scale)?"
@@ -67,10 +67,15 @@ def hidden_layers(config: dict) -> int:
     return layers
 
 
+def layer_and_tail(name: str) -> tuple[int | None, str]:
+    """(layer number, what the tensor is called in its layer) of a text tensor; (None, its name) outside the layers."""
+    match = re.match(_LAYER, name)
+    return (int(match.group("layer")), name[match.end():]) if match else (None, name)
+
+
 def layer_of(name: str) -> int | None:
     """Layer number in a text tensor's name, None outside the layers."""
-    match = re.match(_LAYER, name)
-    return int(match.group("layer")) if match else None
+    return layer_and_tail(name)[0]
 
 
 def role_of(name: str, layers: int) -> str:
