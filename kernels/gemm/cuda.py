@@ -45,7 +45,8 @@ def weight_tile(packed, scale, n, k_block, blocks, EVEN: tl.constexpr, BB: tl.co
     """
     block = k_block + tl.arange(0, BB)
     at = n[:, None] * blocks + block[None, :]  # [BN, BB]: a scale byte and 16 packed bytes
-    byte = at[:, :, None] * 16 + tl.arange(0, 16)[None, None, :]
+    k_byte = k_block * 16 + tl.arange(0, 16 * BB)
+    byte = n[:, None] * (blocks * 16) + k_byte[None, :]  # two axes: older compilers order three badly
     if EVEN:
         word = tl.load(scale + n[:, None] * (blocks // 4) + (k_block // 4 + tl.arange(0, BB // 4))[None, :])
         unit = tl.reshape((word[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]) & 255, [BN, BB])
@@ -53,7 +54,7 @@ def weight_tile(packed, scale, n, k_block, blocks, EVEN: tl.constexpr, BB: tl.co
     else:
         inside = (block < blocks)[None, :] & (n[:, None] >= 0)
         unit = tl.load(scale + at, mask=inside, other=127)
-        pair = tl.load(packed + byte, mask=inside[:, :, None] & (byte >= 0), other=0)
+        pair = tl.load(packed + byte, mask=(k_byte < blocks * 16)[None, :] & (n[:, None] >= 0), other=0)
     pair = pair.to(tl.int32)
     unit = block_unit(unit)[:, :, None]
     if DTYPE == tl.bfloat16:
@@ -63,9 +64,9 @@ def weight_tile(packed, scale, n, k_block, blocks, EVEN: tl.constexpr, BB: tl.co
         else:
             low, high = both.to(tl.int16).to(tl.bfloat16, bitcast=True), (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
             unit = unit.to(tl.bfloat16)
-        w = (tl.interleave(low, high) * TWO_TO_126).to(low.dtype) * unit
+        w = tl.reshape((tl.interleave(low, high) * TWO_TO_126).to(low.dtype), [BN, BB, 32]) * unit
     else:
-        w = tl.interleave(decode_nibble(pair) * unit, decode_nibble(pair >> 4) * unit)
+        w = tl.reshape(tl.interleave(decode_nibble(pair), decode_nibble(pair >> 4)), [BN, BB, 32]) * unit
     return tl.trans(tl.reshape(w.to(DTYPE), [BN, 32 * BB]))
 
 
@@ -87,10 +88,11 @@ def row_tiles_kernel(offsets, tile_expert, tile_row, experts, tiles, BT: tl.cons
 
 @triton.jit(do_not_specialize=["tokens"])
 def grouped_kernel(
-    x, packed, scale, y, offsets, tile_expert, tile_row, tokens, out, columns, experts, GROUPED: tl.constexpr,
+    x, packed, scale, y, offsets, tile_expert, tile_row, tokens, out, experts, columns: tl.constexpr, GROUPED: tl.constexpr,
     EVEN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Pointer kernel. Grid (ceil(out / BN), row tiles)."""
+    """Pointer kernel. Grid (ceil(out / BN), row tiles). `columns` is compiled in: the interpreters of Triton 3.4 to 3.6 cannot loop to
+    a number that is not, and a model has few widths."""
     tl.static_assert(BK % (128 if EVEN else 32) == 0, "BK must hold whole blocks, and words of four scale bytes if EVEN")
     blocks = columns // 32
     if GROUPED:
@@ -143,6 +145,17 @@ def tile_sizes(dtype: torch.dtype, out: int, experts: int, tokens: int) -> tuple
     return 128, 128, 128, 8, 3 if large else 2
 
 
+def summed_in_float32(x, weight):
+    """x @ weight^T by cuBLAS, which by torch's default may add its partial sums in BF16."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        return x @ weight.T
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = allowed
+
+
 @on_its_device
 def grouped_linear(x, packed, scale, expert_offsets):
     """x [T, in] sorted by expert -> x's dtype [T, out]; arguments checked by kernels.gemm."""
@@ -154,7 +167,7 @@ def grouped_linear(x, packed, scale, expert_offsets):
     if not (tokens and out and experts):
         return result
     if experts == 1 and tokens >= DENSE_ROWS and x.dtype == torch.bfloat16:
-        return x @ dequantize(packed[0], scale[0], x.dtype).T
+        return summed_in_float32(x, dequantize(packed[0], scale[0], x.dtype))
     bt, bn, bk, warps, stages = tile_sizes(x.dtype, out, experts, tokens)
     grouped, tiles = experts > 1, row_tiles(experts, tokens, bt)
     assert tiles < 2**16, f"{tokens} rows in {experts} experts: {tiles} row tiles, the grid's second axis ends at 65535"
@@ -167,8 +180,7 @@ def grouped_linear(x, packed, scale, expert_offsets):
         )
     grouped_kernel[(triton.cdiv(out, bn), tiles)](
         x.contiguous(), packed.contiguous(), scale.contiguous().view(torch.int32 if even else torch.uint8), result,
-        offsets, tile_expert, tile_row, tokens, out, columns, experts,
-        GROUPED=grouped, EVEN=even, BT=bt, BN=bn, BK=bk, WIDEN=INTERPRETED,
+        offsets, tile_expert, tile_row, tokens, out, experts, columns=columns, GROUPED=grouped, EVEN=even, BT=bt, BN=bn, BK=bk, WIDEN=INTERPRETED,
         num_warps=warps, num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
     return result

@@ -262,16 +262,17 @@ def on_its_device(function):
     @functools.wraps(function)
     def wrapper(tensor, *arguments):
         places = {str(part.device) for part in (tensor, *arguments) if isinstance(part, torch.Tensor)}
-        assert len(places) == 1, f"tensors are on {' and '.join(sorted(places))}"
+        if len(places) > 1:
+            raise ValueError(f"tensors are on {' and '.join(sorted(places))}: backend 'cuda' takes those of one GPU")
         with torch.cuda.device_of(tensor):
             return function(tensor, *arguments)
 
     return wrapper
 
 
-@on_its_device
-def quantize(weight, tile_scale, rule, tile, importance):
-    """[E, out, in] -> packed, scale, signal, error, decoded; arguments checked by kernels.mxfp4.quantize."""
+def launch_quantize(weight, tile_scale, rule, tile, importance):
+    """[E, out, in] -> packed, scale, float64 sums [E, programs, 3] and int32 [E, programs], not 0 where a weight is not finite; does not
+    wait for the GPU."""
     experts, out, columns = weight.shape
     assert columns % BLOCK == 0, f"in = {columns}"
     assert out * columns < 2**31 - BLOCK * BLOCKS_PER_PROGRAM, f"matrix of {out} x {columns} weights: indices in it are int32"
@@ -296,6 +297,13 @@ def quantize(weight, tile_scale, rule, tile, importance):
             TILE_ROWS=tile[0], TILE_COLUMNS=tile[1], FP8=fp8, BF16=bf16, RULE=RULE_NUMBER[rule],
             WEIGHTED=importance is not None, NB=BLOCKS_PER_STEP, STEPS=STEPS, num_warps=4, enable_fp_fusion=importance is None,
         )  # fmt: skip
+    return packed, scale, sums, bad
+
+
+@on_its_device
+def quantize(weight, tile_scale, rule, tile, importance):
+    """[E, out, in] -> packed, scale, signal, error, decoded; arguments checked by kernels.mxfp4.quantize."""
+    packed, scale, sums, bad = launch_quantize(weight, tile_scale, rule, tile, importance)
     if bool(bad.any()):
         refuse(weight, tile_scale, tile)
     return packed, scale, *sums.sum(1).unbind(-1)

@@ -29,7 +29,7 @@ def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
     tried = f"vLLM {engine.get('version')}" + (" on a CPU, with the plugin" if on_cpu else "") if engine else "not run"
     rows = []
     if drafts and architecture_of(plan["architecture"]).plugin:
-        rows.append({"title": "The plugin, once per environment: draft layers need it in vLLM 0.32",
+        rows.append({"title": "The plugin, once per environment: vLLM 0.32 needs it for the draft layers, 0.33 for config.json, too",
                      "command": "pip install ./vllm_plugin", "run": tried})
     rows.append({"title": f"vLLM, one GPU with {needed} or more" + (", drafting" if drafts else ""),
                  "command": " ".join([*base, *speculation]), "run": tried})

@@ -132,6 +132,7 @@ def test_bfloat16_gemm_multiplies_on_tensor_cores_loads_ahead_and_decodes_in_pai
     kernel = compiled[f"gemm {name}: grouped_kernel"]
     assert count(kernel, instruction), sorted(kernel["code"])
     assert count(kernel, "LDGSTS") and not count(kernel, "LDG.E.U8"), f"{name}: a load waits in the loop: {sorted(kernel['code'])}"
+    assert not count(kernel, "STS.U16"), f"{name}: decoded weights are stored one by one"
     assert count(kernel, "HMUL2.BF16") >= 32 and count(kernel, "FMUL") <= 8, f"{name}: weights are decoded one by one: {kernel['code']}"
     assert kernel["waits"] and not any(wait == 0 for wait in kernel["waits"]), f"{name}: every step waits for all of its loads: {kernel['waits']}"
 

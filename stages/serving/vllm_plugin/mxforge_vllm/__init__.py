@@ -2,7 +2,7 @@
 
 Two kinds of patches, each a row of PATCHES:
 
-- `drafts`: what stock vLLM 0.32 lacks for the draft (MTP) layers of a compressed-tensors checkpoint, on any device.
+- `drafts`: what stock vLLM (0.32, 0.33) lacks for the draft (MTP) layers of a compressed-tensors checkpoint, on any device.
 - `cpu`: what a machine without a GPU lacks: MXFP4, MXFP8 and FP8 weights are expanded to BF16 when they are loaded, sigmoid
   routing and the SwiGLU limit run in plain torch. Slow and exact; for checks, not for service.
 
