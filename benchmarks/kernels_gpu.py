@@ -7,9 +7,13 @@ byte ends the run with exit status 1 before anything is timed. Then, in one run:
 device-to-device copy, in bytes read and written per second, and the GEMMs against cuBLAS in BF16 on the decoded weights (which read four
 times the bytes), with errors against float64.
 
-"kernel" is the backend's function, "public" the one that checks its arguments first: it reads the scales and waits for the answer. Each
-GEMM and its baselines are captured in CUDA graphs, so that launches from Python take no part; where a capture fails, the record says so.
-Grouped baselines: one cuBLAS matmul per expert that has rows, offsets known to the host beforehand, and torch's grouped_mm where there is one.
+"kernel" is what the backend launches, captured in a CUDA graph, so that Python and the driver take no part; where a capture fails, the
+record says so. "public" is the function that checks its arguments first, reads the scales and waits for the answer; it is compared with
+cuBLAS launched from Python, too. One linear layer is smaller than the L2 cache and done in a few microseconds: a graph holds as many
+calls, each on a copy of the weights of its own, as fill several caches, and the record has the time of one. Grouped baselines: one cuBLAS
+matmul per expert that has rows, offsets known to the host beforehand, and torch's grouped_mm where there is one.
+
+The record is written after each section, so that one that fails does not take the others with it.
 """
 
 import argparse
@@ -23,13 +27,17 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests" / "kernels")]
 
+import kernel_cases  # noqa: E402
 from kernels import gemm, mxfp4  # noqa: E402
 
 SHAPES = [(4096, 1280), (1280, 4096)]  # out, in: Step-3.7's down and gate/up projections
 TOKENS = [1, 8, 32, 128, 1024]
 EXPERTS, TOP = 288, 8
+SPREAD = 256 << 20  # bytes of weights that the calls in one graph read together: several L2 caches
+SCALES = (*(2.0**power for power in (-149, -140, -127, -126, -125, -117, -60, -20, -10, 0, 10, 60)), 3e-4, 3.1e-38, 1.1e-4, 0.7, 7.5e35)
 
 
 def block_fp8(shape, generator):
@@ -41,38 +49,34 @@ def block_fp8(shape, generator):
     return codes.view(torch.float8_e4m3fn), scale
 
 
-class WrongBytes(Exception):
-    """A kernel's result is not the reference's."""
-
-
-def require(right: bool, what: str) -> None:
-    """WrongBytes unless it is right."""
-    if not right:
-        raise WrongBytes(what)
-
-
 def check(generator) -> list[str]:
-    """Bytes against the reference; raises WrongBytes with the number of wrong ones."""
+    """Bytes, sums, decoded values and refusals against the reference, GEMMs against float64; AssertionError says what is wrong."""
     done = []
-    for shape in ((3, 200, 288), (2, 1280, 4096), (5, 123 * 32)):
-        codes, scale = block_fp8(shape, generator)
-        for rule in mxfp4.RULES:
-            got = mxfp4.quantize(codes, scale, rule=rule, backend="cuda")
-            truth = mxfp4.quantize(codes.cpu(), scale.cpu(), rule=rule, backend="reference")
-            for field in ("packed", "scale"):
-                wrong = int((getattr(got, field).cpu() != getattr(truth, field)).sum())
-                require(wrong == 0, f"{shape} rule {rule}: {wrong} wrong bytes in {field}")
+
+    def same(weight, scale, name, **options):
+        kernel_cases.compare("cuda", "cuda", weight, scale, name=name, **options)
+        done.append(f"{name} {options.get('rule', 'mse')}")
+
+    for rule in mxfp4.RULES:
+        for name, weight in kernel_cases.float_blocks().items():
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                a = mxfp4.dequantize(got.packed, got.scale, dtype, backend="cuda").cpu()
-                require(torch.equal(a, mxfp4.dequantize(truth.packed, truth.scale, dtype, backend="reference")), f"{shape} {dtype}")
-            done.append(f"{shape} {rule}")
-    packed = torch.arange(256, dtype=torch.uint8, device="cuda").reshape(2, 128).repeat(9, 1)
-    scale = torch.tensor([3, 4, 30, 64, 127, 128, 200, 250, 252], dtype=torch.uint8, device="cuda").repeat_interleave(2)[:, None].repeat(1, 8)
-    weight = mxfp4.dequantize(packed, scale, torch.bfloat16, backend="cuda")
-    for rows in (3, 40, 256):  # rows of the identity give the weights themselves
-        y = gemm.linear(torch.eye(256, dtype=torch.bfloat16, device="cuda")[:rows], packed, scale, backend="cuda")
-        require(torch.equal(y, weight[:, :rows].T), f"GEMM with {rows} rows of the identity: other weights")
-        done.append(f"GEMM decodes every byte, {rows} rows")
+                largest = torch.finfo(dtype).max
+                same(weight.clamp(-largest, largest).to(dtype), None, f"{name} {dtype}", rule=rule)
+        for value in SCALES:
+            same(*kernel_cases.every_code(value), f"every code times {value:g}", rule=rule)
+        for shape in ((3, 200, 288), (2, 1280, 4096), (5, 123 * 32), (1, 32)):
+            same(*(part.cpu() for part in block_fp8(shape, generator)), f"{shape}", rule=rule)
+        same(block_fp8((40, 96), generator)[0].cpu(), torch.rand(6, 2) + 0.1, "tiles of 7 x 48", rule=rule, tile=(7, 48))
+    importance = torch.rand(288) ** 4
+    same(*(part.cpu() for part in block_fp8((3, 200, 288), generator)), "FP8 with importance", importance=importance)
+    same(torch.randn(40, 288), None, "float32 with importance", importance=importance)
+    kernel_cases.check_refusals("cuda", "cuda")
+    done.append("refusals")
+    for shape in ((1280, 4096, (1, 33, 300)), (1280, 1312, (5, 300)), (40, 64, (520,))):
+        kernel_cases.check_gemm("cuda", "cuda", *shape)
+        done.append(f"GEMM {shape}")
+    kernel_cases.check_gemm_decodes_exactly("cuda", "cuda")
+    done.append("GEMM decodes every byte")
     return done
 
 
@@ -87,7 +91,7 @@ def warm_up(seconds: float = 0.5) -> None:
 
 
 def captured(run):
-    """`run` as a CUDA graph's replay, or itself where it cannot be captured; and which of the two."""
+    """`run` as a CUDA graph's replay, or itself where it cannot be captured; and which of the two. Memory that the graph uses stays taken."""
     try:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -105,8 +109,11 @@ def captured(run):
         return run, False
 
 
-def interleaved(table: dict, repetitions: int) -> dict:
-    """name -> {median_ms, min_ms, max_ms} by CUDA events; each repetition runs every row, after a flush of the L2 cache."""
+def interleaved(table: dict, repetitions: int, calls: dict | None = None) -> dict:
+    """name -> {median_ms, min_ms, max_ms} of one call by CUDA events; each repetition runs every row, after a flush of the L2 cache.
+
+    calls: name -> number of calls that a row makes, 1 where it is not named.
+    """
     warm_up()
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     times = {name: [] for name in table}
@@ -120,7 +127,9 @@ def interleaved(table: dict, repetitions: int) -> dict:
             end.synchronize()
             if repetition >= 3:
                 times[name].append(start.elapsed_time(end))
-    return {n: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t)} for n, t in times.items()}
+    calls = calls or {}
+    return {n: {"median_ms": statistics.median(t) / calls.get(n, 1), "min_ms": min(t) / calls.get(n, 1), "max_ms": max(t) / calls.get(n, 1)}
+            for n, t in times.items()}
 
 
 def bandwidth(generator, repetitions: int) -> list[dict]:
@@ -134,11 +143,11 @@ def bandwidth(generator, repetitions: int) -> list[dict]:
     for rule in mxfp4.RULES:
         table[f"quantize FP8, {rule}, public"] = lambda rule=rule: mxfp4.quantize(codes, scale, rule=rule, backend="cuda")
         moved[f"quantize FP8, {rule}, public"] = codes.numel() + small
-    table["quantize FP8, mse, kernel"] = lambda: cuda.quantize(codes, scale, "mse", (128, 128), None)
-    moved["quantize FP8, mse, kernel"] = codes.numel() + small
+        table[f"quantize FP8, {rule}, kernel"] = captured(lambda rule=rule: cuda.launch_quantize(codes, scale, rule, (128, 128), None))[0]
+        moved[f"quantize FP8, {rule}, kernel"] = codes.numel() + small
     for name, dtype, size in (("BF16", torch.bfloat16, 2), ("float32", torch.float32, 4)):
         table[f"dequantize to {name}, public"] = lambda dtype=dtype: mxfp4.dequantize(made.packed, made.scale, dtype, backend="cuda")
-        table[f"dequantize to {name}, kernel"] = lambda dtype=dtype: cuda.dequantize(made.packed, made.scale, dtype)
+        table[f"dequantize to {name}, kernel"] = captured(lambda dtype=dtype: cuda.dequantize(made.packed, made.scale, dtype))[0]
         moved |= {f"dequantize to {name}, {kind}": small + size * codes.numel() for kind in ("public", "kernel")}
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
@@ -166,15 +175,18 @@ def linears(generator, repetitions: int) -> list[dict]:
     for out, columns in SHAPES:
         made = mxfp4.quantize(torch.randn(out, columns, device="cuda", generator=generator) * 0.02, backend="cuda")
         weight = mxfp4.dequantize(made.packed, made.scale, torch.bfloat16, backend="cuda")
+        copies = SPREAD // made.packed.numel()
+        packed, scale, weights = (part.expand(copies, *part.shape).contiguous() for part in (made.packed, made.scale, weight))
         for tokens in TOKENS:
             x = torch.randn(tokens, columns, device="cuda", generator=generator).to(torch.bfloat16)
             offsets = torch.tensor([0, tokens], device="cuda")
             table = {
                 "public": lambda: gemm.linear(x, made.packed, made.scale, backend="cuda"),
-                "kernel": lambda: unchecked(x, made.packed[None], made.scale[None], offsets),
-                "cublas": lambda: x @ weight.T,
+                "cublas launched": lambda: x @ weight.T,
+                "kernel": lambda: [unchecked(x, packed[i:i + 1], scale[i:i + 1], offsets) for i in range(copies)][-1],
+                "cublas": lambda: [x @ weights[i].T for i in range(copies)][-1],
             }
-            result.append(row("linear", out, columns, tokens, table, x.double() @ weight.double().T, repetitions))
+            result.append(row("linear", out, columns, tokens, table, x.double() @ weight.double().T, repetitions, copies))
     return result
 
 
@@ -200,6 +212,7 @@ def experts(generator, repetitions: int) -> list[dict]:
 
             table = {
                 "public": lambda: gemm.grouped_linear(x, made.packed, made.scale, offsets, backend="cuda"),
+                "cublas launched": cublas,
                 "kernel": lambda: unchecked(x, made.packed, made.scale, offsets),
                 "cublas": cublas,
             }
@@ -212,20 +225,24 @@ def experts(generator, repetitions: int) -> list[dict]:
     return result
 
 
-def row(kind, out, columns, tokens, table, truth, repetitions) -> dict:
-    """One entry of the record: times in ms, how often faster than the fastest baseline and than cuBLAS, relative errors."""
+def row(kind, out, columns, tokens, table, truth, repetitions, copies=1) -> dict:
+    """One entry of the record: times of one call in ms, how often as fast as the baselines, relative errors.
+
+    copies: calls that each captured row makes.
+    """
     errors = {}
     for name in list(table):
         try:
             errors[name] = relative_error(table[name](), truth)
-        except RuntimeError as error:
+        except Exception as error:
             if name != "grouped_mm":  # which not every GPU has
                 raise
             print(f"kernels_gpu: grouped_mm left out: {str(error).splitlines()[0]}", file=sys.stderr)
             del table[name]
-    graphs = {name: captured(run) if name != "public" else (run, False) for name, run in table.items()}
-    measured = interleaved({name: run for name, (run, _) in graphs.items()}, repetitions)
-    speedup = {name: measured["cublas"]["median_ms"] / measured[name]["median_ms"] for name in ("public", "kernel")}
+    launched = ("public", "cublas launched")
+    graphs = {name: (run, False) if name in launched else captured(run) for name, run in table.items()}
+    measured = interleaved({name: run for name, (run, _) in graphs.items()}, repetitions, {name: copies for name in table if name not in launched})
+    speedup = {name: measured[baseline]["median_ms"] / measured[name]["median_ms"] for name, baseline in (("public", "cublas launched"), ("kernel", "cublas"))}
     if "grouped_mm" in table:
         speedup["kernel_over_grouped_mm"] = measured["grouped_mm"]["median_ms"] / measured["kernel"]["median_ms"]
     return {"kind": kind, "out": out, "in": columns, "tokens": tokens, **measured, "speedup": speedup, "relative_error": errors,
@@ -237,7 +254,7 @@ def clock_mhz() -> int | None:
     warm_up()
     try:
         return torch.cuda.clock_rate()
-    except (ImportError, RuntimeError):
+    except Exception:  # of that library's own, many
         return None
 
 
@@ -255,17 +272,20 @@ def main() -> int:
     generator = torch.Generator("cuda").manual_seed(0)
     try:
         checked = check(generator)
-    except WrongBytes as error:
+    except AssertionError as error:
         print(f"kernels_gpu: wrong result, nothing was timed: {error}", file=sys.stderr)
         return 1
     record = {
         "device": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(), "host": platform.processor(), "clock_mhz": clock_mhz(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__},
-        "repetitions": options.repetitions, "bytes_equal_to_reference": checked,
-        "bandwidth": bandwidth(generator, options.repetitions),
-        "gemm": linears(generator, options.repetitions) + experts(generator, options.repetitions),
+        "repetitions": options.repetitions, "equal_to_reference": checked, "bandwidth": [], "gemm": [],
     }  # fmt: skip
-    print(f"{record['device']}, torch {torch.__version__}, triton {triton.__version__}; bytes equal in {len(checked)} cases")
+    for key, section in (("bandwidth", bandwidth), ("gemm", linears), ("gemm", experts)):
+        record[key] += section(generator, options.repetitions)
+        if options.record:
+            options.record.parent.mkdir(parents=True, exist_ok=True)
+            options.record.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{record['device']}, torch {torch.__version__}, triton {triton.__version__}; equal to the reference in {len(checked)} cases")
     for entry in record["bandwidth"]:
         print(f"{entry['name']:32} {entry['median_ms']:9.3f} ms {entry['GB_per_s']:8.0f} GB/s {entry['of_copy']:6.2f} of copy")
     for entry in record["gemm"]:
@@ -276,9 +296,6 @@ def main() -> int:
             + f", with argument checks {entry['speedup']['public']:5.2f}"
             f"  error {entry['relative_error']['kernel']:.2e} / {entry['relative_error']['cublas']:.2e}"
         )
-    if options.record:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        options.record.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
