@@ -153,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("verify", help="what is wrong with a compressed-tensors MXFP4 or MXFP8 checkpoint")
     command.add_argument("directory", type=Path)
     command.add_argument("--source", type=Path, help="directory of the checkpoint that it was made from: weights are compared")
-    command.add_argument("--quick", action="store_true", help="read samples only: no file is hashed")
+    command.add_argument("--quick", action="store_true", help="read samples of the codes only (all scales), hash no file")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     command.set_defaults(run=verify)
     command = commands.add_parser("config", help="write a release's config.json again, from its tensors")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from stages.checkpoint.files import check_disk, human_bytes, read_json, render_json, write_json
@@ -291,11 +292,11 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "tensor_parallel": tensor_parallel.notes(tensors, (source_config.get("text_config") or source_config).get("num_key_value_heads")),
     }
     plan["engines"] = engines(plan)
-    plan["notes"] = _notes(tensors, declared_drafts(source_config), drafts)
+    plan["notes"] = _notes(tensors, declared_drafts(source_config), drafts, tensor_bytes - census["tensor_bytes"])
     return plan
 
 
-def _notes(tensors: dict, declared: int, drafts: int) -> list[str]:
+def _notes(tensors: dict, declared: int, drafts: int, grown: int) -> list[str]:
     """What a user should think over before converting."""
     notes = []
     converted = Counter(entry["dialect"] for entry in tensors.values() if entry["decision"] == "quantize")
@@ -307,6 +308,8 @@ def _notes(tensors: dict, declared: int, drafts: int) -> list[str]:
             notes.append(f"{count} weights are MXFP4 already: they are stored anew, their values stay")
     left = Counter(entry["stored"] for entry in tensors.values() if entry["decision"] == "keep" and entry["matrix"])
     notes += [f"{count} weights that the recipe does not name stay {stored}, bit-identical" for stored, count in left.items()]
+    if grown > 0:
+        notes.append(f"the release is {human_bytes(grown)} larger than its source")
     if drafts < declared:
         notes.append(f"config.json declares {declared} draft layers, which are not all there: speculative decoding "
                      "with them is not possible")
@@ -349,10 +352,20 @@ def print_plan(plan: dict) -> None:
 
 def where_it_runs(plan: dict) -> list[str]:
     """A line for each engine and for the numbers of GPUs that the release can be split over."""
+    lines = [f"{engine['engine']}: {engine['loads']}; {'; '.join(engine['how'])}" for engine in plan["engines"]]
     rows = plan["tensor_parallel"]
-    return [*(f"{engine['engine']}: {engine['loads']}; {'; '.join(engine['how'])}" for engine in plan["engines"]),
-            "tensor parallel: " + ", ".join(str(row["tensor_parallel"]) for row in rows if row["fits"] and row["marlin"]),
-            *(f"tensor parallel {row['tensor_parallel']}{'' if row['fits'] else ' is out'}: {row['reason']}" for row in rows if row["reason"])]
+    lines.append("tensor parallel: " + _sizes(row for row in rows if row["fits"] and row["marlin"]))
+    experts_whole = [row for row in rows if row["fits"] and not row["marlin"]]
+    out = [row for row in rows if not row["fits"]]
+    if experts_whole:
+        lines.append(f"tensor parallel {_sizes(experts_whole)} with expert parallelism only: {experts_whole[0]['reason']}")
+    if out:
+        lines.append(f"not tensor parallel {_sizes(out)}: {out[0]['reason']}")
+    return lines
+
+
+def _sizes(rows: Iterable[dict]) -> str:
+    return ", ".join(str(row["tensor_parallel"]) for row in rows)
 
 
 def run(settings: Settings) -> dict:

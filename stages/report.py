@@ -32,6 +32,7 @@ from stages.settings import PROJECT, Settings, command_for, load, stage_parser
 PACKAGES = ("torch", "numpy", "numba", "triton", "safetensors", "transformers", "snakemake", "hydra-core", "dvc")
 PROJECTION_COLORS = {"gate": "#2a78d6", "up": "#1baf7a", "down": "#eda100"}
 OTHER_COLOR = "#4a3aa7"
+LEAST_SPAN_DB = 3.0  # of the SQNR axes
 PLOT_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#c3c2b7",
               "axes.labelcolor": "#52514e", "xtick.color": "#898781", "ytick.color": "#898781", "svg.fonttype": "none",
               "svg.hashsalt": "mxforge", "font.family": "sans-serif"}
@@ -50,8 +51,8 @@ def versions() -> dict[str, str]:
 
 
 def _own_version() -> str:
-    """The version, and the commit where this is a checkout; `+` behind it where files differ from the commit."""
-    git = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    """The version, and the commit where this is a checkout, and whether files differ from it."""
+    git = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=12", "--dirty= with uncommitted changes", "--exclude=*"]
     try:
         described = subprocess.run(git, capture_output=True, text=True)
     except OSError:
@@ -66,6 +67,13 @@ def svg_of(figure) -> str:
     figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', text[text.index("<svg"):], count=1)
+
+
+def spread(values: list[float], least: float) -> tuple[float, float]:
+    """Limits of an axis around the values, never closer than `least`: noise must not look like a finding."""
+    low, high = min(values), max(values)
+    margin = max(0.05 * (high - low), (least - (high - low)) / 2)
+    return low - margin, high + margin
 
 
 def layer_plot(noise: dict) -> str:
@@ -85,6 +93,9 @@ def layer_plot(noise: dict) -> str:
                       label=projection, color=PROJECTION_COLORS.get(projection, OTHER_COLOR))
         axes.set_xlabel("layer")
         axes.set_ylabel("SQNR (dB)")
+        values = [value for points in series.values() for _, value in points if value is not None]
+        if values:
+            axes.set_ylim(*spread(values, LEAST_SPAN_DB))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y", color="#e1e0d9", linewidth=0.8)
         axes.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2))
@@ -108,7 +119,9 @@ def expert_plot(noise: dict) -> str:
     ramp = colors.LinearSegmentedColormap.from_list("sequential", ["#cde2fb", "#3987e5", "#0d366b"])
     with pyplot.rc_context(PLOT_STYLE):
         figure, axes = pyplot.subplots(figsize=(7.2, 0.9 + 0.13 * min(len(rows), 60)))
-        image = axes.imshow(grid, aspect="auto", cmap=ramp, interpolation="nearest")
+        values = [value for row in grid for value in row if value == value]
+        low, high = spread(values, LEAST_SPAN_DB) if values else (None, None)
+        image = axes.imshow(grid, aspect="auto", cmap=ramp, interpolation="nearest", vmin=low, vmax=high)
         step = max(1, len(rows) // 24)
         axes.set_yticks(range(0, len(rows), step), [rows[i][0] for i in range(0, len(rows), step)], fontsize=7)
         axes.set_xlabel("expert")

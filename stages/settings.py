@@ -186,9 +186,11 @@ def _one_line(error: Exception) -> str:
     unknown = re.search(r"Key '(\w+)' (?:is )?not in", text)
     if override or unknown:
         key = override.group(1) if override else unknown.group(1)
-        if override and unknown and key.rpartition(".")[2] != unknown.group(1):
+        if override and unknown and unknown.group(1) not in key.split("."):
             key = f"{key}.{unknown.group(1)}"
-        near = difflib.get_close_matches(key, _keys(), n=1)
+        near = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.8) or difflib.get_close_matches(
+            key.rpartition(".")[2], [known.rpartition(".")[2] for known in _keys()], n=1, cutoff=0.7)
+        near = [known for known in _keys() if near and known in (near[0], f"{known.rpartition('.')[0]}.{near[0]}")]
         return f"conf: there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else
                                                        "; stages/settings.py lists them all")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -288,8 +290,8 @@ def _pin(settings: Settings, ask: bool) -> None:
 def _check(settings: Settings) -> None:
     source, recipe = settings.source, settings.recipe
     if bool(source.path) == bool(source.repository):
-        raise UserError("conf: a source is either a local directory (source.path=DIRECTORY) or a hub repository "
-                        f"(source.repository=OWNER/NAME); got path {source.path!r}, repository {source.repository!r}")
+        raise UserError("conf: a source is either a local directory (source=local source.path=DIRECTORY) or a hub repository (source=hub "
+                        f"source.repository=OWNER/NAME); this one has {'both' if source.path else 'neither'}")
     if source.repository and source.revision is not None and not re.fullmatch(r"[0-9a-f]{40}", source.revision):
         raise UserError(f"conf: source.revision must be the 40-digit commit hash of {source.repository}, not "
                         f"{source.revision!r}: a branch name can mean other bytes tomorrow")
@@ -305,8 +307,8 @@ def _check(settings: Settings) -> None:
             raise UserError(f"conf: {key}={value!r}: Snakemake reads braces, * and ? as wildcards; use a link without them")
     for key, value in (("source.name", source.name), ("recipe.name", recipe.name)):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) or (key, value) == ("recipe.name", "source"):
-            raise UserError(f"conf: {key} {value!r} names a directory beside 'source': use letters, digits, '.', '_' and "
-                            "'-', and another word than 'source'")
+            raise UserError(f"conf: {key} {value!r} (of a local source the folder's name, if it has none) names a directory of results: set {key} to "
+                            "another word than 'source', of letters, digits, '.', '_' and '-'")
     for key, value, allowed in (
         ("recipe.exponent_rule", recipe.exponent_rule, RULES),
         ("recipe.layout", recipe.layout, ("per_expert", "stacked")),
@@ -419,7 +421,8 @@ def shards_of(source: SourceSettings) -> list[str]:
     directory = Path(source.path)
     names = sorted(path.name for path in directory.glob("*.safetensors")) if directory.is_dir() else []
     if not names:
-        raise UserError(f"source.path={source.path}: no *.safetensors file there; name a checkpoint directory")
+        raise UserError(f"source.path={source.path}: {'no *.safetensors file there' if directory.is_dir() else 'no such directory'}; name a checkpoint "
+                        "directory")
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise UserError(f"{directory / missing[0]}: is a link to a file that is missing, or no file; complete the checkpoint")

@@ -426,7 +426,8 @@ def test_a_config_is_made_from_the_sources_where_the_release_has_none(release):
     before, base = (release / "config.json").read_text(), release.parent / "base.json"
     base.write_text((TINY / "config.json").read_text())
     (release / "config.json").unlink()
-    assert mxforge("verify", release).stderr == f"error: {release}/config.json is missing: complete the checkpoint, or name another directory\n"
+    assert mxforge("verify", release).stderr == f"error: {release}/config.json is missing: complete the checkpoint, or make it from the source's with " \
+        f"`mxforge config {release} --base SOURCE/config.json`\n"
     assert mxforge("config", release, "--base", base).returncode == 0
     assert json.loads((release / "config.json").read_text()) == json.loads(before) and mxforge("verify", release).returncode == 0
 

@@ -40,19 +40,20 @@ CHECKS = (
     Check("coverage", "vLLM's matching gives every module its stored format", engine.coverage),
     Check("numbers", "Scales are numbers, blocks use their range", values.numbers, asks_for_source=True),
     Check("manifest", "Files are those of manifest.json", manifest.manifest),
-    Check("against_source", "Weights are the source's", lineage.against_source, asks_for_source=True),
+    Check("against_source", "Weights are close to the source's, the rest is equal to it", lineage.against_source, asks_for_source=True),
 )
 
 
 def check(directory: Path, source: Path | None = None, quick: bool = False) -> dict:
-    """{"passed", "checks": [...], "notes": [...]}; UserError for a config.json or a source that leaves nothing to check."""
+    """{"passed", "checks": [...], "notes": [...]}, where a check's "passed" is None if there was nothing to check; UserError for a config.json or a source that leaves nothing to check."""
     rows = []
     with Checkpoint(directory, quick) as checkpoint, open_source(source, checkpoint.directory) as opened:
         for key, title, function, asks_for_source in CHECKS:
             faults = _gathered(function(checkpoint, opened) if asks_for_source else function(checkpoint))
             title += " (names and sizes, no hashes)" if key == "manifest" and quick else ""
-            rows.append({"check": key, "title": title, "passed": not faults, "count": checkpoint.counts.get(key), "faults": faults})
-    return {"directory": str(checkpoint.directory), "passed": all(row["passed"] for row in rows), "checks": rows, "notes": checkpoint.notes}
+            rows.append({"check": key, "title": title, "passed": not faults if faults or key in checkpoint.counts else None,
+                         "count": checkpoint.counts.get(key), "faults": faults})
+    return {"directory": str(checkpoint.directory), "passed": not any(row["faults"] for row in rows), "checks": rows, "notes": checkpoint.notes}
 
 
 def _gathered(faults: Iterator[str]) -> list[str]:
@@ -72,7 +73,7 @@ def _gathered(faults: Iterator[str]) -> list[str]:
 def print_result(result: dict) -> None:
     """One page."""
     for row in result["checks"]:
-        skipped = row["count"] is None and row["passed"]
+        skipped = row["passed"] is None
         count = "" if row["count"] is None else f" ({row['count']})"
         print(f"{'-   ' if skipped else 'pass' if row['passed'] else 'FAIL'}  {row['title']}{count}" + ("; nothing to check" if skipped else ""))
         for fault in row["faults"][:8]:
@@ -83,6 +84,9 @@ def print_result(result: dict) -> None:
         print(f"note  {note}")
     if len(result["notes"]) > 12:
         print(f"note  ... and {len(result['notes']) - 12} more")
+    if result["passed"]:
+        skipped = sum(row["passed"] is None for row in result["checks"])
+        print(f"sound: {len(result['checks']) - skipped} checks" + (f", {skipped} had nothing to check" if skipped else ""))
 
 
 def run(directory: Path, source: Path | None, quick: bool, as_json: bool) -> None:

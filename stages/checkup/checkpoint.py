@@ -89,6 +89,9 @@ class Checkpoint(Shards):
         self.quick = quick
         self.notes: list[str] = []
         self.counts: dict[str, int] = {}
+        if config is None and not (self.directory / "config.json").exists():
+            raise UserError(f"{self.directory}/config.json is missing: complete the checkpoint, or make it from the source's with "
+                            f"`mxforge config {self.directory} --base SOURCE/config.json`")
         self.config = read_json(self.directory / "config.json") if config is None else config
         self.text = json_object(self.config.get("text_config") or self.config, "config.json: text_config")
         names = self.config.get("architectures")

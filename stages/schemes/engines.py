@@ -24,13 +24,13 @@ def form_of(plan: dict) -> str:
 
 
 def engines(plan: dict) -> list[dict]:
-    """{"engine", "loads": yes (run here) | by its names | no | unknown, "how": lines} for each engine."""
+    """{"engine", "loads": yes (run here) | expected (by its names) | no | unknown, "how": lines} for each engine."""
     row, form = architecture_of(plan["architecture"]), form_of(plan)
     formats = {entry["stored"] for entry in plan["tensors"].values() if entry["stored"]}
     was_run = row.tried if plan["architecture"] == row.names[0] else ()
     tried = {entry.engine: (entry.loads, entry.how) for entry in was_run if form in entry.forms}
-    loads, known = tried.get(VLLM, ("by its names", None))
-    lines = [f"each of its {plan['runtime_modules']} modules is claimed in the format it is stored in", *([known] if known else []), *row.cautions]
+    loads, known = tried.get(VLLM, ("expected", None))
+    lines = [*([] if known else ["not run in this form"]), f"each of its {plan['runtime_modules']} modules is claimed in the format it is stored in", *([known] if known else []), *row.cautions]
     if "mxfp4" in formats:
         lines.append("MXFP4 needs compute capability 8.0; weights stay 4 bits with BF16 activations (Marlin) but for B200 and B300, where "
                      "activations become 4 bits, too")

@@ -36,7 +36,7 @@ def stored_as(shape: tuple[int, ...], scale_dtype: str, scale_shape: tuple[int, 
 
 
 def stored_by(group: Mapping, section_format: str | None = None) -> str:
-    """Stored format that a group claims, the inverse of `group_of`; its format's name where it is none of those."""
+    """Stored format that a group claims, the inverse of `group_of`; what it says where it is none of those."""
     weights, form = group.get("weights") or {}, group.get("format") or section_format
     bits, strategy, kind = weights.get("num_bits"), weights.get("strategy"), weights.get("type")
     found = None
@@ -46,7 +46,7 @@ def stored_by(group: Mapping, section_format: str | None = None) -> str:
         found = f"fp8 per {strategy}"
     elif kind == "float" and bits == 8 and strategy == "block":
         found = "fp8 {}x{}".format(*(weights.get("block_structure") or ("?", "?"))[:2])
-    return found if found and "?" not in found and group_of(found)["format"] == form else str(form)
+    return found if found and "?" not in found and group_of(found)["format"] == form else f"{form} ({bits} bits, {strategy})"
 
 
 def group_of(stored: str) -> dict:

@@ -39,7 +39,7 @@ def _fault(name: str, entry: dict, size: int, heads: int | None) -> tuple[str, s
         return "blocks", f"{name}: {split} inputs / {size} are not whole blocks of 32"
     if entry["stored"] == "mxfp4" and entry["role"] == "routed_experts" and by_inputs and not (
             (rows % 128 == 0 and share % 64 == 0) or (rows % 64 == 0 and share % 128 == 0)):
-        return "Marlin", f"{name}: {split} inputs / {size} = {share} are not whole 64s, as vLLM's Marlin kernels want; use expert parallelism"
+        return "Marlin", f"{name}: {split} inputs / {size} = {share} are not whole 64s, as vLLM's Marlin kernels want"
     return None
 
 

@@ -15,13 +15,14 @@ OVERHEAD = 1.15  # memory that a server needs at least, over its weights: activa
 
 
 def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
-    """Rows {title, command or note, run}: `run` says with what the command was really tried, or that it was not.
+    """Rows {title, command, run}: `run` says with what the command was really tried, or that it was not.
 
     plan: plan.json; config: the release's config.json; engine: serving.json's facts, empty when nothing was served.
     """
     drafts = plan["draft_layers"]
     needed = human_bytes(plan["release_tensor_bytes"] * OVERHEAD)
     fitting = [row["tensor_parallel"] for row in plan["tensor_parallel"] if row["fits"]]
+    plain = max((row["tensor_parallel"] for row in plan["tensor_parallel"] if row["fits"] and row["marlin"]), default=1)
     speculation = [f"--speculative-config '{json.dumps({'method': 'mtp', 'num_speculative_tokens': drafts})}'"] if drafts else []
     remote = ["--trust-remote-code"] if "auto_map" in config else []
     base = ["vllm serve .", *remote]
@@ -31,19 +32,18 @@ def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
     if drafts and architecture_of(plan["architecture"]).plugin:
         rows.append({"title": "The plugin, once per environment: vLLM 0.32 needs it for the draft layers, 0.33 for config.json, too",
                      "command": "pip install ./vllm_plugin", "run": tried})
-    rows.append({"title": f"vLLM, one GPU with {needed} or more" + (", drafting" if drafts else ""),
+    rows.append({"title": f"vLLM, one GPU with {needed} or more (weights, and room for little else)" + (", drafting" if drafts else ""),
                  "command": " ".join([*base, *speculation]), "run": tried})
     largest = max(fitting, default=1)
-    if largest > 1:
+    if plain > 1:
+        rows.append({"title": f"vLLM, {plain} GPUs", "command": " ".join([*base, f"--tensor-parallel-size {plain}", *speculation]), "run": "not run"})
+    if largest > plain:
         rows.append({"title": f"vLLM, {largest} GPUs, experts split among them",
                      "command": " ".join([*base, f"--tensor-parallel-size {largest}", "--enable-expert-parallel", *speculation]),
                      "run": "not run"})
-    rows.append({"title": "SGLang", "command": " ".join(["python -m sglang.launch_server --model-path .", *remote]),
-                 "run": "not run"})
     found = next(row for row in plan["engines"] if row["engine"] == "transformers")
-    rows.append({"title": "transformers", "run": "tried" if found["loads"] in ("yes", "no") else "not run"} |
-                ({"command": "", "note": "Not supported: " + "; ".join(found["how"]) + "."} if found["loads"] == "no" else
-                 {"command": 'AutoModelForCausalLM.from_pretrained(".", dtype="bfloat16")'}))
+    if found["loads"] == "yes":  # no command for what is not known to load
+        rows.append({"title": "transformers", "run": "; ".join(found["how"]), "command": 'AutoModelForCausalLM.from_pretrained(".", dtype="bfloat16")'})
     return rows
 
 
