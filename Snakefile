@@ -4,7 +4,7 @@ import re, shlex, sys
 from snakemake.io import IOFile
 sys.path.insert(0, workflow.basedir)
 from stages.errors import UserError
-from stages.plan import of_other_settings
+from stages.current import of_other_settings
 from stages.serving.environment import PLUGIN, fingerprint, ingredients, marker_inputs, plugin_files
 from stages.settings import CONVERTING, as_json, code_of, load, overrides_from, scoring, shards_of, text_path
 from stages.sources.local import identities, local_files
@@ -12,6 +12,7 @@ try:
     OVERRIDES = overrides_from(config)
     S = load(OVERRIDES, ask=True)
     SHARDS = [name.removesuffix(".safetensors") for name in shards_of(S.source)]
+    WATCHED = dict(identities([*local_files(S.source), str(text_path(S))]))
     FILES, TEXT, SERVER = local_files(S.source), str(text_path(S)), marker_inputs(S.serving)
     if S.evaluation.via == "vllm" and S.serving.if_installed and S.serving.makes_environment and not SERVER:
         raise UserError("evaluation.via=vllm needs a server: run make serve-env, or choose serving=vllm_cpu, vllm_cuda or endpoint")
@@ -24,6 +25,10 @@ RELEASE = f"{RUN}/release/manifest.json"
 RESULTS = ("report.html", "card.md", "metrics.json", "settings.yaml", "verify.json", "sqnr.json", "perplexity.json", "gemm.json", "serving.json")
 TEMPLATES = [f"stages/templates/{name}.j2" for name in ("card.md", "report.html")]
 CODE = code_of(*CONVERTING)
+SOURCE_OF = [S.source.path, S.source.repository, S.source.revision]
+PARAMS = {"listing.json": {"source": SOURCE_OF}, "plan.json": {"recipe": as_json(S.recipe), "draft_scales": S.release.draft_scales},
+          "verify.json": {"release": as_json(S.release)}, "perplexity.json": {"evaluation": as_json(scoring(S.evaluation))}}
+MADE_FROM = [*PARAMS["plan.json"].values(), *SOURCE_OF]  # of what is made of a plan: a refused run leaves no plan, and must be refused again
 serving_code = lambda *names: [f"stages/serving/{name}.py" for name in names]
 PYTHON, SETTINGS = shlex.quote(sys.executable), shlex.join(OVERRIDES)  # filled in late: they are no part of a rule's code
 stage = lambda name, extra="": (f"{{PYTHON}} -m stages.{name} {{SETTINGS}} {extra} 2>&1 | tee {{log:q}} "
@@ -39,7 +44,7 @@ rule all:
 rule download_metadata:
     input: FILES
     output: listing=f"{SOURCE}/listing.json", headers=f"{SOURCE}/headers.json", auxiliary=directory(f"{SOURCE}/auxiliary")
-    params: source=[S.source.path, S.source.repository, S.source.revision], files=identities(FILES)
+    params: **PARAMS["listing.json"], files=[WATCHED[path] for path in FILES]
     log: f"{SOURCE}/logs/metadata.log"
     shell: stage("download", "--metadata")
 
@@ -51,15 +56,18 @@ rule inspect_format:
     shell: stage("inspect_format")
 
 def known_results(wildcards):
-    """Nothing; ends the run where results of other settings would be taken for these, because Snakemake's records of how they were made are gone."""
-    if (stale := of_other_settings(S)) and workflow.persistence.metadata(IOFile(stale)) is None:
-        sys.exit(f"error: {stale} was made for other settings, and this working directory does not know by what run: remove it, or choose other results=")
+    """Nothing; ends the run where results of other settings would be taken for these: Snakemake has no record of how they were made, or
+    they are not what it recorded, because somebody ran a stage by hand."""
+    for stale in of_other_settings(S):
+        record = workflow.persistence.metadata(IOFile(str(stale)))
+        if record is None or (stale.name in PARAMS and {repr(value) for value in PARAMS[stale.name].values()} <= set(record["params"])):
+            sys.exit(f"error: {stale} was made for other settings, and not by a run that this working directory knows of: remove it, or choose other results=")
     return []
 
 rule plan:
     input: f"{RUN}/inspect.json", known_results
     output: f"{RUN}/plan.json"
-    params: code=CODE, recipe=as_json(S.recipe), draft_scales=S.release.draft_scales
+    params: code=CODE, **PARAMS["plan.json"]
     log: f"{RUN}/logs/plan.log"
     shell: stage("plan")
 
@@ -75,7 +83,7 @@ rule quantize_experts:
     input: plan=f"{RUN}/plan.json", source=f"{RUN}/source/{{shard}}.safetensors"
     output: shard=f"{RUN}/shards/{{shard}}.safetensors", receipt=f"{RUN}/shards/{{shard}}.json"
     log: f"{RUN}/logs/quantize_experts/{{shard}}.log"
-    params: code=CODE
+    params: code=CODE, made_from=MADE_FROM, source=lambda wildcards: WATCHED.get(f"{S.source.path}/{wildcards.shard}.safetensors")
     benchmark: f"{RUN}/benchmarks/quantize_experts/{{shard}}.tsv"
     resources: lane=1, mem_mb=S.device.memory_mb
     priority: 10
@@ -90,16 +98,16 @@ rule validate_gemm:
     shell: stage("validate_gemm")
 
 rule assemble_release:
-    input: f"{RUN}/plan.json", PLUGIN, expand(f"{RUN}/shards/{{shard}}.json", shard=SHARDS)
+    input: f"{RUN}/plan.json", rules.download_metadata.output.listing, PLUGIN, expand(f"{RUN}/shards/{{shard}}.json", shard=SHARDS)
     output: RELEASE
-    params: code=code_of("stages/assemble_release.py")
+    params: made_from=MADE_FROM, files=[WATCHED[path] for path in FILES], code=code_of("stages/assemble_release.py")
     log: f"{RUN}/logs/assemble_release.log"
     shell: stage("assemble_release")
 
 rule verify_release:
-    input: RELEASE
+    input: RELEASE, expand(f"{RUN}/shards/{{shard}}.safetensors", shard=SHARDS)
     output: f"{RUN}/verify.json"
-    params: release=as_json(S.release), code=code_of("stages/verify_release.py", "kernels/energy.py")
+    params: **PARAMS["verify.json"], code=code_of("stages/verify_release.py", "kernels/energy.py")
     log: f"{RUN}/logs/verify_release.log"
     threads: 64  # as many as there are
     shell: stage("verify_release")
@@ -107,7 +115,7 @@ rule verify_release:
 rule evaluate:
     input: RELEASE, ancient(f"{RUN}/verify.json"), TEXT, SERVER if S.evaluation.via == "vllm" else []
     output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
-    params: evaluation=as_json(scoring(S.evaluation)), server=as_json(S.serving) if S.evaluation.via == "vllm" else "",
+    params: **PARAMS["perplexity.json"], text=WATCHED[TEXT], server=as_json(S.serving) if S.evaluation.via == "vllm" else "",
         code=code_of("stages/evaluate.py", "stages/models", *(serving_code("score", "launcher") if S.evaluation.via == "vllm" else []))
     resources: mem_mb=int(1000 * S.evaluation.memory_gb), server=1
     log: f"{RUN}/logs/evaluate.log"
@@ -131,7 +139,7 @@ rule serve_bench:
     shell: stage("serve_bench")
 
 rule report:
-    input: f"{RUN}/verify.json", f"{RUN}/gemm.json", f"{RUN}/sqnr.json", f"{RUN}/perplexity.json", f"{RUN}/serving.json"
+    input: f"{RUN}/plan.json", f"{RUN}/verify.json", f"{RUN}/gemm.json", f"{RUN}/sqnr.json", f"{RUN}/perplexity.json", f"{RUN}/serving.json"
     output: f"{RUN}/report.html", f"{RUN}/card.md", f"{RUN}/metrics.json", f"{RUN}/settings.yaml"
     params: settings=[as_json(part) for part in (S.source, S.recipe, S.release)], code=code_of("stages/report.py", *serving_code("commands", "plots"), *TEMPLATES)
     log: f"{RUN}/logs/report.log"

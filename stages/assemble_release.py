@@ -7,13 +7,14 @@ code, licence) are the source's, byte for byte; its README.md goes below the mod
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import struct
 from pathlib import Path
 
-from stages.checkpoint.files import read_json, sha256_file, sync_directory, write_json, write_text
+from stages.checkpoint.files import only_one, read_json, sha256_file, sync_directory, write_json, write_text
 from stages.checkpoint.header import INDEX
 from stages.checkpoint.writer import ShardWriter
 from stages.dialects.config import MODELOPT
@@ -81,8 +82,13 @@ def manifest_of(settings: Settings, plan: dict, receipts: dict, files: dict[str,
 
 def run(settings: Settings) -> dict:
     """Builds results/<source>/<recipe>/release and returns its manifest."""
+    with only_one(settings.run_directory / ".release.lock", "assembling a release"):
+        return _assemble(settings)
+
+
+def _assemble(settings: Settings) -> dict:
     plan = read_plan(settings)
-    receipts = read_receipts(settings, plan)
+    receipts, listing = read_receipts(settings, plan), read_listing(settings)
     release = settings.run_directory / "release"
     building = release.with_name("release.part")
     shutil.rmtree(building, ignore_errors=True)
@@ -94,14 +100,23 @@ def run(settings: Settings) -> dict:
             if not made.exists() or made.stat().st_size != receipt["output"]["bytes"]:
                 raise UserError(f"{made} is not the file its receipt describes ({receipt['output']['bytes']} bytes); run "
                                 f"quantize_experts --shard {shard} again")
-            os.link(made, building / shard)
+            try:
+                os.link(made, building / shard)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                    raise
+                raise UserError(f"{made}: cannot be linked into {release} ({error.strerror}); shards/ and release/ must be on one file system "
+                                "that knows hard links") from None
             for output in outputs_of_shard(plan, shard):
                 if output.name in weight_map:
                     raise UserError(f"tensor {output.name} would be in two shards, {weight_map[output.name]} and {shard}")
                 weight_map[output.name] = shard
         for name in auxiliary_files(settings):
             (building / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(settings.source_directory / "auxiliary" / name, building / name)
+            copy = settings.source_directory / "auxiliary" / name
+            if not copy.is_file() or sha256_file(copy) != listing[str(name)]["sha256"]:
+                raise UserError(f"{copy}: is not what was read from the source; remove {settings.source_directory / 'listing.json'} and run again")
+            shutil.copyfile(copy, building / name)
         config = read_config(settings)
         bundled = bundled_files(plan)
         for path in bundled:

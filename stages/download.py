@@ -18,7 +18,7 @@ import os
 import shutil
 from pathlib import Path
 
-from stages.checkpoint.files import CHUNK, atomic_write, check_disk, human_bytes, read_json, write_json
+from stages.checkpoint.files import CHUNK, atomic_write, check_disk, human_bytes, only_one, read_json, sha256_file, write_json
 from stages.checkpoint.header import INDEX, Header, read_header
 from stages.errors import UserError, exit_with_one_line
 from stages.settings import Settings, SourceSettings, load, stage_parser
@@ -108,6 +108,11 @@ def fetch_metadata(settings: Settings) -> None:
     or tensors that are not there, or leaves a whole shard out. What the index merely omits is read from the headers and noted as an anomaly.
     """
     check_places(settings)
+    with only_one(settings.source_directory / ".metadata.lock", "reading this source"):
+        _fetch_metadata(settings)
+
+
+def _fetch_metadata(settings: Settings) -> None:
     source, directory = settings.source, settings.source_directory
     files = list_files(source)
     hub = Hub(source) if source.repository else None
@@ -124,6 +129,7 @@ def fetch_metadata(settings: Settings) -> None:
                 else:
                     with atomic_write(building / file.name) as output, open(Path(source.path) / file.name, "rb") as original:
                         shutil.copyfileobj(original, output, CHUNK)
+        hashes = {file.name: sha256_file(building / file.name) for file in files if (building / file.name).is_file()}
         headers: dict[str, Header] = {}
         where: dict[str, str] = {}
         for file in files:
@@ -144,7 +150,7 @@ def fetch_metadata(settings: Settings) -> None:
     write_json(directory / "headers.json", {shard: _record(header) for shard, header in headers.items()})
     write_json(directory / "listing.json", {
         "path": source.path, "repository": source.repository, "revision": source.revision, "anomalies": anomalies,
-        "files": {file.name: {"bytes": file.size, "sha256": file.sha256, "kind": file.kind} for file in files}})
+        "files": {file.name: {"bytes": file.size, "sha256": hashes.get(file.name, file.sha256), "kind": file.kind} for file in files}})
     shards = [file for file in files if file.kind == "shard"]
     print(f"{place}: {len(shards)} shards, {human_bytes(sum(file.size for file in shards))}, "
           f"{sum(file.kind != 'shard' for file in files)} other files")

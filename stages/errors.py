@@ -12,7 +12,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class UserError(Exception):
@@ -39,6 +39,9 @@ def exit_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
         if not gc.isenabled():  # see stages/__init__.py; what was imported stays
             gc.freeze()
             gc.enable()
+        for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end the run
+            with suppress(AttributeError, ValueError):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*arguments, **keywords)
         except UserError as error:
@@ -53,7 +56,7 @@ def exit_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if error.errno is None:
                 raise
-            where = f" {error.filename!r}" if error.filename else ""
+            where = "".join(f" {name!r}" for name in (error.filename, error.filename2) if name)
             print(f"error: {error.strerror}{where}: the operating system refused; mend that and run again",
                   file=sys.stderr)
             sys.exit(1)

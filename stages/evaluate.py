@@ -224,6 +224,7 @@ def perplexity(settings: Settings, plan: dict) -> dict:
 def run(settings: Settings) -> dict:
     """Writes sqnr.json and perplexity.json."""
     plan = read_plan(settings)
+    read_json(settings.run_directory / "release" / "manifest.json", "assemble_release")
     noise = sqnr(read_receipts(settings, plan))
     quality = perplexity(settings, plan)
     write_json(settings.run_directory / "sqnr.json", noise)

@@ -383,25 +383,15 @@ def read_plan(settings: Settings) -> dict:
     """plan.json of this run; UserError where it was made for another recipe than the settings have."""
     path = settings.run_directory / "plan.json"
     plan = _current(path, "plan")
-    if not _is_for(plan, settings):
+    if not is_plan_for(plan, settings):
         raise UserError(f"{path}: was made for other settings of recipe {settings.recipe.name} (or of release.draft_scales) than these; run plan "
                         "again, or choose other results= if another run is writing here")
     return plan
 
 
-def _is_for(plan: dict, settings: Settings) -> bool:
+def is_plan_for(plan: dict, settings: Settings) -> bool:
+    """Whether a plan was made for this recipe."""
     return plan.get("recipe_settings") == as_dict(settings.recipe) and bool(plan.get("draft_scales")) == settings.release.draft_scales
-
-
-def of_other_settings(settings: Settings) -> str | None:
-    """The result that is there, but of another recipe or source than the settings have; None where all is as it should be, or not there yet."""
-    listing, plan = settings.source_directory / "listing.json", settings.run_directory / "plan.json"
-    try:
-        if listing.exists() and not lists_source(read_json(listing), settings.source):
-            return str(listing)
-        return None if not plan.exists() or _is_for(_current(plan, "plan"), settings) else str(plan)
-    except UserError:
-        return None  # damaged or of another version: made again anyway
 
 
 def _current(path: Path, stage: str) -> dict:

@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 
 from stages.assemble_release import read_receipts
 from stages.checkpoint.files import human_bytes, read_json, write_json, write_text
-from stages.errors import exit_with_one_line
+from stages.current import of_other_settings
+from stages.errors import UserError, exit_with_one_line
 from stages.plan import by_role, read_plan, where_it_runs
 from stages.quantize_experts import zeros_note
 from stages.serving.commands import client_example, serve_commands
@@ -32,6 +33,7 @@ from stages.settings import PROJECT, Settings, command_for, load, stage_parser
 PACKAGES = ("torch", "numpy", "numba", "triton", "safetensors", "transformers", "snakemake", "hydra-core", "dvc")
 PROJECTION_COLORS = {"gate": "#2a78d6", "up": "#1baf7a", "down": "#eda100"}
 OTHER_COLOR = "#4a3aa7"
+STAGES = {"verify.json": "verify_release", "perplexity.json": "evaluate"}
 LEAST_SPAN_DB = 3.0  # of the SQNR axes
 PLOT_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#c3c2b7",
               "axes.labelcolor": "#52514e", "xtick.color": "#898781", "ytick.color": "#898781", "svg.fonttype": "none",
@@ -143,7 +145,9 @@ def role_rows(plan: dict) -> list[dict]:
 
 
 def facts(settings: Settings) -> dict:
-    """Everything that the templates show, read from the run's results."""
+    """Everything that the templates show, read from the run's results; UserError for one of other settings."""
+    if stale := [path for path in of_other_settings(settings) if path.name in ("verify.json", "perplexity.json")]:
+        raise UserError(f"{stale[0]}: was made for other settings than these; run {STAGES[stale[0].name]} again")
     run_directory = settings.run_directory
     plan = read_plan(settings)
     receipts = read_receipts(settings, plan)
@@ -238,7 +242,17 @@ def metrics(found: dict) -> dict:
 
 def run(settings: Settings) -> None:
     """Writes report.html, card.md, metrics.json and settings.yaml, the resolved settings of the run."""
-    found = facts(settings)
+    try:
+        found = facts(settings)
+        _write(settings, found)
+    except (AttributeError, KeyError, TypeError, ValueError, jinja2.UndefinedError) as error:
+        raise UserError(f"{settings.run_directory}: one of its results is damaged ({type(error).__name__}: {str(error)[:100]}); remove sqnr.json, "
+                        "perplexity.json, gemm.json and serving.json there and run again") from None
+    print(f"release: {settings.run_directory / 'release'}\nreport:  {settings.run_directory / 'report.html'}\n"
+          f"card:    {settings.run_directory / 'card.md'}")
+
+
+def _write(settings: Settings, found: dict) -> None:
     environment = _environment()
     page = environment.get_template("report.html.j2").render(
         **found, layer_plot=layer_plot(found["sqnr"]), expert_plot=expert_plot(found["sqnr"]),
@@ -247,8 +261,6 @@ def run(settings: Settings) -> None:
     write_text(settings.run_directory / "card.md", environment.get_template("card.md.j2").render(**found))
     write_json(settings.run_directory / "metrics.json", metrics(found))
     write_text(settings.run_directory / "settings.yaml", OmegaConf.to_yaml(OmegaConf.structured(settings)))
-    print(f"release: {settings.run_directory / 'release'}\nreport:  {settings.run_directory / 'report.html'}\n"
-          f"card:    {settings.run_directory / 'card.md'}")
 
 
 @exit_with_one_line

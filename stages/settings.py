@@ -327,8 +327,9 @@ def _check(settings: Settings) -> None:
         value = getattr(getattr(settings, group), name)
         if value is not None and not value >= least:  # NaN is not
             raise UserError(f"conf: {key} is {value}; it must be at least {least}")
-    if not settings.results:
-        raise UserError("conf: results is empty; name the directory that everything is written to")
+    results = Path(settings.results)
+    if not settings.results or settings.results.startswith("-") or ((results.exists() or results.is_symlink()) and not results.is_dir()):
+        raise UserError(f"conf: results is {settings.results or 'empty'}: name the directory that everything is written to, made where it is missing")
     if settings.serving.kind == "endpoint" and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", settings.serving.url or ""):
         raise UserError(f"conf: serving=endpoint needs serving.url=http://HOST:PORT, not {settings.serving.url!r}")
     serving = settings.serving

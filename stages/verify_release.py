@@ -22,6 +22,7 @@ from stages.assemble_release import auxiliary_files, bundled_files, manifest_of,
 from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.checkpoint.header import INDEX, Header, read_header
 from stages.checkpoint.reader import ShardReader
+from stages.download import read_listing
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.plan import coverage, index_json, outputs_of_shard, read_plan, release_config
@@ -191,11 +192,12 @@ class Verification:
 
     def auxiliary(self) -> Iterator[str]:
         """Tokenizer and other auxiliary files are those of the source, byte for byte, and the plugin is this project's."""
-        originals = {name: self.settings.source_directory / "auxiliary" / name for name in auxiliary_files(self.settings)}
-        originals |= {Path(PLUGIN.name) / path: PLUGIN / path for path in bundled_files(self.plan)}
+        listing = read_listing(self.settings)
+        originals = {name: listing[str(name)]["sha256"] for name in auxiliary_files(self.settings)}
+        originals |= {Path(PLUGIN.name) / path: sha256_file(PLUGIN / path) for path in bundled_files(self.plan)}
         for name, original in originals.items():
-            if sha256_file(original) != sha256_file(self.release / name):
-                yield f"{name}: differs from its original, {original}"
+            if sha256_file(self.release / name) != original:
+                yield f"{name}: differs from its original"
         self.checked["auxiliary"] = len(originals)
 
     def quantized(self) -> Iterator[str]:
@@ -288,7 +290,7 @@ class Verification:
                 faults.append(f"could not be checked: {error if isinstance(error, KeyError) else 'a number or a list'} cannot be read")
             rows.append({"check": key, "title": title, "passed": not faults, "count": self.checked.get(key),
                          "faults": faults[:20], "fault_count": len(faults)})
-        return {"passed": all(row["passed"] for row in rows), "checks": rows}
+        return {"passed": all(row["passed"] for row in rows), "minimum_sqnr_db": self.settings.release.minimum_sqnr_db, "checks": rows}
 
 
 def run(settings: Settings) -> dict:

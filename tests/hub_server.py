@@ -105,6 +105,8 @@ class HubServer:
             entry = {"rfilename": name, "size": len(data), "blobId": sha256[:40]}
             if name.endswith(".safetensors"):
                 entry["lfs"] = {"size": len(data), "sha256": sha256, "pointerSize": 134}
+            else:
+                entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             siblings.append(entry)
         return {"_id": "1", "id": self.repository, "modelId": self.repository, "sha": self.answered_revision,
                 "private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [],

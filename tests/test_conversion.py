@@ -189,8 +189,11 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
     card = (converted.run_directory / "card.md").read_text()
     assert f"{quality['release']['perplexity']:.4f}" in card and "step37_tiny" in card
     assert "A Step-3.7 model small enough for a repository" in card  # the source's own card, below
+    (converted.run_directory / "gemm.json").write_text("{}")
+    with pytest.raises(UserError, match="one of its results is damaged"):
+        report.run(converted)
     for text in (page, card):
-        assert "index.json omits 15 tensors" in text and "tensor parallel 8 is out" in text and "transformers: no" in text
+        assert "index.json omits 15 tensors" in text and "not tensor parallel 8, 16" in text and "transformers: no" in text
 
 
 def test_weights_of_nothing_but_zeros_are_converted_and_named(local, checkpoint, capsys):

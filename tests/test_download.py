@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stages import download, evaluate, inspect_format, plan, quantize_experts
+from stages import assemble_release, download, evaluate, inspect_format, plan, quantize_experts
+from stages.checkpoint.files import only_one
 from stages.checkpoint.header import INDEX, LFS_POINTER, render_header
 from stages.errors import UserError
 from stages.settings import load
@@ -369,6 +370,52 @@ def test_bytes_that_are_not_those_the_hub_listed_are_deleted_and_refused(hub, se
     assert not list((settings.shard_directory).glob("*"))
     hub.corrupt = None
     assert download.fetch_shard(settings, SHARD).exists()
+
+
+def test_a_small_file_with_another_byte_than_the_one_the_hub_hashed_is_refused(hub, settings):
+    hub.corrupt = "tokenizer.json"
+    with pytest.raises(UserError, match="tokenizer.json is not what git's hash of it says"):
+        download.fetch_metadata(settings)
+
+
+def test_a_copy_that_changed_after_it_was_read_is_not_released(local, checkpoint):
+    settings = convert(*local)
+    copy = settings.source_directory / "auxiliary" / "tokenizer.json"
+    copy.write_bytes(copy.read_bytes() + b" ")
+    with pytest.raises(UserError, match="tokenizer.json: is not what was read from the source"):
+        assemble_release.run(settings)
+
+
+def test_two_do_not_assemble_a_release_at_once(local, checkpoint):
+    settings = convert(*local)
+    with only_one(settings.run_directory / ".release.lock", "assembling a release"):
+        with pytest.raises(UserError, match="another process is assembling a release"):
+            assemble_release.run(settings)
+
+
+@pytest.mark.parametrize("variable, value, words", [
+    ("HF_TOKEN", "hf_secret word", "HF_TOKEN holds characters"), ("HF_TOKEN", "hf_s\u00e9cret", "HF_TOKEN holds characters"),
+    ("HF_ENDPOINT", "huggingface.co", "expected http://HOST"), ("HF_ENDPOINT", "http://127.0.0.1:99999", "expected http://HOST"),
+    ("HF_ENDPOINT", "http://[::1", "expected http://HOST"),
+])
+def test_a_mistake_in_the_environment_is_one_line_without_the_secret(hub, settings, monkeypatch, variable, value, words):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError) as caught:
+        download.fetch_metadata(settings)
+    assert words in str(caught.value) and "hf_" not in str(caught.value)
+
+
+def test_a_token_may_end_in_a_newline_as_files_of_secrets_do(hub, settings, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
+    download.fetch_metadata(settings)
+
+
+@pytest.mark.parametrize("change", [{"siblings": None}, {"siblings": [{"size": 3}]}, {"siblings": [{"rfilename": "config.json", "size": "3"}]}])
+def test_an_answer_that_is_no_hubs_is_one_line(hub, settings, monkeypatch, change):
+    answer = hub._info() | change
+    monkeypatch.setattr(hub, "_info", lambda: answer)
+    with pytest.raises(UserError, match="somebody/tiny: "):
+        download.fetch_metadata(settings)
 
 
 def test_a_download_that_changed_before_it_is_converted_is_deleted_and_refused(hub, settings):

@@ -277,3 +277,47 @@ def test_results_of_other_settings_are_not_taken_for_these_where_snakemake_has_l
     shutil.copytree(PROJECT / "tests/tiny/step37_tiny", tmp_path / "step37_tiny")
     ran = snakemake(directory, "--cores", "2", "--config", "source=local", f"overrides=[source.path={tmp_path / 'step37_tiny'}]")
     assert ran.returncode != 0 and "listing.json was made for other settings" in ran.stdout + ran.stderr, ran.stdout + ran.stderr
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The finished run once more, Snakemake's records included."""
+    directory = tmp_path / "copied"
+    shutil.copytree(finished, directory, symlinks=True)
+    return directory
+
+
+def test_a_source_that_was_changed_before_an_interruption_is_converted_by_the_next_run(tmp_path):
+    source, directory = tmp_path / "source", workdir(tmp_path / "changed")
+    shutil.copytree(PROJECT / "tests/tiny/step37_tiny", source)
+    settings = ["--cores", "2", "--config", "source=local", f"overrides=[source.path={source}]"]
+    assert snakemake(directory, "--until", "assemble_release", *settings).returncode == 0
+    shard = source / "model-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-2000] ^= 3
+    shard.write_bytes(data)
+    os.utime(shard, (1.6e9, 1.6e9))  # older than what was made from the other bytes
+    assert snakemake(directory, "--until", "plan", *settings).returncode == 0
+    ran = snakemake(directory, "-n", "--until", "assemble_release", *settings)
+    assert {"quantize_experts", "assemble_release"} <= jobs_of(ran), ran.stdout + ran.stderr
+
+
+def test_what_was_refused_is_refused_again(copied):
+    for _ in range(2):  # Snakemake removes the outputs of a job that failed, and what is missing in between makes nothing run
+        ran = snakemake(copied, "--cores", "2", "--until", "verify_release", "--config", 'overrides=["recipe.groups=[{scheme: mxfp4, roles: [nonsense]}]"]')
+        assert ran.returncode != 0 and "nonsense" in ran.stdout + ran.stderr, ran.stdout + ran.stderr
+
+
+def test_results_that_were_made_by_hand_with_other_settings_end_the_run_and_cost_no_shard(copied):
+    run_directory = copied / "results/step37_tiny/mxfp4_experts"
+    subprocess.run([sys.executable, "-m", "stages.plan", f"results={copied / 'results'}", "recipe.exponent_rule=even"], cwd=PROJECT, check=True,
+                   stdout=subprocess.DEVNULL)
+    ran = snakemake(copied, "--cores", "2")
+    assert ran.returncode != 0 and "plan.json was made for other settings" in ran.stderr, ran.stderr
+    assert len(list((run_directory / "shards").glob("*.safetensors"))) == 6
+    subprocess.run([sys.executable, "-m", "stages.plan", f"results={copied / 'results'}"], cwd=PROJECT, check=True, stdout=subprocess.DEVNULL)
+    scores = json.loads((run_directory / "perplexity.json").read_text())
+    scores["settings"]["maximum_tokens"] = 300
+    (run_directory / "perplexity.json").write_text(json.dumps(scores))
+    ran = snakemake(copied, "--cores", "2")
+    assert ran.returncode != 0 and "perplexity.json was made for other settings" in ran.stderr, ran.stderr

@@ -98,6 +98,20 @@ def atomic_write(path: Path, direct: bool = False):
         sync_directory(path.parent)
 
 
+@contextmanager
+def only_one(lock: Path, doing: str):
+    """UserError where another process is in a block with the same lock; `doing` says what it does. The lock ends with the process."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with naming(lock), open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{lock.parent}: another process is {doing} there; wait for it or stop it, then run again") from None
+        except OSError:
+            pass  # some network file systems know no locks
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with atomic_write(path) as file:

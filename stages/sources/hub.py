@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from stages.checkpoint.files import CHUNK, check_disk, sync_directory
 from stages.checkpoint.header import LFS_POINTER, Header, header_length, parse_header
@@ -63,15 +64,39 @@ def _asked_wait(error: Exception) -> int:
     return min(int(text), LONGEST_WAIT) if text.isascii() and text.isdigit() else 0
 
 
+def _endpoint() -> str:
+    """HF_ENDPOINT, or the public hub's; UserError where it is no address."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
+    try:
+        parts = urlsplit(endpoint)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UserError(f"HF_ENDPOINT={endpoint}: expected http://HOST[:PORT] or https://HOST[:PORT]")
+    return endpoint
+
+
+def _token() -> str | None:
+    """HF_TOKEN without the line end that files of secrets have; a token is never shown."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not (token.isascii() and (token.isprintable() and " " not in token)):
+        raise UserError("HF_TOKEN holds characters that no token has; copy it again")
+    return token or None
+
+
 class Hub:
     """A repository at a pinned revision."""
 
     def __init__(self, source: SourceSettings):
-        from huggingface_hub import HfApi
+        try:
+            from huggingface_hub import HfApi
+        except ValueError as error:  # HF_HUB_DOWNLOAD_TIMEOUT=abc
+            raise UserError(f"the hub's client cannot read one of the HF_ variables of the environment: {error}") from None
 
         self.source = source
-        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        self.api = HfApi(endpoint=self.endpoint, token=os.environ.get("HF_TOKEN") or None)
+        self.endpoint = _endpoint()
+        self.api = HfApi(endpoint=self.endpoint, token=_token())
 
     def _errors(self) -> tuple[type[Exception], ...]:
         from huggingface_hub.errors import HfHubHTTPError
@@ -91,6 +116,8 @@ class Hub:
         while True:
             try:
                 return action()
+            except ImportError as error:  # of a proxy that needs a package
+                raise UserError(f"{self.source.repository}: {what}: {str(error)[:160]}; check ALL_PROXY and HTTPS_PROXY") from None
             except self._errors() as error:
                 if isinstance(error, OSError) and error.errno is not None and not isinstance(
                         error, (ConnectionError, TimeoutError)):
@@ -102,19 +129,30 @@ class Hub:
 
     def list_files(self) -> list[SourceFile]:
         """All files of the revision with sizes, and sha256 of those that the hub stores as large files."""
-        info = self.patiently("listing its files", lambda: self.api.model_info(
-            self.source.repository, revision=self.source.revision, files_metadata=True))
+        info = self.info("listing its files", self.source.revision)
         if info.sha != self.source.revision:
             raise UserError(f"{self.source.repository}: asked for revision {self.source.revision}, the hub answered with "
                             f"{info.sha}; check source.revision and HF_ENDPOINT")
         files = []
         for entry in sorted(info.siblings, key=lambda sibling: sibling.rfilename):
             name = safe_name(entry.rfilename, self.source.repository)
-            if entry.size is None:
+            if type(entry.size) is not int or entry.size < 0:
                 raise UserError(f"{self.source.repository}: the hub gives no size for {name}; it cannot be checked, try "
                                 "again later")
-            files.append(SourceFile(name, entry.size, entry.lfs.sha256 if entry.lfs else None, kind_of(name)))
+            sha256 = entry.lfs.sha256.lower() if entry.lfs and entry.lfs.sha256 else None
+            files.append(SourceFile(name, entry.size, sha256, kind_of(name), None if entry.lfs else entry.blob_id))
         return files
+
+    def info(self, what: str, revision: str | None):
+        """What the hub says of a revision; UserError for an answer of another form, of a proxy or a login page."""
+        try:
+            info = self.patiently(what, lambda: self.api.model_info(self.source.repository, revision=revision, files_metadata=True))
+            if not all(isinstance(entry.rfilename, str) for entry in info.siblings):
+                raise TypeError("a file has no name")
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{self.source.repository}: {what}: the answer is not that of a hub ({type(error).__name__}: {str(error)[:80]}); check "
+                            "HF_ENDPOINT and the proxy") from None
+        return info
 
     def _url(self, name: str) -> str:
         from huggingface_hub import hf_hub_url
@@ -124,7 +162,7 @@ class Hub:
     def _headers(self) -> dict[str, str]:
         from huggingface_hub.utils import build_hf_headers
 
-        return build_hf_headers(token=os.environ.get("HF_TOKEN") or None)
+        return build_hf_headers(token=_token())
 
     def read_range(self, name: str, begin: int, end: int, size: int) -> bytes:
         """Bytes begin..end (end not included) of a file of `size` bytes, and no more, whatever the server sends.
@@ -196,7 +234,7 @@ class Hub:
 def resolve(repository: str, revision: str | None) -> tuple[str, list[str]]:
     """(commit, shards) of a repository's branch, tag or commit; of its main branch if none is given."""
     hub = Hub(SourceSettings(repository=repository, revision=revision))
-    info = hub.patiently("finding its revision", lambda: hub.api.model_info(repository, revision=revision))
+    info = hub.info("finding its revision", revision)
     names = sorted(sibling.rfilename for sibling in info.siblings)
     shards = [safe_name(name, repository) for name in names if kind_of(name) == "shard"]
     if not shards:
@@ -237,6 +275,12 @@ class HashedFile(io.FileIO):
         return size
 
 
+def _git_sha1(path: Path) -> str:
+    """git's hash of a file: sha1 of its length and its bytes."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 def check_bytes(path: Path, sha256: str, file: SourceFile, where: str) -> None:
     """Size and, where known, sha256 of a downloaded file, whose bytes have this one; a wrong one is deleted and refused."""
     found = path.stat().st_size
@@ -247,6 +291,8 @@ def check_bytes(path: Path, sha256: str, file: SourceFile, where: str) -> None:
         what = "is a Git LFS pointer, not the data"
     elif found != file.size:
         what = f"has {found} bytes, the hub listed {file.size}"
+    elif file.git_sha1 and file.kind != "shard" and _git_sha1(path) != file.git_sha1.lower():
+        what = "is not what git's hash of it says"
     elif file.sha256 and sha256 != file.sha256:
         what = f"has sha256 {sha256[:12]}..., the hub listed {file.sha256[:12]}..."
     if what:

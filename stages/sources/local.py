@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 
 from stages.errors import UserError
@@ -58,6 +59,15 @@ def local_files(source: SourceSettings) -> list[str]:
     return [str(Path(source.path) / file.name) for file in files if file.kind != "ignored" and not re.search(r"[{}*?]", file.name)]
 
 
-def identities(paths: list[str]) -> list[tuple[str, int, int]]:
-    """(path, bytes, time of the last change in ns): a file that was replaced by an older one is another one, too."""
-    return [(path, status.st_size, status.st_mtime_ns) for path in paths for status in [os.stat(path)]]
+def identities(paths: list[str]) -> list[tuple[str, tuple[int, int]]]:
+    """(path, (bytes, time of the last change in ns)): a file that was replaced by an older one is another one, too.
+
+    UserError for one that is dated in the future, which Snakemake would only say when the job is done.
+    """
+    result = []
+    for path in paths:
+        status = os.stat(path)
+        if status.st_mtime > time.time() + 1:
+            raise UserError(f"{path}: is dated in the future, so that nothing made from it would count as newer: touch it, or set the clock")
+        result.append((path, (status.st_size, status.st_mtime_ns)))
+    return result

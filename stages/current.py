@@ -1,0 +1,34 @@
+"""Which results that are there were made for other settings: by hand, or by a run that this working directory has no records of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from stages.checkpoint.files import read_json
+from stages.download import lists_source
+from stages.errors import UserError
+from stages.plan import is_plan_for
+from stages.settings import Settings, as_dict, scoring
+
+
+def of_other_settings(settings: Settings) -> list[Path]:
+    """Results that are there, but of other settings than these. One that is damaged or of another version is made again anyway."""
+    run = settings.run_directory
+    checks: tuple[tuple[Path, Callable[[dict], bool]], ...] = (
+        (settings.source_directory / "listing.json", lambda found: lists_source(found, settings.source)),
+        (run / "plan.json", lambda found: is_plan_for(found, settings)),
+        (run / "verify.json", lambda found: found.get("minimum_sqnr_db", settings.release.minimum_sqnr_db) == settings.release.minimum_sqnr_db),
+        (run / "perplexity.json", lambda found: found.get("settings") == scoring(settings.evaluation)),
+        (run / "settings.yaml", lambda found: all(found.get(part) == as_dict(getattr(settings, part)) for part in ("source", "recipe", "release"))),
+    )
+    return [path for path, fits in checks if path.exists() and _differs(path, fits)]
+
+
+def _differs(path: Path, fits: Callable[[dict], bool]) -> bool:
+    try:
+        return not fits(yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix == ".yaml" else read_json(path))
+    except (AttributeError, KeyError, TypeError, ValueError, UserError, yaml.YAMLError):
+        return False
