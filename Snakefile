@@ -6,7 +6,7 @@ sys.path.insert(0, workflow.basedir)
 from stages.errors import UserError
 from stages.current import of_other_settings
 from stages.serving.environment import PLUGIN, fingerprint, ingredients, marker_inputs, plugin_files
-from stages.settings import CONVERTING, as_json, code_of, load, overrides_from, scoring, shards_of, text_path
+from stages.settings import CONVERTING, RESULTS_FORMAT, as_json, code_of, load, overrides_from, scoring, shards_of, text_path
 from stages.sources.local import identities, local_files
 try:
     OVERRIDES = overrides_from(config)
@@ -44,7 +44,7 @@ rule all:
 rule download_metadata:
     input: FILES
     output: listing=f"{SOURCE}/listing.json", headers=f"{SOURCE}/headers.json", auxiliary=directory(f"{SOURCE}/auxiliary")
-    params: **PARAMS["listing.json"], files=[WATCHED[path] for path in FILES]
+    params: **PARAMS["listing.json"], format=RESULTS_FORMAT, files=[WATCHED[path] for path in FILES]
     log: f"{SOURCE}/logs/metadata.log"
     shell: stage("download", "--metadata")
 
