@@ -12,8 +12,8 @@ try:
     OVERRIDES = overrides_from(config)
     S = load(OVERRIDES, ask=True)
     SHARDS = [name.removesuffix(".safetensors") for name in shards_of(S.source)]
-    WATCHED = dict(identities([*local_files(S.source), str(text_path(S))]))
     FILES, TEXT, SERVER = local_files(S.source), str(text_path(S)), marker_inputs(S.serving)
+    WATCHED = dict(identities([*FILES, TEXT]))  # by size and time: an older file in the place of another one is new, too
     if S.evaluation.via == "vllm" and S.serving.if_installed and S.serving.makes_environment and not SERVER:
         raise UserError("evaluation.via=vllm needs a server: run make serve-env, or choose serving=vllm_cpu, vllm_cuda or endpoint")
 except UserError as error:
