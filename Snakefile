@@ -141,6 +141,6 @@ rule serve_bench:
 rule report:
     input: f"{RUN}/plan.json", f"{RUN}/verify.json", f"{RUN}/gemm.json", f"{RUN}/sqnr.json", f"{RUN}/perplexity.json", f"{RUN}/serving.json"
     output: f"{RUN}/report.html", f"{RUN}/card.md", f"{RUN}/metrics.json", f"{RUN}/settings.yaml"
-    params: settings=[as_json(part) for part in (S.source, S.recipe, S.release)], code=code_of("stages/report.py", *serving_code("commands", "plots"), *TEMPLATES)
+    params: settings=[as_json(part) for part in (S.source, S.recipe, S.release)], code=code_of("stages/report.py", "stages/plots.py", *serving_code("commands", "plots"), *TEMPLATES)
     log: f"{RUN}/logs/report.log"
     shell: stage("report")

@@ -14,7 +14,7 @@ import shutil
 import struct
 from pathlib import Path
 
-from stages.checkpoint.files import only_one, read_json, sha256_file, sync_directory, write_json, write_text
+from stages.checkpoint.files import only_one, sha256_file, sync_directory, write_json, write_text
 from stages.checkpoint.header import INDEX
 from stages.checkpoint.writer import ShardWriter
 from stages.dialects.config import MODELOPT
@@ -22,7 +22,7 @@ from stages.errors import UserError, exit_with_one_line
 from stages.download import read_listing
 from stages.inspect_format import read_config
 from stages.plan import SHARD_METADATA, coverage, index_json, outputs_of_shard, read_plan, release_config
-from stages.quantize_experts import plan_hash
+from stages.receipts import read_receipts
 from stages.schemes import draft_scales
 from stages.schemes.architectures import architecture_of
 from stages.serving.environment import PLUGIN, plugin_files
@@ -30,20 +30,6 @@ from stages.settings import Settings, load, stage_parser
 
 WRITTEN = ("config.json", INDEX, "manifest.json")
 LEFT_OUT = ("README.md", ".gitattributes", MODELOPT, *WRITTEN)  # MODELOPT says how the source is quantized
-
-
-def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
-    """Shard -> receipt; UserError for a missing one and for one that was made under another plan."""
-    receipts = {}
-    for shard in plan["shards"]:
-        path = (settings.run_directory / "shards" / shard).with_suffix(".json")
-        receipt = read_json(path, f"quantize_experts --shard {shard}")
-        if not all(isinstance(receipt.get(key), dict) for key in ("source", "output", "tensors", "quantized")):
-            raise UserError(f"{path} is damaged: delete it and run quantize_experts --shard {shard} again")
-        if receipt.get("plan_sha256") != plan_hash(plan, shard):
-            raise UserError(f"{path} was made under another plan; run quantize_experts --shard {shard} again")
-        receipts[shard] = receipt
-    return receipts
 
 
 def auxiliary_files(settings: Settings) -> list[Path]:

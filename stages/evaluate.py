@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from stages.assemble_release import read_receipts
 from stages.checkpoint.files import human_bytes, read_json, sha256_file, write_json
 from stages.dialects.roles import layer_of, projection_of
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import read_plan
+from stages.receipts import read_receipts
 from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, load, scoring, stage_parser, text_path
 

@@ -19,7 +19,6 @@ from stages.dialects.completeness import check_ends, check_layers
 from stages.dialects.experts import check_experts
 from stages.dialects.plain import WEIGHT_DTYPES
 from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, declared_drafts, draft_layers, is_routed_expert, projection_of
-from stages.download import lists_source
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.schemes import SCHEMES, compressed_tensors, draft_scales, kept, tensor_parallel, vllm_rules

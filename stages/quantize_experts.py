@@ -13,7 +13,6 @@ quantized matrix the sums of squares of the signal, of the error and of what it 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from kernels import mxfp4
 from kernels.arrays import first_index, to_float32
 from kernels.errors import NonFiniteError
-from stages.checkpoint.files import check_disk, human_bytes, read_json, sha256_file, write_json
+from stages.checkpoint.files import check_disk, human_bytes, sha256_file, write_json
 from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import ShardReader, as_array
 from stages.checkpoint.writer import ShardWriter
@@ -41,16 +40,16 @@ from stages.dialects.reading import Tensors, stored_rows
 from stages.download import read_listing, read_tensor_bytes
 from stages.errors import UserError, exit_with_one_line, without_collection
 from stages.plan import SHARD_METADATA, outputs_of_shard, read_plan, specs_of
+from stages.receipts import plan_hash, zeros_note
 from stages.schemes import SCHEMES
 from stages.schemes.modules import Matrix, Output
-from stages.settings import RESULTS_FORMAT, Settings, load, stage_parser
+from stages.settings import Settings, load, stage_parser
 
 PANEL_WEIGHTS = 8 << 20  # weights quantized at once; a whole expert of Step-3.7 (1280 x 4096) fits
 NO_TILE = (1, 1)  # of weights that come without tile scales
 KEPT_BYTES = 64 << 20  # of scales from other shards that are kept in memory
 USUAL_SIZES = (1e-9, 1e4)  # root mean square of a network's weights; outside of it a scale was misunderstood
 MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # mallopt's parameter and its value in bytes
-DECISIVE = ("shard", "dtype", "shape", "decision", "scheme")  # of a plan's entry, beside the fields of its Claim
 INSPECT = "run download --metadata and inspect_format again"
 REPORT_SECONDS = 10.0  # between progress lines where the output is no terminal
 
@@ -94,17 +93,6 @@ def keep_memory_steady() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(MMAP_THRESHOLD, LARGE_BLOCK)
-
-
-def plan_hash(plan: dict, shard: str) -> str:
-    """sha256 over everything in the plan that determines this shard's bytes, scales in other shards among it; the rest is prose."""
-    entries = {name: entry for name, entry in plan["tensors"].items() if entry["shard"] == shard}
-    for entry in list(entries.values()):
-        if entry["scheme"]:
-            entries |= {name: plan["tensors"][name] for name in Claim.from_entry(entry).companions().values()}
-    decisive = {name: {key: entry[key] for key in DECISIVE} | Claim.from_entry(entry).as_entry() for name, entry in entries.items()}
-    part = {"format": RESULTS_FORMAT, "layout": plan["layout"], "exponent_rule": plan["exponent_rule"], "tensors": decisive}
-    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
 
 
 class Loose:
@@ -321,12 +309,6 @@ def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Qu
         else:
             for scale in pending.pop(output.matrix):
                 writer.write(output.name, scale)
-
-
-def zeros_note(names: list[str]) -> str:
-    """What to say of weights that hold nothing but zeros: converted rightly, but where a download left a hole, too."""
-    return (f"{len(names)} weight{'s hold' if len(names) > 1 else ' holds'} nothing but zeros, in the source already "
-            f"({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}); compare the source with its published sha256 if that is a surprise")
 
 
 def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:

@@ -7,7 +7,6 @@ the last digit from machine to machine.
 
 from __future__ import annotations
 
-import io
 import os
 import platform
 import re
@@ -20,24 +19,18 @@ import jinja2
 import yaml
 from omegaconf import OmegaConf
 
-from stages.assemble_release import read_receipts
 from stages.checkpoint.files import human_bytes, read_json, write_json, write_text
 from stages.current import of_other_settings
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import by_role, read_plan, where_it_runs
-from stages.quantize_experts import zeros_note
+from stages.plots import expert_plot, layer_plot
+from stages.receipts import read_receipts, zeros_note
 from stages.serving.commands import client_example, serve_commands
 from stages.serving.plots import serving_plot
 from stages.settings import PROJECT, Settings, command_for, load, stage_parser
 
 PACKAGES = ("torch", "numpy", "numba", "triton", "safetensors", "transformers", "snakemake", "hydra-core", "dvc")
-PROJECTION_COLORS = {"gate": "#2a78d6", "up": "#1baf7a", "down": "#eda100"}
-OTHER_COLOR = "#4a3aa7"
 STAGES = {"verify.json": "verify_release", "perplexity.json": "evaluate"}
-LEAST_SPAN_DB = 3.0  # of the SQNR axes
-PLOT_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#c3c2b7",
-              "axes.labelcolor": "#52514e", "xtick.color": "#898781", "ytick.color": "#898781", "svg.fonttype": "none",
-              "svg.hashsalt": "mxforge", "font.family": "sans-serif"}
 
 
 def versions() -> dict[str, str]:
@@ -61,76 +54,6 @@ def _own_version() -> str:
         return metadata.version("mxforge")
     commit = described.stdout.strip() if (PROJECT / ".git").exists() else ""
     return metadata.version("mxforge") + (f" (commit {commit})" if commit else "")
-
-
-def svg_of(figure) -> str:
-    """A figure as inline SVG that fills its box, the same bytes for the same figure."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', text[text.index("<svg"):], count=1)
-
-
-def spread(values: list[float], least: float) -> tuple[float, float]:
-    """Limits of an axis around the values, never closer than `least`: noise must not look like a finding."""
-    low, high = min(values), max(values)
-    margin = max(0.05 * (high - low), (least - (high - low)) / 2)
-    return low - margin, high + margin
-
-
-def layer_plot(noise: dict) -> str:
-    """SVG: SQNR of each layer's projections."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context(PLOT_STYLE):
-        figure, axes = pyplot.subplots(figsize=(7.2, 2.6))
-        series: dict[str, list] = {}
-        for entry in noise["tensors"].values():
-            series.setdefault(entry["projection"] or "weight", []).append((entry["layer"], entry["sqnr_db"]))
-        for projection, points in sorted(series.items()):
-            points = sorted(point for point in points if point[1] is not None)
-            axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=4, linewidth=1.8,
-                      label=projection, color=PROJECTION_COLORS.get(projection, OTHER_COLOR))
-        axes.set_xlabel("layer")
-        axes.set_ylabel("SQNR (dB)")
-        values = [value for points in series.values() for _, value in points if value is not None]
-        if values:
-            axes.set_ylim(*spread(values, LEAST_SPAN_DB))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(axis="y", color="#e1e0d9", linewidth=0.8)
-        axes.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2))
-        svg = svg_of(figure)
-        pyplot.close(figure)
-    return svg
-
-
-def expert_plot(noise: dict) -> str:
-    """SVG: SQNR of every expert's matrix, one row per tensor, one column per expert."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import colors, pyplot
-
-    rows = [(f"{entry['layer']} {entry['projection']}", entry["experts_db"]) for entry in noise["tensors"].values()
-            if len(entry["experts_db"]) > 1]
-    if not rows:
-        return ""
-    width = max(len(values) for _, values in rows)
-    grid = [[float("nan") if v is None else v for v in values] + [float("nan")] * (width - len(values)) for _, values in rows]
-    ramp = colors.LinearSegmentedColormap.from_list("sequential", ["#cde2fb", "#3987e5", "#0d366b"])
-    with pyplot.rc_context(PLOT_STYLE):
-        figure, axes = pyplot.subplots(figsize=(7.2, 0.9 + 0.13 * min(len(rows), 60)))
-        values = [value for row in grid for value in row if value == value]
-        low, high = spread(values, LEAST_SPAN_DB) if values else (None, None)
-        image = axes.imshow(grid, aspect="auto", cmap=ramp, interpolation="nearest", vmin=low, vmax=high)
-        step = max(1, len(rows) // 24)
-        axes.set_yticks(range(0, len(rows), step), [rows[i][0] for i in range(0, len(rows), step)], fontsize=7)
-        axes.set_xlabel("expert")
-        figure.colorbar(image, ax=axes, label="SQNR (dB)", pad=0.02).outline.set_visible(False)
-        svg = svg_of(figure)
-        pyplot.close(figure)
-    return svg
 
 
 FORMATS = {"mxfp4": "MXFP4 (E2M1 values, one E8M0 scale per 32 inputs)", "mxfp8": "MXFP8 (E4M3 values, one E8M0 scale per 32 inputs)"}

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from stages.assemble_release import read_receipts
 from stages.checkpoint.files import write_json
 from stages.checkpoint.reader import ShardReader
 from stages.dialects import Claim
 from stages.dialects.reading import Tensors, decoded_rows
 from stages.errors import UserError, exit_with_one_line
 from stages.plan import outputs_of_shard, read_plan
+from stages.receipts import read_receipts
 from stages.settings import Settings, load, stage_parser
 
 MINIMUM_ARITHMETIC_DB = 45.0

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernels.energy import energy
-from stages.assemble_release import auxiliary_files, bundled_files, manifest_of, other_files, read_receipts
+from stages.assemble_release import auxiliary_files, bundled_files, manifest_of, other_files
 from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.checkpoint.header import INDEX, Header, read_header
 from stages.checkpoint.reader import ShardReader
@@ -26,6 +26,7 @@ from stages.download import read_listing
 from stages.errors import UserError, exit_with_one_line
 from stages.inspect_format import read_config
 from stages.plan import coverage, index_json, outputs_of_shard, read_plan, release_config
+from stages.receipts import read_receipts
 from stages.schemes import draft_scales
 from stages.schemes.modules import Output
 from stages.serving.environment import PLUGIN

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from kernels import mxfp4
 from kernels.fp8 import decode_block_fp8
-from stages import (assemble_release, download, evaluate, inspect_format, plan, quantize_experts, report, serve_bench, validate_gemm,
+from stages import (assemble_release, download, evaluate, inspect_format, plan, quantize_experts, receipts, report, serve_bench, validate_gemm,
                     verify_release)
 from stages.checkpoint.files import read_json
 from stages.checkpoint.header import render_header, sorted_specs
@@ -203,9 +203,9 @@ def test_weights_of_nothing_but_zeros_are_converted_and_named(local, checkpoint,
     tensors["model.layers.5.input_layernorm.weight"].zero_()  # a norm may be
     save_file(tensors, checkpoint / "model-00004.safetensors", metadata={"format": "pt"})
     settings = convert(*local)
-    receipts = assemble_release.read_receipts(settings, plan.read_plan(settings))
+    made = receipts.read_receipts(settings, plan.read_plan(settings))
     zeros = ["model.layers.5.moe.down_proj.weight[3]", "model.layers.5.self_attn.q_proj.weight"]
-    assert [receipt["zeros"] for receipt in receipts.values() if receipt["zeros"]] == [zeros]
+    assert [receipt["zeros"] for receipt in made.values() if receipt["zeros"]] == [zeros]
     assert f"note: 2 weights hold nothing but zeros, in the source already ({', '.join(zeros)})" in capsys.readouterr().out
 
 
@@ -548,14 +548,14 @@ def test_a_matrix_that_was_never_measured_fails_the_verification(tmp_path, layou
 
 def test_a_receipt_outlives_other_words_in_the_plan_but_no_other_decision(converted):
     made, shard = plan.read_plan(converted), "model-00003.safetensors"
-    before = quantize_experts.plan_hash(made, shard)
+    before = receipts.plan_hash(made, shard)
     name = next(name for name, entry in made["tensors"].items() if entry["shard"] == shard and entry["scheme"])
     made["tensors"][name] |= {"reason": "said in other words", "role": "another"}
-    assert quantize_experts.plan_hash(made, shard) == before
+    assert receipts.plan_hash(made, shard) == before
     for change in ({"scheme": "mxfp8"}, {"tile": [64, 64]}, {"dialect": "plain"}, {"shape": [1]}, {"decision": "keep"}):
         other = {**made, "tensors": {**made["tensors"], name: made["tensors"][name] | change}}
-        assert quantize_experts.plan_hash(other, shard) != before, change
-    assert quantize_experts.plan_hash({**made, "exponent_rule": "even"}, shard) != before
+        assert receipts.plan_hash(other, shard) != before, change
+    assert receipts.plan_hash({**made, "exponent_rule": "even"}, shard) != before
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "null", '{"plan_sha256": "x", "source": 1}'])

@@ -12,7 +12,7 @@ from kernels import mxfp4
 from kernels.fp8 import decode_block_fp8
 from kernels.formats import E2M1, decode_int4, decode_mxfp4, decode_mxfp8, decode_nvfp4, encode_mxfp8
 from stages import checkup, evaluate, plan, validate_gemm
-from stages.assemble_release import read_receipts
+from stages.receipts import read_receipts
 from stages.errors import UserError
 from stages.models import step37
 from tests.conftest import TINY, convert

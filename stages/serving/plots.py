@@ -6,7 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
-BLUE, GREEN, SOFT = "#2a78d6", "#1baf7a", "#e1e0d9"
+from stages.plots import BLUE, GREEN, GRID, PLOT_STYLE, svg_of
 
 
 def _bins(path: Path, width: float) -> tuple[list[float], list[float], list[tuple[float, float]]]:
@@ -30,8 +30,6 @@ def serving_plot(serving: dict, directory: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from stages.report import PLOT_STYLE, svg_of
-
     levels = serving["levels"]
     drafting = levels[-1].get("drafting")
     with pyplot.rc_context(PLOT_STYLE):
@@ -45,7 +43,7 @@ def serving_plot(serving: dict, directory: Path) -> str:
         starts, rates, windows = _bins(directory / f"{streams[-1]}.jsonl.gz", 1.0)
         axes[1].step(starts, rates, where="post", color=BLUE, linewidth=1.2)
         for begin, end in windows:
-            axes[1].axvspan(begin, end, color=SOFT, alpha=0.6, linewidth=0)
+            axes[1].axvspan(begin, end, color=GRID, alpha=0.6, linewidth=0)
         axes[1].set(xlabel=f"seconds, {streams[-1]} streams (shaded: counted)", ylim=(0, None))
         if drafting:
             values = [100 * value for value in drafting["acceptance_by_position"]]

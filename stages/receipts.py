@@ -1,0 +1,49 @@
+"""Receipts: what converting a shard found out, and for which plan it holds.
+
+`quantize_experts` writes one beside each converted shard. It names the sha256 of the source and of the output and of every tensor that
+passed through, and for every quantized matrix the sums of squares of the signal, of the error and of what it decodes to; later stages
+trust it instead of reading the weights again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from stages.checkpoint.files import read_json
+from stages.dialects import Claim
+from stages.errors import UserError
+from stages.settings import RESULTS_FORMAT, Settings
+
+DECISIVE = ("shard", "dtype", "shape", "decision", "scheme")  # of a plan's entry, beside the fields of its Claim
+
+
+def plan_hash(plan: dict, shard: str) -> str:
+    """sha256 over everything in the plan that determines this shard's bytes, scales in other shards among it; the rest is prose."""
+    entries = {name: entry for name, entry in plan["tensors"].items() if entry["shard"] == shard}
+    for entry in list(entries.values()):
+        if entry["scheme"]:
+            entries |= {name: plan["tensors"][name] for name in Claim.from_entry(entry).companions().values()}
+    decisive = {name: {key: entry[key] for key in DECISIVE} | Claim.from_entry(entry).as_entry() for name, entry in entries.items()}
+    part = {"format": RESULTS_FORMAT, "layout": plan["layout"], "exponent_rule": plan["exponent_rule"], "tensors": decisive}
+    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+
+
+def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
+    """Shard -> receipt; UserError for a missing one and for one that was made under another plan."""
+    receipts = {}
+    for shard in plan["shards"]:
+        path = (settings.run_directory / "shards" / shard).with_suffix(".json")
+        receipt = read_json(path, f"quantize_experts --shard {shard}")
+        if not all(isinstance(receipt.get(key), dict) for key in ("source", "output", "tensors", "quantized")):
+            raise UserError(f"{path} is damaged: delete it and run quantize_experts --shard {shard} again")
+        if receipt.get("plan_sha256") != plan_hash(plan, shard):
+            raise UserError(f"{path} was made under another plan; run quantize_experts --shard {shard} again")
+        receipts[shard] = receipt
+    return receipts
+
+
+def zeros_note(names: list[str]) -> str:
+    """What to say of weights that hold nothing but zeros: converted rightly, but where a download left a hole, too."""
+    return (f"{len(names)} weight{'s hold' if len(names) > 1 else ' holds'} nothing but zeros, in the source already "
+            f"({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}); compare the source with its published sha256 if that is a surprise")
