@@ -2,6 +2,7 @@
 
 download, inspect_format, plan, quantize_experts, validate_gemm, assemble_release, verify_release, evaluate,
 serve_bench, report. Each is a plain function plus a `main()`, so that it runs alone, under pytest and in the DAG.
+They share settings, errors, receipts, current (which results are of other settings) and plots.
 Imports run one way: Snakefile -> stages.<node> -> stages.{sources,checkpoint,dialects,schemes,serving} -> kernels.
 """
 
@@ -9,6 +10,17 @@ import gc
 import os
 import sys
 
+
+
+def _say_in_one_line(kind, error, trace) -> None:
+    """For Ctrl-C while modules are imported; later, `exit_with_one_line` says it."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("error: interrupted; run the same command again to go on", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 if sys.argv[:1] == ["-m"]:  # a stage is being started; `exit_with_one_line` turns collection on again
+    sys.excepthook = _say_in_one_line
     gc.disable()  # torch and numba make objects by the hundred thousand on import that all live on: a fifth of the start
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which no stage multiplies with; its threads would wait for work, spinning

@@ -182,7 +182,7 @@ def measure_served(settings: Settings, tokens: torch.Tensor) -> dict:
     if "source" in values:
         change = values["source"] - values["release"]
         found["paired"] = {"perplexity_ratio": math.exp(change.mean().item()),
-                           "standard_error": change.std().item() / math.sqrt(len(change)),
+                           "standard_error_nats": change.std().item() / math.sqrt(len(change)),
                            "median_absolute_change_nats": change.abs().median().item()}
     return found
 

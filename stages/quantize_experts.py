@@ -153,8 +153,8 @@ class Quantizer:
         if not mxfp4.available(backend):
             raise UserError(f"device.backend={backend} does not run on this machine; choose one of "
                             f"{', '.join(mxfp4.backends())}")
-        try:  # compiles or loads the kernel before the clock starts; Triton compiles another one for a single row
-            SCHEMES["mxfp4"].quantize(np.zeros((128, 256), np.uint8), np.ones((1, 2), np.float32), (128, 128), "mse", backend)
+        try:  # compiles or loads the kernel before the clock starts; Triton compiles others for a single row and for each rule
+            SCHEMES["mxfp4"].quantize(np.zeros((128, 256), np.uint8), np.ones((1, 2), np.float32), (128, 128), plan["exponent_rule"], backend)
         except (EOFError, pickle.UnpicklingError):
             from kernels.mxfp4 import cpu
 

@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
-from stages.dialects.roles import projection_of
+from stages.dialects.roles import QUANTIZABLE, projection_of
+from stages.schemes.kept import BLOCK
 
 SIZES = (1, 2, 4, 8, 16)
 WHOLE = ("q_a", "kv_a_proj_with_mqa")  # every rank has all of them
 FIRST = ("q", "k", "gate", "w1", "q_a", "in_proj_qkv", "in_proj_b")  # lie before others in a merged module: whole blocks even unsplit
 BY_INPUTS = ("down", "w2", "o", "out")  # row-parallel: each rank has a part of the inputs; all others split their outputs
-ROLES = ("routed_experts", "shared_experts", "dense_mlp", "attention", "linear_attention")
 
 
 def _fault(name: str, entry: dict, size: int, heads: int | None) -> tuple[str, str] | None:
@@ -33,8 +33,7 @@ def _fault(name: str, entry: dict, size: int, heads: int | None) -> tuple[str, s
     if entry["stored"].startswith("fp8 ") and "x" in entry["stored"]:
         if size == 1 and projection_of(name) not in FIRST:
             return None
-        edge = 128
-        return ("tiles", f"{name}: {split} {side} / {size} are not whole FP8 blocks of {edge}") if share % edge else None
+        return ("tiles", f"{name}: {split} {side} / {size} are not whole FP8 blocks of {BLOCK}") if share % BLOCK else None
     if entry["stored"].startswith("mx") and by_inputs and share % 32:
         return "blocks", f"{name}: {split} inputs / {size} are not whole blocks of 32"
     if entry["stored"] == "mxfp4" and entry["role"] == "routed_experts" and by_inputs and not (
@@ -51,7 +50,7 @@ def notes(tensors: dict, heads: int | None) -> list[dict]:
     result = []
     shapes: dict[tuple, tuple[str, dict]] = {}  # one weight of each kind is enough
     for name, entry in tensors.items():
-        if entry["matrix"] and entry["role"] in ROLES and entry["stored"]:
+        if entry["matrix"] and entry["role"] in QUANTIZABLE and entry["stored"]:
             shapes.setdefault((entry["role"], projection_of(name), entry["stored"], tuple(entry["matrix"][-2:])), (name, entry))
     for size in SIZES:
         faults = [fault for name, entry in shapes.values() if (fault := _fault(name, entry, size, heads))]
