@@ -408,6 +408,7 @@ def test_a_mistake_in_the_environment_is_one_line_without_the_secret(hub, settin
 def test_a_token_may_end_in_a_newline_as_files_of_secrets_do(hub, settings, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
     download.fetch_metadata(settings)
+    assert download.read_listing(settings)[SHARD]["kind"] == "shard"
 
 
 @pytest.mark.parametrize("change", [{"siblings": None}, {"siblings": [{"size": 3}]}, {"siblings": [{"rfilename": "config.json", "size": "3"}]}])
