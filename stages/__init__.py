@@ -11,7 +11,6 @@ import os
 import sys
 
 
-
 def _say_in_one_line(kind, error, trace) -> None:
     """For Ctrl-C while modules are imported; later, `exit_with_one_line` says it."""
     if issubclass(kind, KeyboardInterrupt):

@@ -103,6 +103,7 @@ def _assemble(settings: Settings) -> dict:
             if not copy.is_file() or sha256_file(copy) != listing[str(name)]["sha256"]:
                 raise UserError(f"{copy}: is not what was read from the source; remove {settings.source_directory / 'listing.json'} and run again")
             shutil.copyfile(copy, building / name)
+            files[str(name)] = {"bytes": copy.stat().st_size, "sha256": listing[str(name)]["sha256"]}
         config = read_config(settings)
         bundled = bundled_files(plan)
         for path in bundled:
@@ -121,7 +122,7 @@ def _assemble(settings: Settings) -> dict:
             raise UserError(f"the config would not fit the weights: {faults[0]}")
         write_json(building / "config.json", release_config(config, section))
         write_text(building / INDEX, index_json(weight_map, plan["release_tensor_bytes"]))
-        for name in (*map(str, auxiliary_files(settings)), *(f"{PLUGIN.name}/{path}" for path in bundled), "config.json", INDEX):
+        for name in (*(f"{PLUGIN.name}/{path}" for path in bundled), "config.json", INDEX):
             path = building / name
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         manifest = manifest_of(settings, plan, receipts, files)

@@ -11,7 +11,7 @@ from stages.checkpoint.files import read_json
 from stages.download import lists_source
 from stages.errors import UserError
 from stages.plan import is_plan_for
-from stages.settings import Settings, as_dict, scoring
+from stages.settings import RESULTS_FORMAT, Settings, as_dict, scoring
 
 
 def of_other_settings(settings: Settings) -> list[Path]:
@@ -19,7 +19,7 @@ def of_other_settings(settings: Settings) -> list[Path]:
     run = settings.run_directory
     checks: tuple[tuple[Path, Callable[[dict], bool]], ...] = (
         (settings.source_directory / "listing.json", lambda found: lists_source(found, settings.source)),
-        (run / "plan.json", lambda found: is_plan_for(found, settings)),
+        (run / "plan.json", lambda found: found.get("format") != RESULTS_FORMAT or is_plan_for(found, settings)),
         (run / "verify.json", lambda found: found.get("minimum_sqnr_db", settings.release.minimum_sqnr_db) == settings.release.minimum_sqnr_db),
         (run / "perplexity.json", lambda found: found.get("settings") == scoring(settings.evaluation)),
         (run / "settings.yaml", lambda found: all(found.get(part) == as_dict(getattr(settings, part)) for part in ("source", "recipe", "release"))),

@@ -188,9 +188,10 @@ def _one_line(error: Exception) -> str:
         key = override.group(1) if override else unknown.group(1)
         if override and unknown and unknown.group(1) not in key.split("."):
             key = f"{key}.{unknown.group(1)}"
-        near = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.8) or difflib.get_close_matches(
-            key.rpartition(".")[2], [known.rpartition(".")[2] for known in _keys()], n=1, cutoff=0.7)
-        near = [known for known in _keys() if near and known in (near[0], f"{known.rpartition('.')[0]}.{near[0]}")]
+        keys = _keys()
+        by_name = {known.rpartition(".")[2]: known for known in reversed(keys)}  # whatever group it was looked for in
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.8) or [
+            by_name[name] for name in difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.7)]
         return f"conf: there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else
                                                        "; stages/settings.py lists them all")
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -45,7 +45,8 @@ CHECKS = (
 
 
 def check(directory: Path, source: Path | None = None, quick: bool = False) -> dict:
-    """{"passed", "checks": [...], "notes": [...]}, where a check's "passed" is None if there was nothing to check; UserError for a config.json or a source that leaves nothing to check."""
+    """{"passed", "checks": [...], "notes": [...]}, where a check's "passed" is None if there was nothing to check; UserError for a
+    config.json or a source that leaves nothing to check at all."""
     rows = []
     with Checkpoint(directory, quick) as checkpoint, open_source(source, checkpoint.directory) as opened:
         for key, title, function, asks_for_source in CHECKS:

@@ -54,7 +54,7 @@ def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], confi
             raise UserError(f"{where[name]}: {_unknown(name, info, tensors)}")
         if claimed.dialect == plain.NAME and SCALE.fullmatch(name):
             raise UserError(f"{where[name]}: {_lone(name, info, tensors)}")
-    if declared(config).get("quant_method") == "fp8" and not any(claimed.dialect in ("block_fp8", "channel_fp8", "mxfp4") for claimed in claims.values()):
+    if declared(config).get("quant_method") == "fp8" and not any("fp8" in (by_name(claimed.dialect).METHODS or ()) for claimed in claims.values()):
         raise UserError("config.json declares quant_method 'fp8', but no shard holds an FP8 tensor; shards are missing "
                         "or config.json is of another checkpoint")
     for dialect in DIALECTS:
