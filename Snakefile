@@ -107,7 +107,7 @@ rule assemble_release:
 rule verify_release:
     input: RELEASE, expand(f"{RUN}/shards/{{shard}}.safetensors", shard=SHARDS)
     output: f"{RUN}/verify.json"
-    params: **PARAMS["verify.json"], code=code_of("stages/verify_release.py", "kernels/energy.py")
+    params: **PARAMS["verify.json"], code=code_of("stages/verify_release.py", "kernels/energy.py", "kernels/decibels.py")
     log: f"{RUN}/logs/verify_release.log"
     threads: 64  # as many as there are
     shell: stage("verify_release")

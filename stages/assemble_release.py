@@ -19,14 +19,15 @@ from stages.checkpoint.header import INDEX
 from stages.checkpoint.writer import ShardWriter
 from stages.dialects.config import MODELOPT
 from stages.errors import UserError, exit_with_one_line
-from stages.download import read_listing
-from stages.inspect_format import read_config
-from stages.plan import SHARD_METADATA, coverage, index_json, outputs_of_shard, read_plan, release_config
+from stages.planning.modules import coverage
+from stages.planning.outputs import SHARD_METADATA, index_json, outputs_of_shard, release_config
+from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.schemes import draft_scales
 from stages.schemes.architectures import architecture_of
 from stages.serving.environment import PLUGIN, plugin_files
 from stages.settings import Settings, load, stage_parser
+from stages.sources.listing import read_config, read_listing
 
 WRITTEN = ("config.json", INDEX, "manifest.json")
 LEFT_OUT = ("README.md", ".gitattributes", MODELOPT, *WRITTEN)  # MODELOPT says how the source is quantized

@@ -19,14 +19,11 @@ from importlib import metadata
 from pathlib import Path
 
 from stages import download, inspect_format, plan
-from stages.checkpoint.files import read_json, render_json, sha256_file, write_text
-from stages.dialects.roles import hidden_layers, is_routed_expert
 from stages.errors import UserError, exit_with_one_line
-from stages.plan import release_config
-from stages.schemes import compressed_tensors, vllm_rules
-from stages.schemes.architectures import architecture_of
+from stages.planning.view import by_role, print_plan
 from stages.settings import Settings, choices, load
 from stages.sources.hub import resolve
+from stages.sources.listing import read_config
 
 REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -63,10 +60,10 @@ def show_plan(arguments: argparse.Namespace) -> None:
         with redirect_stdout(io.StringIO()):
             download.fetch_metadata(settings)
         census = inspect_format.census(settings)
-        made = plan.make_plan(settings, census, inspect_format.read_config(settings))
+        made = plan.make_plan(settings, census, read_config(settings))
         if arguments.json:
             shown = {key: value for key, value in made.items() if key not in ("tensors", "draft_scales")}
-            shown |= {"roles": plan.by_role(made), "dialects": census["dialects"], "architecture": census["architecture"],
+            shown |= {"roles": by_role(made), "dialects": census["dialects"], "architecture": census["architecture"],
                       "anomalies": census["anomalies"], "repository": settings.source.repository, "revision": settings.source.revision}
             print(json.dumps(shown, indent=2))
             return
@@ -74,7 +71,7 @@ def show_plan(arguments: argparse.Namespace) -> None:
             print(f"{settings.source.repository} at revision {settings.source.revision}")
         print(f"{settings.source.name}: {census['architecture']}, "
               + ", ".join(f"{count} tensors {name}" for name, count in census["dialects"].items()))
-        plan.print_plan(made)
+        print_plan(made)
         for anomaly in census["anomalies"]:
             print(f"note: {anomaly}")
 
@@ -87,56 +84,10 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def regenerate_config(arguments: argparse.Namespace) -> None:
-    """Writes DIRECTORY/config.json with the quantization_config that fits the tensors, everything else as it was."""
-    from stages.checkup import completeness, structure
-    from stages.checkup.checkpoint import Checkpoint
+    """Writes DIRECTORY/config.json anew."""
+    from stages.checkup import configuring
 
-    directory = arguments.directory
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; name a release")
-    path = directory / "config.json"
-    config = read_json(arguments.base or path)
-    checkpoint = Checkpoint(directory, section={}, config=config)
-    row = architecture_of(checkpoint.architecture)
-    if row is None:
-        raise UserError(f"{path}: vLLM's module names for architecture {checkpoint.architecture} are not known; "
-                        "add a row to stages/schemes/architectures.py")
-    layers = hidden_layers(config)
-    linears, experts, stored = [], [], {}
-    with checkpoint:
-        for check in (structure.containers, structure.pairs, completeness.experts, completeness.layers):
-            for fault in check(checkpoint):
-                raise UserError(f"{fault}; mend that first")
-        for module, (kind, _, _, _) in checkpoint.modules.items():
-            (experts if is_routed_expert(module, layers) else linears).append(module)
-            if kind != "plain":
-                stored[module] = kind
-    if not stored:
-        raise UserError(f"{directory}: holds no quantized weight; nothing to configure")
-    runtime = vllm_rules.runtime_modules(linears, experts, layers, row)
-    names = {module.rpartition(".")[2] for module in experts if module in stored}
-    section = compressed_tensors.quantization_config(runtime, stored, tuple(sorted(names)))
-    modules = len(runtime)
-    faults = vllm_rules.coverage_faults(runtime, section, stored)
-    if faults:
-        raise UserError(f"{directory}: vLLM could not serve these tensors under any config of ours: {faults[0]}")
-    text = render_json(release_config(config, section))
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        print(f"{path}: is right as it is ({modules} modules)")
-        return
-    if arguments.dry_run:
-        print(text, end="")
-        return
-    manifest, content = directory / "manifest.json", None
-    if manifest.exists():
-        content = read_json(manifest, "assemble_release")
-        if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-            raise UserError(f"{manifest}: has no table of files; restore it or remove it first")
-    write_text(path, text)
-    if content is not None:
-        content["files"]["config.json"] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        write_text(manifest, render_json(content))
-    print(f"{path}: written; its groups claim {modules} modules rightly" + ("; manifest.json follows it" if content else ""))
+    configuring.run(arguments.directory, arguments.base, arguments.dry_run)
 
 
 def parser() -> argparse.ArgumentParser:

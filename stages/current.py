@@ -8,10 +8,10 @@ from pathlib import Path
 import yaml
 
 from stages.checkpoint.files import read_json
-from stages.download import lists_source
 from stages.errors import UserError
-from stages.plan import is_plan_for
+from stages.planning.record import is_plan_for
 from stages.settings import RESULTS_FORMAT, Settings, as_dict, scoring
+from stages.sources.listing import lists_source
 
 
 def of_other_settings(settings: Settings) -> list[Path]:

@@ -21,10 +21,11 @@ from pathlib import Path
 from stages.checkpoint.files import CHUNK, atomic_write, check_disk, human_bytes, only_one, read_json, sha256_file, write_json
 from stages.checkpoint.header import INDEX, Header, read_header
 from stages.errors import UserError, exit_with_one_line
-from stages.settings import Settings, SourceSettings, load, stage_parser
+from stages.settings import Settings, load, stage_parser
 from stages.sources import list_files
 from stages.sources.files import SourceFile, safe_name
 from stages.sources.hub import Hub
+from stages.sources.listing import read_listing, record_of
 
 
 def check_places(settings: Settings) -> None:
@@ -67,38 +68,6 @@ def _index_anomalies(directory: Path, headers: dict[str, Header], place: str) ->
         raise UserError(f"{place}: {INDEX} does not name {', '.join(strangers)}, of which engines then know nothing (the same weights in another "
                         "form, often); remove it, or complete the index")
     return anomalies
-
-
-def lists_source(listing: dict, source: SourceSettings) -> bool:
-    """Whether listing.json is of this directory, however its path is spelt, or of this revision of a repository."""
-    path = listing.get("path")
-    same_place = bool(source.path) == bool(path) and (not path or Path(source.path).resolve() == Path(path).resolve())
-    return same_place and (source.repository, source.revision) == (listing.get("repository"), listing.get("revision"))
-
-
-def read_listing(settings: Settings) -> dict[str, dict]:
-    """The files of the source as `fetch_metadata` listed them; UserError where those are of another source than the settings name."""
-    path = settings.source_directory / "listing.json"
-    listing = read_json(path, "download --metadata")
-    if not lists_source(listing, settings.source):
-        listed = listing.get("path") or f"{listing.get('repository')} at {listing.get('revision')}"
-        raise UserError(f"{path}: lists {listed}, which is not the source that the settings name; run download --metadata again, or set source.name: "
-                        "results are kept by it")
-    return listing["files"]
-
-
-def read_tensor_bytes(settings: Settings, shard: str, name: str) -> bytes:
-    """Bytes of one tensor of a hub source's shard by a range request; the header that `fetch_metadata` saw says where."""
-    record = read_json(settings.source_directory / "headers.json", "download --metadata")[shard]
-    _, _, begin, end = record["tensors"][name]
-    start = record["data_start"]
-    return Hub(settings.source).read_range(shard, start + begin, start + end, record["file_size"])
-
-
-def _record(header: Header) -> dict:
-    """A header as headers.json keeps it: begin and end are bytes from data_start."""
-    return {"file_size": header.file_size, "metadata": header.metadata, "data_start": header.data_start,
-            "tensors": {name: [info.dtype, list(info.shape), info.begin, info.end] for name, info in header.tensors.items()}}
 
 
 def fetch_metadata(settings: Settings) -> None:
@@ -147,7 +116,7 @@ def _fetch_metadata(settings: Settings) -> None:
         os.replace(building, auxiliary)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    write_json(directory / "headers.json", {shard: _record(header) for shard, header in headers.items()})
+    write_json(directory / "headers.json", {shard: record_of(header) for shard, header in headers.items()})
     write_json(directory / "listing.json", {
         "path": source.path, "repository": source.repository, "revision": source.revision, "anomalies": anomalies,
         "files": {file.name: {"bytes": file.size, "sha256": hashes.get(file.name, file.sha256), "kind": file.kind} for file in files}})
@@ -192,7 +161,7 @@ def fetch_shard(settings: Settings, shard: str) -> Path:
 def _check_header(settings: Settings, shard: str, path: Path) -> None:
     """UserError unless the shard's header is the recorded one; two shards of one size may have been swapped since."""
     recorded = read_json(settings.source_directory / "headers.json", "download --metadata").get(shard)
-    if _record(read_header(path)) != recorded:
+    if record_of(read_header(path)) != recorded:
         raise UserError(f"{path}: its header is not the one that was inspected; the checkpoint changed, run download "
                         "--metadata again")
 

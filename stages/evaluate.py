@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
+from kernels.decibels import decibels
 from stages.checkpoint.files import human_bytes, read_json, sha256_file, write_json
 from stages.dialects.roles import layer_of, projection_of
 from stages.errors import UserError, exit_with_one_line
-from stages.plan import read_plan
+from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, load, scoring, stage_parser, text_path
@@ -31,9 +32,9 @@ BYTES = {"float32": 4, "bfloat16": 2}
 FEWEST_TOKENS = 16  # of a text: fewer measure nothing, and draft layers look several ahead
 
 
-def decibels(signal: float, error: float) -> float | None:
-    """SQNR in dB; None for an exact conversion, whose ratio has no finite value."""
-    return round(10 * math.log10(signal / error), 4) if error > 0 else None
+def _figure(signal: float, error: float) -> float | None:
+    """SQNR in dB as JSON can hold it; None for an exact conversion, whose ratio has no finite value."""
+    return round(decibels(signal, error), 4) if error else None
 
 
 def _total(sums: list[list]) -> tuple[float, float]:
@@ -48,8 +49,8 @@ def sqnr(receipts: dict[str, dict]) -> dict:
             quantized.setdefault(name, []).extend(sums)  # the experts of a layer may lie in several shards
     for sums in quantized.values():
         sums.sort(key=lambda entry: entry[0] or 0)
-    tensors = {name: {"layer": layer_of(name), "projection": projection_of(name), "sqnr_db": decibels(*_total(sums)),
-                      "experts_db": [decibels(entry[1], entry[2]) for entry in sums]}
+    tensors = {name: {"layer": layer_of(name), "projection": projection_of(name), "sqnr_db": _figure(*_total(sums)),
+                      "experts_db": [_figure(entry[1], entry[2]) for entry in sums]}
                for name, sums in sorted(quantized.items(), key=lambda item: (layer_of(item[0]) or 0, item[0]))}
     by_layer: dict[int, list] = {}
     for name, sums in quantized.items():
@@ -57,11 +58,11 @@ def sqnr(receipts: dict[str, dict]) -> dict:
     every = [entry for sums in quantized.values() for entry in sums]
     figures = [figure for entry in tensors.values() for figure in entry["experts_db"] if figure is not None]
     return {
-        "overall_db": decibels(*_total(every)) if every else None,
+        "overall_db": _figure(*_total(every)) if every else None,
         "matrices": len(every),
         "worst_matrix_db": min(figures, default=None),
         "best_matrix_db": max(figures, default=None),
-        "layers_db": {str(layer): decibels(*_total(sums)) for layer, sums in sorted(by_layer.items())},
+        "layers_db": {str(layer): _figure(*_total(sums)) for layer, sums in sorted(by_layer.items())},
         "tensors": tensors,
     }
 

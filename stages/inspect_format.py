@@ -8,36 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from pathlib import Path
-
 from stages.checkpoint.files import human_bytes, read_json, write_json
-from stages.checkpoint.header import TensorInfo
 from stages.dialects import recognize
-from stages.dialects.config import expert_count, is_tied, read_source_config
+from stages.dialects.config import expert_count, is_tied
 from stages.dialects.roles import declared_drafts, hidden_layers, role_of
-from stages.errors import UserError, exit_with_one_line
+from stages.errors import exit_with_one_line
 from stages.settings import RESULTS_FORMAT, Settings, load, stage_parser
-
-
-def read_headers(settings: Settings) -> tuple[dict[str, TensorInfo], dict[str, str], dict]:
-    """(tensor -> header entry, tensor -> shard, shard -> file size and metadata) over all shards."""
-    headers = read_json(settings.source_directory / "headers.json", "download --metadata")
-    tensors, where, files = {}, {}, {}
-    for shard in sorted(headers):
-        files[shard] = {"file_size": headers[shard]["file_size"], "metadata": headers[shard]["metadata"]}
-        for name, (dtype, shape, begin, end) in headers[shard]["tensors"].items():
-            if name in where:
-                raise UserError(f"tensor {name} is in two shards, {where[name]} and {shard}; remove the stale file")
-            tensors[name], where[name] = TensorInfo(dtype, tuple(shape), begin, end), shard
-    return tensors, where, files
-
-
-def read_config(settings: Settings) -> dict:
-    """The source's config.json, as `read_source_config` gives it."""
-    source, copies = settings.source, settings.source_directory / "auxiliary"
-    if not (copies / "config.json").exists():
-        return read_json(copies / "config.json", "download --metadata")
-    return read_source_config(copies, Path(source.path or source.repository))
+from stages.sources.listing import read_config, read_headers
 
 
 def census(settings: Settings) -> dict:

@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from stages.checkpoint.files import human_bytes, read_json, write_json, write_text
 from stages.current import of_other_settings
 from stages.errors import UserError, exit_with_one_line
-from stages.plan import by_role, read_plan, where_it_runs
+from stages.planning.record import read_plan
+from stages.planning.view import by_role, where_it_runs
 from stages.plots import expert_plot, layer_plot
 from stages.receipts import read_receipts, zeros_note
 from stages.serving.commands import client_example, serve_commands

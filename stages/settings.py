@@ -31,8 +31,8 @@ from stages.errors import UserError
 PROJECT = Path(__file__).resolve().parent.parent
 CONF = PROJECT / "conf"
 CONVERTING = (  # the code on which a shard's bytes depend; dvc.yaml names it, too
-    *(f"kernels/{name}.py" for name in ("arrays", "formats", "fp8", "mxfp8", "panels")), "kernels/mxfp4", "stages/checkpoint", "stages/dialects",
-    "stages/schemes", "stages/sources", "stages/download.py", "stages/inspect_format.py", "stages/plan.py", "stages/quantize_experts.py", "stages/receipts.py")
+    *(f"kernels/{name}.py" for name in ("arrays", "formats", "fp8", "mxfp8", "panels")), "kernels/mxfp4", "stages/checkpoint", "stages/conversion",
+    "stages/dialects", "stages/planning", "stages/schemes", "stages/sources", "stages/download.py", "stages/inspect_format.py", "stages/plan.py", "stages/quantize_experts.py", "stages/receipts.py")
 RESULTS_FORMAT = 7  # of listing.json, inspect.json, plan.json and receipts; raised with their meaning, so that older results are made again
 
 

@@ -11,19 +11,20 @@ The second needs the source's shard and is left out where that was temporary.
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
+from kernels.decibels import decibels
 from stages.checkpoint.files import write_json
 from stages.checkpoint.reader import ShardReader
 from stages.dialects import Claim
 from stages.dialects.reading import Tensors, decoded_rows
 from stages.errors import UserError, exit_with_one_line
-from stages.plan import outputs_of_shard, read_plan
+from stages.planning.outputs import outputs_of_shard
+from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.settings import Settings, load, stage_parser
 
@@ -35,11 +36,9 @@ INTERPRETER_ROWS, INTERPRETER_COLUMNS = 64, 1024  # Triton's interpreter runs on
 
 
 def signal_to_noise_db(measured: torch.Tensor, truth: torch.Tensor) -> float:
-    """10 log10(sum truth^2 / sum (measured - truth)^2); 300 for equal tensors, -300 where something is not finite or there is no signal."""
+    """10 log10(sum truth^2 / sum (measured - truth)^2), within the 300 dB that JSON can hold where it is infinite."""
     noise, signal = (measured.double() - truth).square().sum().item(), truth.square().sum().item()
-    if not noise:
-        return 300.0
-    return 10 * math.log10(signal / noise) if math.isfinite(noise) and signal else -300.0
+    return max(-300.0, min(300.0, decibels(signal, noise)))
 
 
 def _samples(settings: Settings, plan: dict, shard: str) -> list[dict]:

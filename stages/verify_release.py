@@ -17,20 +17,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kernels.decibels import decibels
 from kernels.energy import energy
 from stages.assemble_release import auxiliary_files, bundled_files, manifest_of, other_files
 from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.checkpoint.header import INDEX, Header, read_header
 from stages.checkpoint.reader import ShardReader
-from stages.download import read_listing
 from stages.errors import UserError, exit_with_one_line
-from stages.inspect_format import read_config
-from stages.plan import coverage, index_json, outputs_of_shard, read_plan, release_config
+from stages.planning.modules import coverage
+from stages.planning.outputs import index_json, outputs_of_shard, release_config
+from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.schemes import draft_scales
 from stages.schemes.modules import Output
 from stages.serving.environment import PLUGIN
 from stages.settings import Settings, load, stage_parser
+from stages.sources.listing import read_config, read_listing
 
 RELATIVE_TOLERANCE = 1e-9  # of sums of squares that two implementations add up in different orders
 PANEL_BYTES = 1 << 20  # of codes read at once: they stay in the cache until they were hashed and summed
@@ -222,8 +224,8 @@ class Verification:
                     if not math.isclose(found, decoded, rel_tol=RELATIVE_TOLERANCE):
                         yield (f"{shard}: {codes} decodes to a sum of squares of {found!r}, measured were {decoded!r} "
                                "when it was quantized")
-                    if error and 10 * math.log10(signal / error) < floor:
-                        yield (f"{shard}: {codes} has {10 * math.log10(signal / error):.2f} dB SQNR, below the floor of "
+                    if decibels(signal, error) < floor:
+                        yield (f"{shard}: {codes} has {decibels(signal, error):.2f} dB SQNR, below the floor of "
                                f"{floor} dB (release.minimum_sqnr_db)")
                     count += 1
         yield from (f"{name}: matrix {number} of {group} was not measured when it was quantized" for (group, number), name in missing.items())

@@ -19,14 +19,16 @@ from safetensors.torch import load_file, save_file
 
 from kernels import mxfp4
 from kernels.fp8 import decode_block_fp8
-from stages import (assemble_release, download, evaluate, inspect_format, plan, quantize_experts, receipts, report, serve_bench, validate_gemm,
-                    verify_release)
+from stages import assemble_release, download, evaluate, inspect_format, plan, quantize_experts, receipts, report, serve_bench, validate_gemm, verify_release
 from stages.checkpoint.files import read_json
 from stages.checkpoint.header import render_header, sorted_specs
+from stages.conversion import quantizer
+from stages.conversion.places import Loose
 from stages.dialects import Claim
 from stages.dialects.reading import Tensors, stored_rows
 from stages.errors import UserError
 from stages.models import step37
+from stages.planning.record import read_plan
 from stages.serving import launcher
 from stages.serving.commands import serve_commands
 from stages.settings import load
@@ -203,7 +205,7 @@ def test_weights_of_nothing_but_zeros_are_converted_and_named(local, checkpoint,
     tensors["model.layers.5.input_layernorm.weight"].zero_()  # a norm may be
     save_file(tensors, checkpoint / "model-00004.safetensors", metadata={"format": "pt"})
     settings = convert(*local)
-    made = receipts.read_receipts(settings, plan.read_plan(settings))
+    made = receipts.read_receipts(settings, read_plan(settings))
     zeros = ["model.layers.5.moe.down_proj.weight[3]", "model.layers.5.self_attn.q_proj.weight"]
     assert [receipt["zeros"] for receipt in made.values() if receipt["zeros"]] == [zeros]
     assert f"note: 2 weights hold nothing but zeros, in the source already ({', '.join(zeros)})" in capsys.readouterr().out
@@ -420,7 +422,7 @@ def test_other_ways_to_store_the_same_model_convert_to_the_same_model(converted,
 
 
 def test_panels_of_any_height_give_the_same_bytes(converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantize_experts, "PANEL_WEIGHTS", 50)
+    monkeypatch.setattr(quantizer, "PANEL_WEIGHTS", 50)
     settings = convert(f"results={tmp_path}", f"source.path={TINY}", "serving=none")
     ours, theirs = (json.loads((s.run_directory / "release" / "manifest.json").read_text())["files"] for s in (settings, converted))
     assert ours == theirs
@@ -429,7 +431,7 @@ def test_panels_of_any_height_give_the_same_bytes(converted, tmp_path, monkeypat
 def test_one_expert_of_one_tile_is_not_taken_for_a_scale_of_the_whole_tensor():
     stored = {"w": np.full((1, 64, 64), 0x38, np.uint8), "s": np.full((1, 1, 1), 2.0, np.float32)}
     claim = Claim("block_fp8", "s", (128, 128), (1, 64, 64))
-    _, scale = stored_rows(Tensors(lambda name: quantize_experts.Loose(stored[name], None)), "w", claim, 0, 0, 64)
+    _, scale = stored_rows(Tensors(lambda name: Loose(stored[name], None)), "w", claim, 0, 0, 64)
     assert scale.shape == (1, 1) and scale.item() == 2.0
 
 
@@ -547,7 +549,7 @@ def test_a_matrix_that_was_never_measured_fails_the_verification(tmp_path, layou
 
 
 def test_a_receipt_outlives_other_words_in_the_plan_but_no_other_decision(converted):
-    made, shard = plan.read_plan(converted), "model-00003.safetensors"
+    made, shard = read_plan(converted), "model-00003.safetensors"
     before = receipts.plan_hash(made, shard)
     name = next(name for name, entry in made["tensors"].items() if entry["shard"] == shard and entry["scheme"])
     made["tensors"][name] |= {"reason": "said in other words", "role": "another"}
@@ -571,7 +573,7 @@ def test_a_receipt_of_another_form_is_named(tmp_path, converted, text):
 def test_a_text_of_a_few_tokens_is_refused_in_one_line(converted, tmp_path):
     settings = load([f"results={converted.results}", f"source.path={TINY}", "serving=none", "evaluation.maximum_tokens=3"])
     with pytest.raises(UserError, match="3 tokens to score, too few"):
-        evaluate.perplexity(settings, plan.read_plan(settings))
+        evaluate.perplexity(settings, read_plan(settings))
 
 
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
@@ -600,7 +602,7 @@ def test_a_model_published_without_its_draft_layers_is_converted_and_served_with
     index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if not any(part in name for part in drafts)}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     settings = convert(*local, "serving=none")
-    made, release = plan.read_plan(settings), settings.run_directory / "release"
+    made, release = read_plan(settings), settings.run_directory / "release"
     assert any("declares 3 draft layers" in note and "not possible" in note for note in made["notes"])
     commands = serve_commands(made, json.loads((release / "config.json").read_text()), {})
     assert not any("speculative" in row.get("command", "") or "plugin" in row["title"] for row in commands)

@@ -23,6 +23,7 @@ from stages.errors import UserError
 from stages.settings import load
 from stages.sources.files import safe_name
 from stages.sources.hub import ATTEMPTS, FIRST_BYTES, HashedFile, Hub, resolve
+from stages.sources.listing import read_listing
 from tests.conftest import PROJECT, TINY, convert
 from tests.hub_server import HubServer
 
@@ -408,7 +409,7 @@ def test_a_mistake_in_the_environment_is_one_line_without_the_secret(hub, settin
 def test_a_token_may_end_in_a_newline_as_files_of_secrets_do(hub, settings, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
     download.fetch_metadata(settings)
-    assert download.read_listing(settings)[SHARD]["kind"] == "shard"
+    assert read_listing(settings)[SHARD]["kind"] == "shard"
 
 
 @pytest.mark.parametrize("change", [{"siblings": None}, {"siblings": [{"size": 3}]}, {"siblings": [{"rfilename": "config.json", "size": "3"}]}])

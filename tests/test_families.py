@@ -14,6 +14,7 @@ from stages import checkup, command_line, evaluate, inspect_format, plan, report
 from stages.checkpoint.header import DTYPE_BYTES
 from stages.dialects.config import EXPERT_COUNTS
 from stages.errors import UserError
+from stages.planning.record import read_plan
 from stages.schemes.architectures import ARCHITECTURES, TRANSFORMERS
 from stages.schemes.engines import engines
 from stages.settings import load
@@ -281,7 +282,7 @@ def test_transformers_loads_a_release_and_says_what_its_values_say_in_bf16(tmp_p
 
     settings = convert("source=local", f"source.path={save(family, tmp_path / family)}", f"results={tmp_path / 'results'}", "serving=none")
     release = settings.run_directory / "release"
-    said = {row["engine"]: row["loads"] for row in plan.read_plan(settings)["engines"]}
+    said = {row["engine"]: row["loads"] for row in read_plan(settings)["engines"]}
     assert said[TRANSFORMERS] == "yes"
     tokens = torch.randint(16, 512, (1, 64), generator=torch.Generator().manual_seed(1))
     logits = []

@@ -8,6 +8,7 @@ import pytest
 
 from stages import inspect_format, plan
 from stages.errors import UserError
+from stages.planning.modules import coverage
 from stages.schemes import tensor_parallel
 from stages.settings import choices, load, shards_of
 from tests import step37_flash
@@ -89,7 +90,7 @@ def test_targets_hit_the_experts_that_vllm_asks_for_and_nothing_else(tmp_path):
     (group,) = section["config_groups"].values()
     assert section["format"] == "mixed-precision" and group["format"] == "mxfp4-pack-quantized"
     assert group["weights"]["scale_dtype"] == "torch.uint8" and group["input_activations"] is None
-    modules, faults = plan.coverage(made, section)
+    modules, faults = coverage(made, section)
     # 45 x (qkv, o, g), 3 x (gate_up, down), 42 x (gate, experts, shared gate_up, down), 3 x (qkv, o, g, gate_up, down,
     # eh_proj, head), 47 x (qkv, out, fc1, fc2), conv1, 2 downsamplers, projector, embeddings, lm_head
     assert faults == [] and modules == 45 * 3 + 3 * 2 + 42 * 4 + 3 * 7 + 47 * 4 + 6
@@ -108,7 +109,7 @@ def test_a_config_that_vllm_would_read_wrongly_is_found(tmp_path, targets, ignor
     _, _, made = planned(tmp_path, "source=step37_fp8")
     section = json.loads(json.dumps(made["quantization_config"]))
     section["config_groups"]["group_0"]["targets"], section["ignore"] = targets, ignore
-    _, faults = plan.coverage(made, section)
+    _, faults = coverage(made, section)
     assert any(fault in found for found in faults), faults[:3]
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from stages.checkpoint.files import read_json
 from stages.checkpoint.header import TensorInfo
-from stages.checkpoint.reader import ShardReader
+from stages.checkpoint.shards import Shards
 from stages.checkup.form import checked_section, json_object
 from stages.errors import UserError
 from stages.schemes.kept import stored_as
@@ -20,35 +19,6 @@ from stages.schemes.kept import stored_as
 EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?P<expert>\d+)\.(?P<projection>[^.]+)$")  # a module of one routed expert
 BLOCKS = {"mxfp4": 2, "mxfp8": 1}  # stored with a byte per 32 weights: how many weights an element of the codes holds
 SAMPLED_ROWS = 32  # of each matrix, where not all are looked at
-
-
-class Shards:
-    """The shards of a directory: readers by file name, of every tensor its header entry and its file. Closed behind a `with`."""
-
-    def __init__(self, directory: Path):
-        self.directory = Path(directory)
-        self.readers: dict[str, ShardReader] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        self.where: dict[str, str] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stack.close()
-
-    def open_shard(self, path: Path) -> list[tuple[str, str]]:
-        """Opens one more; (name, other file) of each of its tensors that another shard has, too."""
-        reader = self.readers[path.name] = self._stack.enter_context(ShardReader(path))
-        twice = [(name, self.where[name]) for name in reader.header.tensors if name in self.where]
-        self.tensors |= reader.header.tensors
-        self.where |= dict.fromkeys(reader.header.tensors, path.name)
-        return twice
-
-    def reader(self, name: str) -> ShardReader:
-        """The reader that holds a tensor."""
-        return self.readers[self.where[name]]
 
 
 class Module(NamedTuple):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kernels.decibels import decibels
 from kernels.difference import difference
 from kernels.errors import NonFiniteError
 from stages.checkpoint.reader import as_tensor
@@ -63,9 +64,8 @@ def compare_matrix(checkpoint: Checkpoint, source: Source, buffers: Buffers, mat
         return f"{label}: {fault}"
     if error and source.claims[name].dialect == stored:
         return f"{label}: the source's {name} is {stored} already, but the values are others"
-    ratio = 10 * math.log10(signal / error) if 0 < signal < math.inf and 0 < error < math.inf else -math.inf
-    if error and not ratio >= LOWEST_SQNR_DB:  # NaN, too
-        return (f"{label}: has {ratio:.1f} dB SQNR against the source's {name}, less than {LOWEST_SQNR_DB:g}; it is another matrix, or "
+    if decibels(signal, error) < LOWEST_SQNR_DB:
+        return (f"{label}: has {decibels(signal, error):.1f} dB SQNR against the source's {name}, less than {LOWEST_SQNR_DB:g}; it is another matrix, or "
                 "its exponents are shifted")
     return None
 
@@ -121,7 +121,7 @@ def compare_decoded(checkpoint: Checkpoint, source: Source, name: str, origin: s
     with _blaming(source, origin):
         theirs = decoded_rows(source.places, origin, claim, None, 0, claim.matrix[0]).double()
     error, signal = (ours - theirs).square().sum().item(), theirs.square().sum().item()
-    if not error <= signal * 10 ** (-DECODED_DB / 10):  # NaN, too
+    if decibels(signal, error) < DECODED_DB:
         yield f"{line}, and its values are others than those of the source"
     else:
         checkpoint.notes.append(f"{line}; whatever made it has decoded it, its values are the source's")

@@ -13,7 +13,7 @@ from kernels.errors import NonFiniteError
 from stages.checkpoint.reader import as_array, as_tensor
 from stages.checkup.checkpoint import EXPERT, SAMPLED_ROWS, Checkpoint, Pair
 from stages.checkup.source import Source
-from stages.quantize_experts import USUAL_SIZES
+from stages.conversion.numbers import USUAL_SIZES
 from stages.schemes import SCHEMES
 
 if TYPE_CHECKING:

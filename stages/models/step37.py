@@ -11,12 +11,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from stages.checkpoint.reader import ShardReader
+from stages.checkpoint.shards import Shards
 from stages.dialects import recognize
 from stages.dialects.config import read_source_config
 from stages.dialects.reading import Tensors, decoded
@@ -39,21 +38,20 @@ def expanded_tensors(directory: Path, dtype: torch.dtype) -> Iterator[tuple[str,
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
         raise UserError(f"{directory} holds no *.safetensors file; is it a checkpoint?")
-    with ExitStack() as stack:
-        readers = [stack.enter_context(ShardReader(path)) for path in shards]
-        tensors = {name: info for reader in readers for name, info in reader.header.tensors.items()}
-        owner = {name: reader for reader in readers for name in reader.header.tensors}
-        claims = recognize(tensors, {name: owner[name].path.name for name in tensors}, config)
-        places = Tensors(owner.__getitem__)
+    with Shards(directory) as opened:
+        for path in shards:
+            opened.open_shard(path)
+        claims = recognize(opened.tensors, opened.where, config)
+        places = Tensors(opened.reader)
 
         def value(name: str) -> torch.Tensor:
             if claims[name].dialect != "plain":
                 return decoded(places, name, claims[name]).to(dtype)
-            tensor = owner[name].tensor(name)
+            tensor = opened.reader(name).tensor(name)
             return tensor if tensor.dtype == torch.float32 else tensor.to(dtype)
 
         experts: dict[str, dict[int, str]] = {}
-        for name in sorted(tensors):
+        for name in sorted(opened.tensors):
             if claims[name].belongs_to or DRAFT_SCALE.fullmatch(name):
                 continue
             published = name if claims[name].dialect == "plain" else f"{module_of(name)}.weight"

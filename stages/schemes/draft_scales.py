@@ -16,6 +16,7 @@ from stages.dialects.roles import TEXT_ROOT
 from stages.errors import UserError
 
 SHARD = "model-draft-scales.safetensors"
+BYTES = 4  # of each, F32
 VALUES = {f"{part}_{kind}": value for kind, value in (("scale", 1.0), ("zero_point", 0.0)) for part in "qkv"}
 NAME = re.compile(rf"{TEXT_ROOT}\.layers\.\d+\.self_attn\.attn\.[qkv]_(scale|zero_point)")
 

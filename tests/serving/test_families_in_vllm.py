@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from stages import plan
+from stages.planning.record import read_plan
 from stages.schemes.architectures import ARCHITECTURES, VLLM
 from stages.schemes.engines import form_of
 from stages.serving.environment import is_current
@@ -46,11 +46,11 @@ def converted(family, fp8, recipe, directory):
 def test_every_form_that_is_said_to_load_in_vllm_has_a_case_here(tmp_path):
     run = {}
     for number, (family, fp8, recipe) in enumerate(CASES):
-        made = plan.read_plan(converted(family, fp8, recipe, tmp_path / str(number)))
+        made = read_plan(converted(family, fp8, recipe, tmp_path / str(number)))
         run.setdefault(made["architecture"], set()).add(form_of(made))
         assert made["engines"][0]["loads"] == "yes"
     for recipe in OF_THE_TINY_MODEL:
-        made = plan.read_plan(convert(f"source.path={TINY}", f"results={tmp_path / 'results'}", f"recipe={recipe}", "serving=none"))
+        made = read_plan(convert(f"source.path={TINY}", f"results={tmp_path / 'results'}", f"recipe={recipe}", "serving=none"))
         run.setdefault(made["architecture"], set()).add(form_of(made))
     said = {row.names[0]: set(entry.forms) for row in ARCHITECTURES for entry in row.tried if entry.engine == VLLM}
     assert run == said

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages import evaluate, plan, verify_release
+from stages import evaluate, verify_release
 from stages.errors import UserError
 from stages.evaluate import tokens_of, windows
 from stages.models.step37 import expanded_tensors
+from stages.planning.record import read_plan
 from stages.serving.environment import is_current
 from stages.serving.launcher import server
 from stages.serving.load import parse_metrics
@@ -204,7 +205,7 @@ def test_the_inert_scalars_load_without_the_loader_patch_and_nothing_else_does(c
         with server(served_settings(converted, skip), converted.run_directory / "release"):
             pass
     settings = convert(f"results={tmp_path}", f"source.path={converted.source.path}", "release.draft_scales=true")
-    assert plan.read_plan(settings)["draft_scales"] and verify_release.run(settings)["passed"]
+    assert read_plan(settings)["draft_scales"] and verify_release.run(settings)["passed"]
     with server(served_settings(settings, skip), settings.run_directory / "release") as running:
         accepted, drafted = generate(running, prompts=4)
     assert accepted / drafted > 0.4
@@ -212,6 +213,6 @@ def test_the_inert_scalars_load_without_the_loader_patch_and_nothing_else_does(c
 
 def test_the_stage_scores_source_and_release_through_servers(converted, tmp_path):
     settings = served_settings(converted, "evaluation.via=vllm", f"evaluation.maximum_tokens={TOKENS}")
-    found = evaluate.perplexity(settings, plan.read_plan(converted))
+    found = evaluate.perplexity(settings, read_plan(converted))
     assert found["release"]["tokens"] == found["source"]["tokens"] == TOKENS - 1
     assert 0.97 < found["paired"]["perplexity_ratio"] < 1.03

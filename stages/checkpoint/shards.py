@@ -1,0 +1,39 @@
+"""All shards of a directory at once."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+from stages.checkpoint.header import TensorInfo
+from stages.checkpoint.reader import ShardReader
+
+
+class Shards:
+    """The shards of a directory: readers by file name, of every tensor its header entry and its file. Closed behind a `with`."""
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        self.readers: dict[str, ShardReader] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self.where: dict[str, str] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def open_shard(self, path: Path) -> list[tuple[str, str]]:
+        """Opens one more; (name, other file) of each of its tensors that another shard has, too."""
+        reader = self.readers[path.name] = self._stack.enter_context(ShardReader(path))
+        twice = [(name, self.where[name]) for name in reader.header.tensors if name in self.where]
+        self.tensors |= reader.header.tensors
+        self.where |= dict.fromkeys(reader.header.tensors, path.name)
+        return twice
+
+    def reader(self, name: str) -> ShardReader:
+        """The reader that holds a tensor."""
+        return self.readers[self.where[name]]

@@ -1,0 +1,74 @@
+"""The config.json of a release, made again from its tensors: what its groups must say follows from how each weight is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stages.checkpoint.files import read_json, render_json, sha256_file, write_text
+from stages.checkup import completeness, structure
+from stages.checkup.checkpoint import Checkpoint
+from stages.dialects.roles import hidden_layers, is_routed_expert
+from stages.errors import UserError
+from stages.planning.outputs import release_config
+from stages.schemes import compressed_tensors, vllm_rules
+from stages.schemes.architectures import architecture_of
+
+
+def section_for(checkpoint: Checkpoint) -> tuple[dict, int]:
+    """(quantization_config that fits the tensors, number of vLLM's modules that it claims).
+
+    Opens the shards. UserError for tensors that do not fit each other, and for an architecture or a mixture that no config makes right.
+    """
+    row = architecture_of(checkpoint.architecture)
+    if row is None:
+        raise UserError(f"{checkpoint.directory / 'config.json'}: vLLM's module names for architecture {checkpoint.architecture} are not known; "
+                        "add a row to stages/schemes/architectures.py")
+    for check in (structure.containers, structure.pairs, completeness.experts, completeness.layers):
+        for fault in check(checkpoint):
+            raise UserError(f"{fault}; mend that first")
+    layers = hidden_layers(checkpoint.config)
+    stored = {module: parts.stored for module, parts in checkpoint.modules.items() if parts.stored != "plain"}
+    if not stored:
+        raise UserError(f"{checkpoint.directory}: holds no quantized weight; nothing to configure")
+    experts = [module for module in checkpoint.modules if is_routed_expert(module, layers)]
+    linears = [module for module in checkpoint.modules if not is_routed_expert(module, layers)]
+    runtime = vllm_rules.runtime_modules(linears, experts, layers, row)
+    names = {module.rpartition(".")[2] for module in experts if module in stored}
+    section = compressed_tensors.quantization_config(runtime, stored, tuple(sorted(names)))
+    if faults := vllm_rules.coverage_faults(runtime, section, stored):
+        raise UserError(f"{checkpoint.directory}: vLLM could not serve these tensors under any config of ours: {faults[0]}")
+    return section, len(runtime)
+
+
+def _manifest(path: Path) -> dict | None:
+    """The manifest beside the config, which must follow it; None where there is none."""
+    if not path.exists():
+        return None
+    content = read_json(path, "assemble_release")
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise UserError(f"{path}: has no table of files; restore it or remove it first")
+    return content
+
+
+def run(directory: Path, base: Path | None, dry_run: bool) -> None:
+    """Writes directory/config.json: that of `base` or its own, with the quantization_config that fits the tensors. Printed only with
+    `dry_run`."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; name a release")
+    path = directory / "config.json"
+    config = read_json(base or path)
+    with Checkpoint(directory, section={}, config=config) as checkpoint:
+        section, modules = section_for(checkpoint)
+    text = render_json(release_config(config, section))
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        print(f"{path}: is right as it is ({modules} modules)")
+        return
+    if dry_run:
+        print(text, end="")
+        return
+    manifest = _manifest(directory / "manifest.json")
+    write_text(path, text)
+    if manifest is not None:
+        manifest["files"]["config.json"] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        write_text(directory / "manifest.json", render_json(manifest))
+    print(f"{path}: written; its groups claim {modules} modules rightly" + ("; manifest.json follows it" if manifest is not None else ""))

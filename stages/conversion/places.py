@@ -1,0 +1,75 @@
+"""Where the tensors lie that a shard's weights need: in the shard itself, or a scale in another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from stages.checkpoint.header import TensorInfo
+from stages.checkpoint.reader import ShardReader, as_array
+from stages.errors import UserError
+from stages.settings import Settings
+from stages.sources.listing import read_tensor_bytes
+
+KEPT_BYTES = 64 << 20  # of scales from other shards that are kept in memory
+INSPECT = "run download --metadata and inspect_format again"
+
+
+def check_tensor(reader: ShardReader, shard: str, name: str, entry: dict) -> None:
+    """UserError where a tensor is not what was inspected."""
+    info = reader.info(name)
+    if (info.dtype, list(info.shape)) != (entry["dtype"], entry["shape"]):
+        raise UserError(f"{shard}: tensor {name} is {info.dtype} {list(info.shape)}, but was "
+                        f"{entry['dtype']} {entry['shape']} when it was inspected; {INSPECT}")
+
+
+class Loose:
+    """A tensor that came whole into memory, with the methods of ShardReader that dialects use."""
+
+    def __init__(self, array: np.ndarray, info: TensorInfo):
+        self._array, self._info = array, info
+
+    def info(self, name: str) -> TensorInfo:
+        """Its dtype and shape."""
+        return self._info
+
+    def array(self, name: str) -> np.ndarray:
+        """All of it."""
+        return self._array
+
+    def matrix_array(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None) -> np.ndarray:
+        """Rows begin..end of one matrix, as ShardReader gives them."""
+        rows = (self._array if expert is None else self._array[expert])[begin:end]
+        return np.ascontiguousarray(rows.reshape(len(rows), -1))
+
+
+class Places:
+    """Where the tensors lie that a shard's weights need: in the shard itself, or a scale in another one.
+
+    A tensor of another shard is read whole, from the local source or by a range request to the hub at the pinned revision,
+    into memory; KEPT_BYTES of them are kept, because panels and experts ask for the same. Where headers.json does not fit what comes,
+    the size of the file differs and the hub's answer is refused.
+    """
+
+    def __init__(self, settings: Settings, plan: dict, shard: str, reader: ShardReader):
+        self._settings, self._plan, self._shard, self._reader = settings, plan, shard, reader
+        self._kept: dict[str, Loose] = {}
+
+    def __call__(self, name: str) -> ShardReader | Loose:
+        stored = self._plan["tensors"][name]
+        if stored["shard"] == self._shard:
+            return self._reader
+        if name not in self._kept:
+            while self._kept and sum(self._plan["tensors"][kept]["bytes"] for kept in self._kept) + stored["bytes"] > KEPT_BYTES:
+                del self._kept[next(iter(self._kept))]  # the oldest
+            self._kept[name] = self._fetched(name, stored)
+        return self._kept[name]
+
+    def _fetched(self, name: str, stored: dict) -> Loose:
+        info = TensorInfo(stored["dtype"], tuple(stored["shape"]), 0, stored["bytes"])
+        if self._settings.source.path:
+            with ShardReader(Path(self._settings.source.path) / stored["shard"]) as other:
+                check_tensor(other, stored["shard"], name, stored)
+                return Loose(other.array(name), info)
+        return Loose(as_array(bytearray(read_tensor_bytes(self._settings, stored["shard"], name)), info.dtype, info.shape), info)

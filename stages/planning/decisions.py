@@ -1,0 +1,127 @@
+"""What becomes of every tensor of the source: quantize, pass through, keep in its own format, or drop."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from stages.dialects.completeness import check_ends, check_layers
+from stages.dialects.plain import WEIGHT_DTYPES
+from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, projection_of
+from stages.errors import UserError
+from stages.planning.experts import check_experts
+from stages.schemes import SCHEMES, kept
+from stages.schemes.kept import stored_as
+from stages.schemes.modules import module_of
+from stages.settings import Settings
+
+
+def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
+    """Weight name -> scheme for everything that the recipe names; each role and pattern must match something."""
+    chosen: dict[str, str] = {}
+    named = {role for group in settings.recipe.groups for role in group.roles}
+    aliases = {"linear": QUANTIZABLE, "rest": tuple(role for role in QUANTIZABLE if role not in named)}
+    for group in settings.recipe.groups:
+        if group.scheme not in SCHEMES:
+            raise UserError(f"recipe {settings.recipe.name}: scheme {group.scheme!r} is unknown; choose one of "
+                            f"{', '.join(SCHEMES)}")
+        for role in group.roles:
+            if role not in (*ROLE_NAMES, *aliases):
+                raise UserError(f"recipe {settings.recipe.name}: role {role!r} is unknown; choose from "
+                                f"{', '.join((*QUANTIZABLE, *aliases))}")
+        rules = [("role", role, lambda name, roles=aliases.get(role, (role,)): tensors[name]["role"] in roles)
+                 for role in group.roles]
+        rules += [("pattern", pattern, lambda name, pattern=pattern: re.fullmatch(pattern, name) is not None)
+                  for pattern in group.patterns]
+        for kind, text, matches in rules:
+            names = [name for name, entry in tensors.items() if matches(name) and not entry["belongs_to"]
+                     and (kind == "pattern" or entry["matrix"] or name.endswith(".weight"))]
+            if not names:
+                raise UserError(f"recipe {settings.recipe.name}: {kind} {text!r} matches no weight of "
+                                f"{settings.source.name}; its roles are "
+                                f"{', '.join(sorted({t['role'] for t in tensors.values()}))}")
+            for name in names:
+                if chosen.setdefault(name, group.scheme) != group.scheme:
+                    raise UserError(f"recipe {settings.recipe.name}: {name} is given two schemes, {chosen[name]} and "
+                                    f"{group.scheme}")
+    return chosen
+
+
+def _check_weight(name: str, entry: dict, recipe: str, layout: str) -> None:
+    """UserError for a weight that cannot become what the recipe makes of it."""
+    where = f"{entry['shard']}: {name}"
+    if entry["dialect"] == "plain" and entry["dtype"] not in WEIGHT_DTYPES:
+        raise UserError(f"{where} has dtype {entry['dtype']}, which is no floating-point weight; recipe {recipe} must "
+                        "not name it")
+    if entry["role"] not in QUANTIZABLE or not entry["matrix"]:
+        raise UserError(f"{where} of shape {entry['shape']} and role {entry['role']} is no linear weight that the engine "
+                        f"can read quantized; recipe {recipe} must not name it")
+    rows, inputs = entry["matrix"][-2:]
+    if not math.prod(entry["matrix"]):
+        raise UserError(f"{where} has shape {entry['shape']} and holds nothing; the checkpoint is damaged")
+    if inputs % 32:
+        raise UserError(f"{where}: its input dimension {inputs} is not a multiple of 32, the MXFP4 block; keep it as it "
+                        "is in the recipe")
+    projection = projection_of(name)
+    if len(entry["matrix"]) == 3 and projection == "gate_up":
+        if layout == "stacked":
+            raise UserError(f"{where} holds gate and up in one tensor; recipe.layout=stacked would keep them so, which no engine reads "
+                            "in MXFP4; use recipe.layout=per_expert")
+        edge = 2 * entry["tile"][0] if entry["tile"] else 2
+        if rows % edge:
+            raise UserError(f"{where}: its {rows} rows are not two halves of whole tiles; gate and up cannot be told apart")
+
+
+def _keep(name: str, tensors: dict, recipe: str) -> str:
+    """Format in which a weight that the recipe leaves stays in the release; UserError where no engine could read it."""
+    entry, why = tensors[name], None
+    dialect, scale = entry["dialect"], tensors[entry["scale"]] if entry["scale"] else None
+    stored = stored_as(tuple(entry["matrix"]), scale["dtype"], tuple(scale["shape"])) if dialect in kept.DIALECTS else None
+    if dialect not in kept.DIALECTS:
+        why = f"{dialect} cannot be kept in a release"
+    elif len(entry["matrix"]) != 2 or module_of(name) + ".weight" != name:
+        why = "3D weights cannot be kept in their own format"
+    elif entry["parts"]:
+        why = f"its activations have a fixed scale ({', '.join(entry['parts'].values())}), which is not supported"
+    elif entry["role"] == "embeddings":
+        why = "engines read embeddings unquantized only"
+    elif stored is None:
+        why = (f"engines read none with a scale of {scale['dtype']} {scale['shape']}: it takes blocks of {kept.BLOCK}x{kept.BLOCK} or one "
+               "per channel or tensor in float, or one per 32 inputs")
+    elif stored == "fp8 per tensor" and ".experts." in name:
+        why = "engines read experts with a scale per channel or block only"
+    if why:
+        remedy = f"name its role ({entry['role']}) in the recipe" if entry["role"] in QUANTIZABLE else "get a source that has it in BF16"
+        raise UserError(f"{entry['shard']}: {name} is {dialect} and recipe {recipe} leaves it, but {why}; {remedy}")
+    return stored
+
+
+def decide(settings: Settings, census: dict) -> dict[str, dict]:
+    """Tensor name -> its census entry plus decision, scheme, reason, and the format that the release stores it in."""
+    tensors = census["tensors"]
+    chosen = _selected(settings, tensors)
+    decided = {}
+    for name, entry in tensors.items():
+        if entry["role"] == "routed_experts" and not entry["matrix"] and not entry["belongs_to"]:
+            raise UserError(f"{entry['shard']}: {name} ({entry['dtype']} {entry['shape']}) is of routed experts, but no weight or scale that is "
+                            "known; an engine would not find it beside the converted ones")
+    check_layers(tensors, census["text_layers"], census["drafts"])
+    check_ends(tensors, census["text_layers"], census["tied"])
+    for name, scheme in chosen.items():
+        _check_weight(name, tensors[name], settings.recipe.name, settings.recipe.layout)
+    check_experts({name: entry for name, entry in tensors.items() if entry["role"] == "routed_experts" and entry["matrix"]},
+                  census["experts"], census["hidden_size"])
+    for name, entry in tensors.items():
+        owner = entry["belongs_to"]
+        decision, scheme, stored, reason = "pass through", None, None, "not named by the recipe"
+        if name in chosen:
+            decision, scheme, stored, reason = "quantize", chosen[name], chosen[name], f"recipe {settings.recipe.name}"
+            if entry["dialect"] == scheme:
+                reason += f"; {scheme} already, its values stay"
+        elif owner in chosen:
+            decision, reason = "drop", f"belongs to {owner}, folded into its block scales"
+        elif owner or entry["dialect"] != "plain":
+            decision, stored = "keep", _keep(owner or name, tensors, settings.recipe.name)
+            reason = "not named by the recipe; kept in its own format"
+        decided[name] = {**entry, "decision": decision, "scheme": scheme, "stored": stored, "reason": reason}
+    return decided

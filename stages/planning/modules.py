@@ -1,0 +1,69 @@
+"""The modules that vLLM builds for the source's model, and the proof that a config gives each the format that it is stored in."""
+
+from __future__ import annotations
+
+import re
+
+from stages.dialects.roles import is_routed_expert
+from stages.errors import UserError
+from stages.schemes import compressed_tensors, vllm_rules
+from stages.schemes.architectures import ARCHITECTURES, Architecture, architecture_of
+from stages.schemes.modules import matrices, module_of
+
+
+def linear_modules(plan: dict) -> tuple[list[str], list[str], dict[str, str]]:
+    """(2D linear modules, routed experts' modules, module -> stored format) in the source's names, for the coverage proof."""
+    linears, experts, stored = [], [], {}
+    for name, entry in plan["tensors"].items():
+        if not (entry["matrix"] or re.search(r"[._]weight$", name) and len(entry["shape"]) >= 2):
+            continue
+        module = module_of(name) if entry["matrix"] and not name.endswith("_weight") else re.sub(r"[._]weight$", "", name)
+        (experts if is_routed_expert(module, plan["text_layers"]) else linears).append(module)
+        if entry["stored"]:
+            stored[module] = entry["stored"]
+    return linears, experts, stored
+
+
+def runtime_modules(plan: dict) -> list[vllm_rules.RuntimeModule]:
+    """The modules that vLLM builds for the source's model."""
+    linears, experts, _ = linear_modules(plan)
+    return vllm_rules.runtime_modules(linears, experts, plan["text_layers"], architecture_of(plan["architecture"]))
+
+
+def coverage(plan: dict, section: dict) -> tuple[int, list[str]]:
+    """(number of runtime modules, faults): what vLLM's matching makes of a config for the planned tensors."""
+    modules = runtime_modules(plan)
+    return len(modules), vllm_rules.coverage_faults(modules, section, linear_modules(plan)[2])
+
+
+def known_architecture(name: str | None) -> Architecture:
+    """The row of an architecture that a release can be made for; UserError for any other."""
+    row = architecture_of(name)
+    if row is None:
+        known = ", ".join(name for row in ARCHITECTURES if not row.refused for name in row.names)
+        raise UserError(f"config.json: vLLM's module names for architecture {name!r} are not known, so that nothing could be proven of a "
+                        f"config for it; known are {known}; add a row to stages/schemes/architectures.py")
+    if row.refused:
+        raise UserError(f"config.json: {name} is not converted: {row.refused}")
+    return row
+
+
+def _expert_names(tensors: dict, layout: str) -> set[str]:
+    """Projections under which the release stores its routed experts."""
+    return {matrix.module.rpartition(".")[2] for name, entry in tensors.items() if entry["role"] == "routed_experts" and entry["matrix"]
+            and entry["stored"] for matrix in matrices(name, tuple(entry["matrix"]), layout)}
+
+
+def proven_config(plan: dict) -> tuple[dict, int]:
+    """(quantization_config of the release, number of vLLM's modules); UserError where vLLM could not load the planned tensors by it."""
+    row = known_architecture(plan["architecture"])
+    experts = _expert_names(plan["tensors"], plan["layout"])
+    if missing := experts - set(row.experts):
+        raise UserError(f"{plan['architecture']}: vLLM loads its experts as {', '.join(row.experts)}, the release would have "
+                        f"{', '.join(sorted(missing))}")
+    section = compressed_tensors.quantization_config(runtime_modules(plan), linear_modules(plan)[2], tuple(sorted(experts)))
+    modules, faults = coverage(plan, section)
+    if faults:
+        raise UserError(f"recipe {plan['recipe']}: vLLM could not serve the release: {faults[0]}"
+                        + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
+    return section, modules

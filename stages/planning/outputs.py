@@ -1,0 +1,89 @@
+"""The files of a release as they follow from a plan: the tensors of each shard, the index, config.json."""
+
+from __future__ import annotations
+
+import math
+
+from stages.checkpoint.files import render_json
+from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
+from stages.errors import UserError
+from stages.schemes import SCHEMES, draft_scales
+from stages.schemes.modules import Output, module_of
+
+SHARD_METADATA = {"format": "pt"}  # the library's readers want to know the framework
+
+
+def outputs_of(name: str, entry: dict, layout: str) -> list[Output]:
+    """The release's tensors that a source tensor becomes."""
+    if entry["decision"] == "drop":
+        return []
+    if entry["scheme"]:
+        return SCHEMES[entry["scheme"]].outputs(name, tuple(entry["matrix"]), layout)
+    kept_scale = entry["decision"] == "keep" and entry["belongs_to"]
+    written = f"{module_of(entry['belongs_to'])}.weight_scale" if kept_scale else name
+    return [Output(written, entry["dtype"], tuple(entry["shape"]), name, "weight")]
+
+
+def outputs_of_shard(plan: dict, shard: str) -> list[Output]:
+    """The release's tensors of one shard, in file order (dtype size descending, then name)."""
+    found: dict[str, Output] = {}
+    for name, entry in plan["tensors"].items():
+        if entry["shard"] != shard:
+            continue
+        for output in outputs_of(name, entry, plan["layout"]):
+            if output.name in found:
+                raise UserError(f"{shard}: {name} and {found[output.name].source} would both become {output.name}")
+            found[output.name] = output
+    order = sorted_specs([(o.name, o.dtype, o.shape) for o in found.values()])
+    return [found[name] for name, _, _ in order]
+
+
+def specs_of(outputs: list[Output]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Header entries of outputs, in their order."""
+    return [(output.name, output.dtype, output.shape) for output in outputs]
+
+
+def index_json(weight_map: dict[str, str], total_size: int) -> str:
+    """Text of model.safetensors.index.json: every name, and the true number of tensor bytes."""
+    return render_json({"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def release_config(source_config: dict, section: dict) -> dict:
+    """The release's config.json: the source's, its quantization_config replaced (and none left in text_config)."""
+    config = {key: value for key, value in source_config.items() if key != "quantization_config"}
+    if "quantization_config" in (config.get("text_config") or {}):
+        config["text_config"] = {k: v for k, v in config["text_config"].items() if k != "quantization_config"}
+    return {**config, "quantization_config": section}
+
+
+def shard_sizes(plan: dict, files: dict[str, dict]) -> dict[str, dict]:
+    """Shard -> bytes of its file in the source and in the release, number and bytes of the release's tensors in it.
+
+    files: of the census. UserError where two shards would hold a tensor of the same name.
+    """
+    sizes, seen = {}, set()
+    for shard, file in files.items():
+        outputs = outputs_of_shard(plan, shard)
+        size = sum(math.prod(output.shape) * DTYPE_BYTES[output.dtype] for output in outputs)
+        sizes[shard] = {"source_bytes": file["file_size"], "tensors": len(outputs), "tensor_bytes": size,
+                        "file_bytes": size + len(render_header(specs_of(outputs), SHARD_METADATA))}
+        names = {output.name for output in outputs}
+        if twice := sorted(seen & names):
+            raise UserError(f"{shard}: {twice[0]} would be in another shard, too; the source repeats a tensor")
+        seen |= names
+    return sizes
+
+
+def release_sizes(plan: dict, source_config: dict) -> dict[str, int]:
+    """Bytes of the release exactly as they will lie on the disk, and the number of its tensors."""
+    scales = plan["draft_scales"]
+    header = len(render_header(draft_scales.specs_of_scales(scales), SHARD_METADATA)) if scales else 0
+    weight_map = {output.name: shard for shard in plan["shards"] for output in outputs_of_shard(plan, shard)} | dict.fromkeys(scales, draft_scales.SHARD)
+    tensor_bytes = sum(shard["tensor_bytes"] for shard in plan["shards"].values()) + draft_scales.BYTES * len(scales)
+    return {
+        "release_tensor_bytes": tensor_bytes,
+        "release_shard_file_bytes": sum(shard["file_bytes"] for shard in plan["shards"].values()) + header + draft_scales.BYTES * len(scales),
+        "release_index_bytes": len(index_json(weight_map, tensor_bytes).encode()),
+        "release_config_bytes": len(render_json(release_config(source_config, plan["quantization_config"])).encode()),
+        "release_tensors": len(weight_map),
+    }

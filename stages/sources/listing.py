@@ -1,0 +1,65 @@
+"""What `download --metadata` wrote down of a source, listing.json, headers.json and auxiliary/, for the stages behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stages.checkpoint.files import read_json
+from stages.checkpoint.header import Header, TensorInfo
+from stages.dialects.config import read_source_config
+from stages.errors import UserError
+from stages.settings import Settings, SourceSettings
+from stages.sources.hub import Hub
+
+
+def lists_source(listing: dict, source: SourceSettings) -> bool:
+    """Whether listing.json is of this directory, however its path is spelt, or of this revision of a repository."""
+    path = listing.get("path")
+    same_place = bool(source.path) == bool(path) and (not path or Path(source.path).resolve() == Path(path).resolve())
+    return same_place and (source.repository, source.revision) == (listing.get("repository"), listing.get("revision"))
+
+
+def read_listing(settings: Settings) -> dict[str, dict]:
+    """The files of the source as `fetch_metadata` listed them; UserError where those are of another source than the settings name."""
+    path = settings.source_directory / "listing.json"
+    listing = read_json(path, "download --metadata")
+    if not lists_source(listing, settings.source):
+        listed = listing.get("path") or f"{listing.get('repository')} at {listing.get('revision')}"
+        raise UserError(f"{path}: lists {listed}, which is not the source that the settings name; run download --metadata again, or set source.name: "
+                        "results are kept by it")
+    return listing["files"]
+
+
+def read_headers(settings: Settings) -> tuple[dict[str, TensorInfo], dict[str, str], dict]:
+    """(tensor -> header entry, tensor -> shard, shard -> file size and metadata) over all shards."""
+    headers = read_json(settings.source_directory / "headers.json", "download --metadata")
+    tensors, where, files = {}, {}, {}
+    for shard in sorted(headers):
+        files[shard] = {"file_size": headers[shard]["file_size"], "metadata": headers[shard]["metadata"]}
+        for name, (dtype, shape, begin, end) in headers[shard]["tensors"].items():
+            if name in where:
+                raise UserError(f"tensor {name} is in two shards, {where[name]} and {shard}; remove the stale file")
+            tensors[name], where[name] = TensorInfo(dtype, tuple(shape), begin, end), shard
+    return tensors, where, files
+
+
+def read_config(settings: Settings) -> dict:
+    """The source's config.json, as `read_source_config` gives it."""
+    source, copies = settings.source, settings.source_directory / "auxiliary"
+    if not (copies / "config.json").exists():
+        return read_json(copies / "config.json", "download --metadata")
+    return read_source_config(copies, Path(source.path or source.repository))
+
+
+def read_tensor_bytes(settings: Settings, shard: str, name: str) -> bytes:
+    """Bytes of one tensor of a hub source's shard by a range request; the header that `fetch_metadata` saw says where."""
+    record = read_json(settings.source_directory / "headers.json", "download --metadata")[shard]
+    _, _, begin, end = record["tensors"][name]
+    start = record["data_start"]
+    return Hub(settings.source).read_range(shard, start + begin, start + end, record["file_size"])
+
+
+def record_of(header: Header) -> dict:
+    """A header as headers.json keeps it: begin and end are bytes from data_start."""
+    return {"file_size": header.file_size, "metadata": header.metadata, "data_start": header.data_start,
+            "tensors": {name: [info.dtype, list(info.shape), info.begin, info.end] for name, info in header.tensors.items()}}
