@@ -5,12 +5,17 @@ from snakemake.io import IOFile
 sys.path.insert(0, workflow.basedir)
 from stages.errors import UserError
 from stages.current import of_other_settings
-from stages.serving.environment import PLUGIN, fingerprint, ingredients, marker_inputs, plugin_files
-from stages.settings import CONVERTING, RESULTS_FORMAT, as_json, code_of, load, overrides_from, scoring, shards_of, text_path
+from stages.serving.environment import fingerprint, ingredients, marker_inputs
+from stages.serving.plugin import PLUGIN, plugin_files
+from stages.provenance import CONVERTING, RESULTS_FORMAT, code_of
+from stages.settings import as_json, load, scoring, text_path
+from stages.settings.commands import overrides_from
+from stages.sources import shards_of
+from stages.sources.hub import resolve
 from stages.sources.local import identities, local_files
 try:
     OVERRIDES = overrides_from(config)
-    S = load(OVERRIDES, ask=True)
+    S = load(OVERRIDES, resolve=resolve)
     SHARDS = [name.removesuffix(".safetensors") for name in shards_of(S.source)]
     FILES, TEXT, SERVER = local_files(S.source), str(text_path(S)), marker_inputs(S.serving)
     WATCHED = dict(identities([*FILES, TEXT]))  # by size and time: an older file in the place of another one is new, too

@@ -25,7 +25,7 @@ from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.schemes import draft_scales
 from stages.schemes.architectures import architecture_of
-from stages.serving.environment import PLUGIN, plugin_files
+from stages.serving.plugin import PLUGIN, plugin_files
 from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_config, read_listing
 

@@ -43,7 +43,7 @@ def settings_of(where: str, recipe: str, overrides: list[str], results: str) -> 
         settings.source.name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(where).resolve().name) or "root"
         return settings
     if where in choices("source"):
-        return load([f"source={where}", *fixed], ask=True)
+        return load([f"source={where}", *fixed], resolve=resolve)
     match = REPOSITORY.fullmatch(where)
     if not match:
         raise UserError(f"{where!r}: no such directory, no source of conf/ ({', '.join(choices('source'))}), and no hub repository "

@@ -10,7 +10,8 @@ import yaml
 from stages.checkpoint.files import read_json
 from stages.errors import UserError
 from stages.planning.record import is_plan_for
-from stages.settings import RESULTS_FORMAT, Settings, as_dict, scoring
+from stages.provenance import RESULTS_FORMAT
+from stages.settings import Settings, as_dict, scoring
 from stages.sources.listing import lists_source
 
 

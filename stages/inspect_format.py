@@ -13,7 +13,8 @@ from stages.dialects import recognize
 from stages.dialects.config import expert_count, is_tied
 from stages.dialects.roles import declared_drafts, hidden_layers, role_of
 from stages.errors import exit_with_one_line
-from stages.settings import RESULTS_FORMAT, Settings, load, stage_parser
+from stages.provenance import RESULTS_FORMAT
+from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_config, read_headers
 
 

@@ -18,9 +18,10 @@ from stages.planning.modules import known_architecture, proven_config
 from stages.planning.outputs import release_sizes, shard_sizes
 from stages.planning.record import current
 from stages.planning.view import notes, print_plan
+from stages.provenance import RESULTS_FORMAT
 from stages.schemes import draft_scales, tensor_parallel
 from stages.schemes.engines import engines
-from stages.settings import RESULTS_FORMAT, Settings, as_dict, load, stage_parser
+from stages.settings import Settings, as_dict, load, stage_parser
 from stages.sources.listing import read_config
 
 JOBS_OF_A_SHARD, JOBS_OF_A_RUN = 2, 10  # of the workflow: download and quantize; all others

@@ -13,7 +13,8 @@ import json
 from stages.checkpoint.files import read_json
 from stages.dialects import Claim
 from stages.errors import UserError
-from stages.settings import RESULTS_FORMAT, Settings
+from stages.provenance import RESULTS_FORMAT
+from stages.settings import Settings
 
 DECISIVE = ("shard", "dtype", "shape", "decision", "scheme")  # of a plan's entry, beside the fields of its Claim
 

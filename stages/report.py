@@ -28,7 +28,8 @@ from stages.plots import expert_plot, layer_plot
 from stages.receipts import read_receipts, zeros_note
 from stages.serving.commands import client_example, serve_commands
 from stages.serving.plots import serving_plot
-from stages.settings import PROJECT, Settings, command_for, load, stage_parser
+from stages.settings import PROJECT, Settings, load, stage_parser
+from stages.settings.commands import command_for
 
 PACKAGES = ("torch", "numpy", "numba", "triton", "safetensors", "transformers", "snakemake", "hydra-core", "dvc")
 STAGES = {"verify.json": "verify_release", "perplexity.json": "evaluate"}

@@ -30,7 +30,7 @@ from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.schemes import draft_scales
 from stages.schemes.modules import Output
-from stages.serving.environment import PLUGIN
+from stages.serving.plugin import PLUGIN
 from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_config, read_listing
 

@@ -17,7 +17,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 def convert(*overrides: str):
     """Runs the conversion's stages in process up to the verified release; returns the settings."""
     from stages import assemble_release, download, inspect_format, plan, quantize_experts, verify_release
-    from stages.settings import load, shards_of
+    from stages.settings import load
+    from stages.sources import shards_of
 
     settings = load([*overrides])
     download.fetch_metadata(settings)

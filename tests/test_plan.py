@@ -10,7 +10,8 @@ from stages import inspect_format, plan
 from stages.errors import UserError
 from stages.planning.modules import coverage
 from stages.schemes import tensor_parallel
-from stages.settings import choices, load, shards_of
+from stages.settings import choices, load
+from stages.sources import shards_of
 from tests import step37_flash
 
 

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from stages.checkpoint.files import write_json
 from stages.errors import UserError
-from stages.settings import CONF, CONVERTING, PROJECT, Settings, choices, command_for, load, overrides_from
+from stages.settings import CONF, Settings, choices, load
+from stages.settings.commands import command_for, overrides_from
 
 GROUPS = [field.name for field in dataclasses.fields(Settings) if field.name != "results"]
 
@@ -107,10 +108,3 @@ def test_the_command_on_the_card_makes_the_same_release(overrides):
     assert "/data" not in " ".join(words)  # the card is published
     again = load([item.replace("=DIRECTORY", "='/data/my model'") for item in overrides_from(config)])
     assert (again.source, again.recipe, again.release) == (settings.source, settings.recipe, settings.release)
-
-
-def test_snakemake_and_dvc_name_the_same_code_for_the_bytes_of_a_shard():
-    named = set(yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]["release"]["do"]["deps"])
-    code = {name for name in named if name.startswith(("kernels", "stages"))}
-    assert code == {*CONVERTING, "stages/assemble_release.py", "stages/serving/vllm_plugin"}
-    assert all((PROJECT / name).exists() for name in code)

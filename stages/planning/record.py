@@ -6,7 +6,8 @@ from pathlib import Path
 
 from stages.checkpoint.files import read_json
 from stages.errors import UserError
-from stages.settings import RESULTS_FORMAT, Settings, as_dict
+from stages.provenance import RESULTS_FORMAT
+from stages.settings import Settings, as_dict
 
 
 def read_plan(settings: Settings) -> dict:

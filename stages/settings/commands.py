@@ -1,0 +1,77 @@
+"""Settings on command lines: of stages, of snakemake, and the one that a model card prints."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+
+from stages.errors import UserError
+from stages.settings.composing import choices, composed
+from stages.settings.schema import Settings, as_dict
+
+
+def stage_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line that every stage shares: Hydra overrides as positional arguments."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE",
+                        help="settings as in conf/, for example source=step37_tiny recipe=mxfp4_experts "
+                             "source.path=/data/checkpoint")
+    return parser
+
+
+def overrides_from(config: dict) -> list[str]:
+    """Snakemake's `--config` as Hydra overrides: groups by name, and `overrides=[recipe.a=1,source.path=/data]`.
+
+    Snakemake allows no dots in its keys, hence the list. UserError names a key that is neither a group nor `results`.
+    """
+    groups = [field_.name for field_ in dataclasses.fields(Settings)]
+    result = []
+    for key, value in config.items():
+        if key == "overrides":
+            continue
+        if key not in groups:
+            raise UserError(f"--config {key}={value}: unknown; choose from {', '.join(groups)} and overrides")
+        result.append(f"{key}={value}")
+    extra = config.get("overrides") or []
+    if not isinstance(extra, str | list | tuple):
+        raise UserError(f"--config overrides={extra}: is no list; write 'overrides=[\"recipe.layout=stacked\"]'")
+    for item in extra.split() if isinstance(extra, str) else extra:
+        if not isinstance(item, str) or "=" not in item:
+            raise UserError(f"--config overrides: {item!r} is not KEY=VALUE; write 'overrides=[\"recipe.layout=stacked\"]'")
+        result.append(item)
+    return result
+
+
+def _literal(value: object) -> str:
+    """A value in Hydra's notation."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_literal(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[A-Za-z_/][\w./-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf") else \
+            "'" + value.replace("'", "\\'") + "'"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def command_for(settings: Settings) -> str:
+    """The snakemake command that makes the same release: choices of conf/, and what differs from them.
+
+    It is published: a local source is DIRECTORY in it, whatever its path on this machine.
+    """
+    source = settings.source
+    if source.path and source.name not in choices("source"):
+        source = dataclasses.replace(source, path="DIRECTORY")
+    chosen = {"source": source.name if source.name in choices("source") else "local" if source.path else "hub",
+              "recipe": settings.recipe.name, "release": settings.release.name}
+    chosen = {group: name for group, name in chosen.items() if name in choices(group)}
+    plain = as_dict(composed([f"{group}={name}" for group, name in chosen.items()]))
+    different = [f"{group}.{key}={_literal(value)}" for group, part in (("source", source), ("recipe", settings.recipe), ("release", settings.release))
+                 for key, value in as_dict(part).items() if value != plain[group][key]]
+    command = "snakemake --cores all --config " + " ".join(f"{group}={name}" for group, name in chosen.items() if (group, name) != ("release", "default"))
+    if different:
+        command += " " + shlex.quote(f"overrides={json.dumps(different)}")
+    return command

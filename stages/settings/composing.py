@@ -1,0 +1,90 @@
+"""conf/ and a user's overrides, composed by Hydra; whatever it refuses becomes one line.
+
+Hydra composes the YAML files, nothing else: no launcher, no run directories.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stages.errors import UserError
+from stages.settings.schema import GroupSettings, Settings
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+CONF = PROJECT / "conf"
+OPEN_DICTIONARY = re.compile(r"\+{0,2}serving\.(goodput_ms|variables)\b")  # whose keys the user names, for which Hydra wants `++`
+ConfigStore.instance().store(name="schema", node=Settings)  # the first entry of conf/config.yaml's defaults list
+
+
+def choices(group: str) -> list[str]:
+    """Names of the alternatives that conf/ offers for one settings group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def _keys() -> list[str]:
+    """All settings as dotted keys."""
+    tree = OmegaConf.structured(Settings)
+    keys = [f"{group}.{key}" for group in tree if group != "results" for key in tree[group]]
+    return ["results", *keys, *(f"recipe.groups.{field_.name}" for field_ in dataclasses.fields(GroupSettings))]
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error) + (f"\n{error.__cause__}" if error.__cause__ else "")
+    missing = re.search(r"Could not find '(\w+)/([^']*)'", text)
+    if missing:
+        group, name = missing.groups()
+        return f"conf: there is no {group} {name!r}; choose one of {', '.join(choices(group))}"
+    override = re.search(r"Could not override '([\w.]+)'", text)
+    unknown = re.search(r"Key '(\w+)' (?:is )?not in", text)
+    if override or unknown:
+        key = override.group(1) if override else unknown.group(1)
+        if override and unknown and unknown.group(1) not in key.split("."):
+            key = f"{key}.{unknown.group(1)}"
+        keys = _keys()
+        by_name = {known.rpartition(".")[2]: known for known in reversed(keys)}  # whatever group it was looked for in
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.8) or [
+            by_name[name] for name in difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.7)]
+        return f"conf: there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else
+                                                       "; stages/settings/schema.py lists them all")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    keep = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "Set the", "Error merging"))]
+    if "LexerNoViableAlt" in text or "mismatched input" in text or "Error parsing override" in text:
+        found = re.search(r"Error parsing override '(.*)'", text)
+        shown = re.sub(r"^\w+Exception: ", "", text.splitlines()[0])
+        return (f"conf: cannot read the setting {found.group(1) if found else shown!r}; put values with spaces, "
+                "braces, quotes, ~ or other than ASCII letters in quotes, as in \"source.path='/my data/checkpoint'\"")
+    key = re.search(r"full_key: (\S+)", text)
+    return "conf: " + (f"{key.group(1)}: " if key else "") + " ".join(keep[:2])
+
+
+def composed(overrides) -> Settings:
+    """conf/ with overrides, not yet checked beyond keys and types."""
+    overrides = ["++" + item.lstrip("+") if OPEN_DICTIONARY.match(item) else item for item in overrides]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="mxforge"):
+            composed = compose(config_name="config", overrides=overrides)
+        # merged once more because Hydra's `+key=value` may add keys that the schema does not have
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.to_container(composed)))
+    except ValueError as error:
+        if "Config group override" not in str(error):
+            raise
+        groups = ", ".join(field_.name for field_ in dataclasses.fields(Settings) if field_.name != "results")
+        raise UserError(f"conf: each of {groups} is chosen by the name of a file in conf/, not by null, a number or true and false: "
+                        f"got {' '.join(overrides)}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"conf: {f'{mark.name}, line {mark.line + 1}' if mark else 'a file'}: is no YAML: {getattr(error, 'problem', None) or error}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from None
