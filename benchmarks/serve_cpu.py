@@ -71,7 +71,7 @@ def main() -> None:
     release = settings.run_directory / "release"
     rows = {"ours": [], "server": [], "vllm": []}
     with server(settings, release) as running:
-        version = running.describe()["version"]
+        version = running.facts["version"]
         for repetition in range(options.repetitions):
             found = ours(running, options.streams, options.seconds, 10 + repetition)
             window = found["windows"][0]

@@ -17,6 +17,7 @@ import numpy as np
 
 from kernels.arrays import check_tile_scale, e4m3_values, to_float32
 from kernels.energy import E2M1, values_of_scales
+from kernels.panels import jit
 
 BLOCK = 32
 
@@ -43,7 +44,7 @@ def _block(weights, codes, position, unit, values, per_byte):
     return signal, error
 
 
-@numba.njit(nogil=True, boundscheck=False)
+@jit
 def _of_codes(source, tile_scale, tile_rows, tile_columns, decode, codes, scale, values, units, per_byte):
     signal = error = 0.0
     weights = np.empty(BLOCK, np.float32)
@@ -57,7 +58,7 @@ def _of_codes(source, tile_scale, tile_rows, tile_columns, decode, codes, scale,
     return signal, error
 
 
-@numba.njit(nogil=True, boundscheck=False)
+@jit
 def _of_floats(source, codes, scale, values, units, per_byte):
     signal = error = 0.0
     for row in range(source.shape[0]):

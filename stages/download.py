@@ -65,8 +65,8 @@ def _index_anomalies(directory: Path, headers: dict[str, Header], place: str) ->
     unlisted = sum(name not in weight_map for header in headers.values() for name in header.tensors)
     anomalies = [f"the source's {INDEX} omits {unlisted} tensors that its shards hold"] if unlisted else []
     if strangers := sorted(set(headers) - set(weight_map.values())):
-        raise UserError(f"{place}: {INDEX} does not name {', '.join(strangers)}, of which engines then know nothing (the same weights in another "
-                        "form, often); remove it, or complete the index")
+        raise UserError(f"{place}: {INDEX} does not name {', '.join(strangers)}, so that engines will not load it (often it is a second copy of the "
+                        "weights in another form); remove it, or complete the index")
     return anomalies
 
 

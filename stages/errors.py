@@ -51,7 +51,7 @@ def exit_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except KeyboardInterrupt:
-            print("error: interrupted; finished shards are kept, run the same command again to go on", file=sys.stderr)
+            print("error: interrupted; run the same command again to go on", file=sys.stderr)
             sys.exit(130)
         except OSError as error:
             if error.errno is None:

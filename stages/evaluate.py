@@ -21,20 +21,21 @@ import torch
 
 from kernels.decibels import decibels
 from stages.checkpoint.files import human_bytes, read_json, sha256_file, write_json
+from stages.dialects.config import text_part
 from stages.dialects.roles import layer_of, projection_of
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, load, scoring, stage_parser, text_path
+from stages.settings.schema import FEWEST_TOKENS
 
 BYTES = {"float32": 4, "bfloat16": 2}
-FEWEST_TOKENS = 16  # of a text: fewer measure nothing, and draft layers look several ahead
 
 
 def _figure(signal: float, error: float) -> float | None:
     """SQNR in dB as JSON can hold it; None for an exact conversion, whose ratio has no finite value."""
-    return round(decibels(signal, error), 4) if error else None
+    return round(max(-300.0, decibels(signal, error)), 4) if error else None
 
 
 def _total(sums: list[list]) -> tuple[float, float]:
@@ -68,9 +69,13 @@ def sqnr(receipts: dict[str, dict]) -> dict:
 
 
 def windows(token_count: int, context: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, end, first scored token) of each window; every token but the first is scored exactly once."""
+    """(begin, end, first scored token) of each window; every token but the first is scored exactly once.
+
+    The last one begins earlier where it would have fewer than FEWEST_TOKENS.
+    """
     result, scored, begin = [], 1, 0
     while scored < token_count:
+        begin = min(begin, max(0, token_count - min(FEWEST_TOKENS, context)))
         end = min(begin + context, token_count)
         result.append((begin, end, scored))
         scored = end
@@ -88,13 +93,10 @@ def tokens_of(text: str, directory: Path, maximum: int | None) -> torch.Tensor:
                         "leave perplexity out")
     ids = Tokenizer.from_file(str(path)).encode(text).ids
     config = read_json(Path(directory) / "config.json", "assemble_release")
-    first = (config.get("text_config") or config).get("bos_token_id")
+    first = text_part(config).get("bos_token_id")
     if isinstance(first, int) and ids[:1] != [first]:
         ids = [first, *ids]
-    ids = ids[:maximum]
-    if len(ids) < 2:
-        raise UserError("evaluation.text has fewer than 2 tokens; nothing could be predicted")
-    return torch.tensor(ids)
+    return torch.tensor(ids[:maximum], dtype=torch.int64)
 
 
 class Scorer:
@@ -179,7 +181,7 @@ def measure_served(settings: Settings, tokens: torch.Tensor) -> dict:
     for name, directory in directories.items():
         with server(settings, directory) as running:
             values[name] = token_log_probabilities(running, tokens, windows(len(tokens), evaluation.context, evaluation.stride))
-            found[name] = {**_perplexity([values[name]]), "engine": running.describe()}
+            found[name] = {**_perplexity([values[name]]), "engine": running.facts}
     if "source" in values:
         change = values["source"] - values["release"]
         found["paired"] = {"perplexity_ratio": math.exp(change.mean().item()),

@@ -10,7 +10,7 @@ from collections import Counter
 
 from stages.checkpoint.files import human_bytes, read_json, write_json
 from stages.dialects import recognize
-from stages.dialects.config import expert_count, is_tied
+from stages.dialects.config import expert_count, is_tied, text_part
 from stages.dialects.roles import declared_drafts, hidden_layers, role_of
 from stages.errors import exit_with_one_line
 from stages.provenance import RESULTS_FORMAT
@@ -38,7 +38,7 @@ def census(settings: Settings) -> dict:
         "source": settings.source.name,
         "architecture": (config.get("architectures") or [None])[0],
         "text_layers": layers,
-        "hidden_size": (config.get("text_config") or config).get("hidden_size"),
+        "hidden_size": text_part(config).get("hidden_size"),
         "experts": expert_count(config),
         "drafts": declared_drafts(config),
         "tied": is_tied(config),

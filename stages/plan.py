@@ -11,6 +11,7 @@ import math
 from collections import Counter
 
 from stages.checkpoint.files import check_disk, write_json
+from stages.dialects.config import KEY_VALUE_HEADS, whole_number
 from stages.dialects.roles import declared_drafts, draft_layers
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.decisions import decide
@@ -38,7 +39,7 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "recipe_settings": as_dict(settings.recipe), "tensors": tensors,
     }
     if settings.recipe.layout == "stacked" and not any(entry["scheme"] and len(entry["matrix"]) == 3 for entry in tensors.values()):
-        raise UserError(f"recipe {settings.recipe.name}: recipe.layout=stacked keeps 3D experts together, but {settings.source.name} stores none so; "
+        raise UserError(f"recipe {settings.recipe.name}: recipe.layout=stacked needs experts in 3D tensors, and {settings.source.name} has none; "
                         "use recipe.layout=per_expert")
     plan["quantization_config"], plan["runtime_modules"] = proven_config(plan)
     plan["draft_layers"] = drafts = draft_layers(source_config, tensors)
@@ -52,7 +53,7 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "jobs": JOBS_OF_A_SHARD * len(shards) + JOBS_OF_A_RUN,
         "lane": settings.device.lane,
         "disk_peak_bytes": _disk_peak(settings, shards),
-        "tensor_parallel": tensor_parallel.notes(tensors, (source_config.get("text_config") or source_config).get("num_key_value_heads")),
+        "tensor_parallel": tensor_parallel.notes(tensors, whole_number(source_config, *KEY_VALUE_HEADS)),
     }
     plan["engines"] = engines(plan)
     plan["notes"] = notes(tensors, declared_drafts(source_config), drafts, plan["release_tensor_bytes"] - census["tensor_bytes"])

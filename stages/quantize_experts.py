@@ -1,13 +1,13 @@
 """Converts one shard: quantizes what the plan says, passes everything else through byte for byte, writes a receipt.
 
 A shard is streamed in the order of the output file, one expert's matrix (or a panel of rows) at a time, so that resident
-memory does not grow with the shard. One thread converts; others hash the source (which also reads it ahead), hash the output
+memory does not grow with the shard, but for MXFP8's scales, a byte per 32 weights, which the file has behind all codes. One thread converts; others hash the source (which also reads it ahead), hash the output
 and write it (stages/checkpoint/writer.py). Bytes depend on the source and the recipe only: not on the backend, the number of
 workers, or how often the run was interrupted. Converting itself stays in one thread: one process per shard keeps cores busier
 than threads inside one.
 
-The receipt is what later stages trust: sha256 of the source and of the output, of every tensor that passed through, and for every
-quantized matrix the sums of squares of the signal, of the error and of what it decodes to.
+The receipt is what later stages trust: sha256 of the source and of the output, of every tensor that passed through, of scales that one shard
+lends to another, and for every quantized matrix the sums of squares of the signal, of the error and of what it decodes to.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stages.checkpoint.files import check_disk, human_bytes, sha256_file, write_
 from stages.checkpoint.reader import ShardReader
 from stages.checkpoint.writer import ShardWriter
 from stages.conversion.numbers import check_numbers
-from stages.conversion.places import INSPECT, Places, check_tensor
+from stages.conversion.places import INSPECT, Places, check_tensor, lent_by
 from stages.conversion.progress import ProgressReport
 from stages.conversion.quantizer import Quantizer
 from stages.errors import UserError, exit_with_one_line, without_collection
@@ -125,11 +125,13 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
         progress = ProgressReport(shard, promised["source_bytes"])
         stack.callback(progress.close)
         with without_collection():
-            quantizer = Quantizer(Places(settings, plan, shard, reader), plan, shard, settings.device.backend, progress)
+            places = Places(settings, plan, shard, reader)
+            quantizer = Quantizer(places, plan, shard, settings.device.backend, progress)
         start = time.monotonic()
         kept = {output.name for output in outputs if output.part == "weight"}
         with ShardWriter(target, specs_of(outputs), SHARD_METADATA, kept) as writer:
             _write(plan, outputs, reader, quantizer, writer, progress)
+            lent = {name: reader.sha256(name) for name in lent_by(plan, shard)}
             source_digest = source_sha256.result()
             if _identity(source_path) != identity:  # before the output takes its name
                 raise UserError(f"{source_path} changed while it was converted; {INSPECT}")
@@ -143,6 +145,8 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
         "source": {"bytes": source_bytes, "sha256": source_digest},
         "output": {"bytes": writer.size, "sha256": writer.sha256},
         "tensors": writer.tensor_sha256,
+        "borrowed": places.borrowed,
+        "lent": lent,
         "quantized": {source: sorted(sums, key=lambda entry: entry[0] or 0)
                       for source, sums in sorted(quantizer.sums.items())},
         "zeros": sorted(quantizer.zeros),

@@ -1,7 +1,7 @@
 """Receipts: what converting a shard found out, and for which plan it holds.
 
 `quantize_experts` writes one beside each converted shard. It names the sha256 of the source and of the output and of every tensor that
-passed through, and for every quantized matrix the sums of squares of the signal, of the error and of what it decodes to; later stages
+passed through and of what one shard lent to another, and for every quantized matrix the sums of squares of the signal, of the error and of what it decodes to; later stages
 trust it instead of reading the weights again.
 """
 
@@ -36,11 +36,17 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
     for shard in plan["shards"]:
         path = (settings.run_directory / "shards" / shard).with_suffix(".json")
         receipt = read_json(path, f"quantize_experts --shard {shard}")
-        if not all(isinstance(receipt.get(key), dict) for key in ("source", "output", "tensors", "quantized")):
+        if not all(isinstance(receipt.get(key), dict) for key in ("source", "output", "tensors", "quantized", "borrowed", "lent")):
             raise UserError(f"{path} is damaged: delete it and run quantize_experts --shard {shard} again")
         if receipt.get("plan_sha256") != plan_hash(plan, shard):
             raise UserError(f"{path} was made under another plan; run quantize_experts --shard {shard} again")
         receipts[shard] = receipt
+    for shard, receipt in receipts.items():
+        for name, digest in receipt["borrowed"].items():
+            owner = plan["tensors"][name]["shard"]
+            if receipts[owner]["lent"].get(name) != digest:
+                raise UserError(f"{shard}: was converted with other bytes of {name} than {owner} holds; remove {settings.run_directory / 'shards' / shard} "
+                                "and run again")
     return receipts
 
 

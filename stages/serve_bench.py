@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.live import Live
 
 from stages.checkpoint.files import read_json, write_json
+from stages.dialects.config import whole_number
 from stages.errors import UserError, exit_with_one_line
 from stages.serving.environment import marker_inputs
 from stages.serving.launcher import server
@@ -90,11 +91,13 @@ def run(settings: Settings) -> dict:
         print(result["not_measured"])
         return result
     config = read_json(settings.run_directory / "release" / "config.json", "assemble_release")
-    vocabulary = (config.get("text_config") or config)["vocab_size"]
+    vocabulary = whole_number(config, "vocab_size")
+    if vocabulary is None:
+        raise UserError("config.json: has no vocab_size, from which the random prompts are drawn; restore the original, or choose serving=none")
     result = {"server": serving.name, "settings": as_dict(serving), "engine": {}, "levels": []}
     try:
         with server(settings) as running:
-            result["engine"] = running.describe()
+            result["engine"] = running.facts
             for streams in serving.concurrencies:
                 level = measure(settings, running, streams, vocabulary)
                 result["levels"].append(level)

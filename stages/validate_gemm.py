@@ -55,8 +55,8 @@ def _samples(settings: Settings, plan: dict, shard: str) -> list[dict]:
 
 def _quantized_experts(reader: ShardReader, members: list) -> tuple[torch.Tensor, torch.Tensor]:
     """(packed [experts, out, in/2], scale [experts, out, in/32]) of at most MAXIMUM_EXPERTS experts."""
-    stacked = len(reader.info(members[0][1]).shape) == 3
-    return tuple(reader.rows(members[0][part], 0, MAXIMUM_EXPERTS) if stacked else
+    shape = reader.info(members[0][1]).shape
+    return tuple(reader.rows(members[0][part], 0, min(MAXIMUM_EXPERTS, shape[0])) if len(shape) == 3 else
                  torch.stack([reader.tensor(member[part]) for member in members]) for part in (1, 2))
 
 

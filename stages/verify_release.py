@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -47,8 +48,12 @@ class Reading:
     energies: dict[tuple[str, int | None], float] = field(default_factory=dict)  # codes, matrix of a 3D tensor -> sum of w_hat^2
 
 
-def read_shard(path: Path, planned: dict[str, Output], schemes: dict[str, str], source: Path | None) -> Reading:
-    """Reads a shard of the release once; planned: its tensors by name; schemes: those of the source's weights.
+class Stopped(Exception):
+    """The proof was interrupted; nobody asks for this reading any more."""
+
+
+def read_shard(path: Path, planned: dict[str, Output], schemes: dict[str, str], source: Path | None, stop: threading.Event) -> Reading:
+    """Reads a shard of the release once; planned: its tensors by name; schemes: those of the source's weights. Raises Stopped once `stop` is set.
 
     A tensor that is not as planned is hashed with the file and left to the inventory. UserError where the file is no sound shard.
     """
@@ -63,6 +68,8 @@ def read_shard(path: Path, planned: dict[str, Output], schemes: dict[str, str], 
 
         whole.update(reader.head())
         for name, info in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
+            if stop.is_set():
+                raise Stopped
             output = planned.get(name)
             if fits(output) and output.part == "codes" and fits(scales.get(output.matrix)):
                 for expert in range(info.shape[0]) if len(info.shape) == 3 else (None,):
@@ -79,6 +86,8 @@ def read_shard(path: Path, planned: dict[str, Output], schemes: dict[str, str], 
     if source is not None and source.exists():
         with ShardReader(source) as reader:
             for name, digests in reading.passed.items():
+                if stop.is_set():
+                    raise Stopped
                 digests.add(reader.sha256(planned[name].source))
     return reading
 
@@ -122,6 +131,9 @@ class Verification:
                         for output in outputs_of_shard(self.plan, shard)}
         self.planned |= {name: (draft_scales.SHARD, Output(name, "F32", (1,), name, "constant"))
                          for name in self.plan["draft_scales"]}
+        self.planned_in: dict[str, dict[str, Output]] = {}
+        for name, (shard, output) in self.planned.items():
+            self.planned_in.setdefault(shard, {})[name] = output
         self.schemes = {name: entry["scheme"] for name, entry in self.plan["tensors"].items() if entry["scheme"]}
         self.shards = [*self.plan["shards"], *([draft_scales.SHARD] if self.plan["draft_scales"] else [])]
         self.headers: dict[str, Header] = {}
@@ -186,8 +198,8 @@ class Verification:
         count = 0
         for shard in self.plan["shards"]:
             passed = self.readings[shard].result().passed
-            for name, (planned_shard, output) in self.planned.items():
-                if planned_shard == shard and output.part == "weight":
+            for name, output in self.planned_in.get(shard, {}).items():
+                if output.part == "weight":
                     if passed.get(name, set()) != {self.receipts[shard]["tensors"][name]}:
                         yield f"{shard}: {name} is not bit-identical to the source"
                     count += 1
@@ -207,20 +219,19 @@ class Verification:
         """Every quantized tensor, as it lies on the disk, has the energy that was measured, and its SQNR
         is above the floor: swapped names, swapped shards and scales off by one all change the energy."""
         floor = self.settings.release.minimum_sqnr_db
-        names = {(o.matrix.group, o.matrix.number): name for name, (_, o) in self.planned.items() if o.part == "codes"}
-        count = 0
-        missing = {(output.matrix.group, number): name for name, (_, output) in self.planned.items() if output.part == "codes"
+        missing = {(output.matrix.group, number): (name, number if len(output.shape) == 3 else None)
+                   for name, (_, output) in self.planned.items() if output.part == "codes"
                    for number in (range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.number])}
+        count = 0
         for shard in self.plan["shards"]:
             energies = self.readings[shard].result().energies
             for group, sums in self.receipts[shard]["quantized"].items():
                 for number, signal, error, decoded in sums:
-                    if missing.pop((group, number), None) is None:
+                    place = missing.pop((group, number), None)
+                    if place is None:
                         yield f"{shard}: its receipt measures {group} number {number}, which was not planned or was measured before"
                         continue
-                    single = (group, number) in names
-                    codes = names[group, number if single else None]
-                    found = energies[codes, None if single else number]
+                    codes, found = place[0], energies[place]
                     if not math.isclose(found, decoded, rel_tol=RELATIVE_TOLERANCE):
                         yield (f"{shard}: {codes} decodes to a sum of squares of {found!r}, measured were {decoded!r} "
                                "when it was quantized")
@@ -228,7 +239,7 @@ class Verification:
                         yield (f"{shard}: {codes} has {decibels(signal, error):.2f} dB SQNR, below the floor of "
                                f"{floor} dB (release.minimum_sqnr_db)")
                     count += 1
-        yield from (f"{name}: matrix {number} of {group} was not measured when it was quantized" for (group, number), name in missing.items())
+        yield from (f"{name}: matrix {number} of {group} was not measured when it was quantized" for (group, number), (name, _) in missing.items())
         self.checked["quantized"] = count
 
     def config(self) -> Iterator[str]:
@@ -273,12 +284,15 @@ class Verification:
 
     def run(self) -> dict:
         """The content of verify.json."""
-        with ThreadPoolExecutor(threads()) as pool:
+        pool, stop = ThreadPoolExecutor(threads()), threading.Event()
+        try:
             for shard in sorted(self.shards, key=self._size, reverse=True):  # the largest first, so that none is left over at the end
-                planned = {name: output for name, (where, output) in self.planned.items() if where == shard}
                 local = Path(self.settings.source.path) / shard if self.settings.source.path else None
-                self.readings[shard] = pool.submit(read_shard, self.release / shard, planned, self.schemes, local)
+                self.readings[shard] = pool.submit(read_shard, self.release / shard, self.planned_in[shard], self.schemes, local, stop)
             return self._checked()
+        finally:  # at an interruption, too, which must not wait for the rest of the release
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
     def _checked(self) -> dict:
         rows = []

@@ -14,7 +14,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-
 LARGE = 1 << 30  # bytes from which a file is served from the disk, with a made-up hash
 
 

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -441,3 +443,19 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     shown = subprocess.run(f"{sys.executable} -m stages.command_line plan {TINY} --json | head -c 10", shell=True, cwd=PROJECT,
                            capture_output=True, text=True)
     assert shown.stderr == ""
+
+
+def test_an_installed_wheel_has_all_that_the_commands_need(tmp_path):
+    project = tmp_path / "project"  # building leaves directories behind
+    for name in ("stages", "kernels", "conf"):
+        shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(PROJECT / name, project)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "-w", tmp_path,
+                    project], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    run = subprocess.run([sys.executable, "-m", "stages.command_line", "plan", TINY], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")})
+    assert run.returncode == 0 and re.search(r"^routed_experts +mxfp4", run.stdout, re.M), run.stdout + run.stderr

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy
@@ -32,6 +33,7 @@ from stages.planning.record import read_plan
 from stages.serving import launcher
 from stages.serving.commands import serve_commands
 from stages.settings import load
+from stages.settings.schema import FEWEST_TOKENS
 from tests.conftest import PROJECT, TINY, convert
 from tests.hub_server import HubServer
 
@@ -224,6 +226,39 @@ def test_a_card_keeps_the_licence_of_the_source(local, checkpoint):
     assert report.source_matter(settings) == ""
 
 
+def test_an_interrupted_proof_does_not_read_the_rest_of_the_release(converted, monkeypatch):
+    begun, waited = threading.Event(), []
+
+    def read(path, planned, schemes, source, stop):
+        begun.set()
+        waited.append(stop.wait(60))
+        raise verify_release.Stopped
+
+    def interrupted(verification):
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify_release, "read_shard", read)
+    monkeypatch.setattr(verify_release, "threads", lambda: 1)
+    monkeypatch.setattr(verify_release.Verification, "CHECKS", (("files", "interrupted", interrupted),))
+    with pytest.raises(KeyboardInterrupt):
+        verify_release.Verification(converted).run()
+    assert waited == [True], "one shard was being read, the others were not begun"
+
+
+def test_commands_are_said_to_have_run_only_as_they_ran(converted):
+    made, config = read_plan(converted), json.loads((converted.run_directory / "release" / "config.json").read_text())
+
+    def rows(engine):
+        return {row["command"].partition(" --")[0]: row["run"] for row in serve_commands(made, config, engine)[:2]}
+
+    assert set(rows({}).values()) == {"not run"}
+    assert set(rows({"engine": "endpoint", "version": "0.32.0"}).values()) == {"not run"}, "nobody knows how an endpoint was started"
+    drafting = {"engine": "vllm", "version": "0.32.0", "command": ["vllm", "serve", ".", "--speculative-config", "{}"]}
+    assert set(rows(drafting).values()) == {"vLLM 0.32.0"}
+    assert rows(drafting | {"command": ["vllm", "serve", "."]})["vllm serve ."] == "not run", "without drafting"
+
+
 def test_a_model_too_large_for_this_machine_is_reported_as_not_measured(converted, tmp_path):
     settings = load([f"results={tmp_path}", f"source.path={TINY}", "evaluation.memory_gb=0.01", "serving=none"])
     shutil.copytree(converted.source_directory, settings.source_directory)
@@ -252,7 +287,7 @@ def test_every_token_is_scored_exactly_once():
     for count, context, stride in ((2, 8, 4), (8, 8, 4), (9, 8, 4), (100, 8, 3), (1000, 256, 128), (257, 256, 255)):
         scored = []
         for begin, end, first in evaluate.windows(count, context, stride):
-            assert 0 < end - begin <= context and begin < first
+            assert min(count, context, FEWEST_TOKENS) <= end - begin <= context and begin < first
             scored += range(first, end)
         assert scored == list(range(1, count))
 
@@ -472,6 +507,37 @@ def test_scales_in_another_shard_are_fetched_from_it(converted, tmp_path, monkey
     assert all(raw_bytes(tensor) == raw_bytes(theirs[name]) for name, tensor in made.items())
     if place == "hub":
         assert 0 < moved < 100_000, f"{moved} bytes for scales of 2 kB"
+
+
+def scales_apart(source: Path) -> list[str]:
+    """The tiny model with all scales in a shard of their own; settings for it."""
+    source.mkdir()
+    tensors = tiny_tensors()
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
+    save_file(tensors, source / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    save_file(scales, source / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(TINY / name, source)
+    return ["source=local", f"source.path={source}", f"results={source.parent / 'results'}"]
+
+
+def test_a_scale_that_one_shard_lent_and_another_used_must_be_the_same_bytes(tmp_path):
+    """A range of a hub's file has no hash of its own; wrong bytes of a scale would make wrong weights, which the proof would confirm."""
+    settings, made = prepared(scales_apart(tmp_path / "model"))
+    first, second = made["shards"]
+    used = quantize_experts.convert_shard(settings, made, first)["borrowed"]
+    lent = quantize_experts.convert_shard(settings, made, second)["lent"]
+    assert used == lent and len(used) > 0
+    receipts.read_receipts(settings, made)
+    path = tmp_path / "model" / second
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    quantize_experts.convert_shard(settings, made, second)
+    with pytest.raises(UserError, match=f"{first}: was converted with other bytes of .*_scale_inv than {second} holds"):
+        receipts.read_receipts(settings, made)
 
 
 def prepared(overrides):

@@ -344,7 +344,7 @@ def test_an_nvfp4_scale_that_is_the_reciprocal_of_what_its_name_says_is_noticed(
         return parts | {"weight_global_scale": 1 / parts["weight_global_scale"]}
 
     checkpoint(tmp_path / "model", store, FOUR_BITS)
-    with pytest.raises(UserError, match="decodes to weights of .* its scales mean something else than nvfp4"):
+    with pytest.raises(UserError, match="decodes to weights of .* its scales are not those of nvfp4"):
         convert("source=local", f"source.path={tmp_path / 'model'}", f"results={tmp_path / 'results'}")
 
 

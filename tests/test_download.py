@@ -72,9 +72,9 @@ def test_a_source_without_a_revision_is_pinned_once_and_stays_there(hub, tmp_pat
     overrides = ["source=hub", "source.repository=somebody/tiny", f"results={tmp_path}"]
     with pytest.raises(UserError, match="revision.json is missing: somebody/tiny was given without a revision, which snakemake looks up"):
         load(overrides)
-    assert load(overrides, ask=True).source.revision == REVISION
+    assert load(overrides, resolve=resolve).source.revision == REVISION
     hub.answered_revision = hub.revision = "f" * 40  # the branch moves on
-    for settings in (load(overrides), load(overrides, ask=True)):
+    for settings in (load(overrides), load(overrides, resolve=resolve)):
         assert settings.source.revision == REVISION and settings.source.shards == SHARDS
 
 
@@ -180,6 +180,18 @@ def test_resets_behind_new_bytes_are_forgiven_and_resets_without_are_counted(set
     with pytest.raises(UserError, match="reset by peer.*finished bytes are kept"):
         Hub(settings.source).patiently("downloading x", resets, lambda: received[0])
     assert calls[0] == 20 + ATTEMPTS - 1
+
+
+def test_a_second_download_of_the_same_shard_is_refused_and_the_first_goes_on(hub, settings):
+    """Two that append to one file would interleave; a killed workflow may leave a stage running."""
+    download.fetch_metadata(settings)
+    target = settings.shard_directory / SHARD
+    target.parent.mkdir(parents=True)
+    with HashedFile(target.with_name(SHARD + ".incomplete")) as first:
+        first.write((TINY / SHARD).read_bytes()[:1000])
+        with pytest.raises(UserError, match="another process is downloading this file"):
+            download.fetch_shard(settings, SHARD)
+    assert download.fetch_shard(settings, SHARD).read_bytes() == (TINY / SHARD).read_bytes()
 
 
 @pytest.fixture

@@ -43,6 +43,13 @@ def test_the_real_fp8_release_is_predicted_to_the_byte(tmp_path):
         1: (True, True), 2: (True, True), 4: (True, True), 8: (True, False), 16: (False, False)}  # 1280 inputs of down_proj
 
 
+def test_rest_is_what_no_other_role_or_pattern_names(tmp_path):
+    groups = ["{scheme: mxfp8, roles: [rest]}", "{scheme: mxfp4, roles: [routed_experts], patterns: ['.*.layers.4.self_attn.o_proj.weight']}"]
+    _, _, made = planned(tmp_path, "source=step37_fp8", f"recipe.groups=[{', '.join(groups)}]")
+    schemes = {name: entry["scheme"] for name, entry in made["tensors"].items() if "self_attn" in name and entry["matrix"]}
+    assert schemes["model.layers.4.self_attn.o_proj.weight"] == "mxfp4" and schemes["model.layers.5.self_attn.o_proj.weight"] == "mxfp8"
+
+
 @pytest.mark.parametrize(("projection", "stored", "rows", "inputs", "ranks", "kind"), [
     ("mlp.experts.0.down_proj", "mxfp4", 4096, 1280, 4, None), ("mlp.experts.0.down_proj", "mxfp4", 4096, 1280, 8, "whole 64s"),
     ("mlp.experts.0.down_proj", "mxfp4", 4096, 1280, 16, "whole blocks of 32"), ("mlp.experts.0.gate_proj", "mxfp4", 1280, 4096, 16, None),

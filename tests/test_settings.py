@@ -80,7 +80,7 @@ def test_a_local_source_is_named_after_its_directory():
 
 @pytest.mark.parametrize(("override", "words"), [
     ("recipe=null", "chosen by the name of a file"), ("device=1", "chosen by the name of a file"), ("results=", "results is empty"),
-    ("evaluation.gemm_tokens=0", "at least 1"), ("evaluation.maximum_tokens=-5", "at least 2"), ("evaluation.memory_gb=nan", "at least 0"),
+    ("evaluation.gemm_tokens=0", "at least 1"), ("evaluation.maximum_tokens=-5", "at least 16"), ("evaluation.memory_gb=nan", "at least 0"),
     ("release.minimum_sqnr_db=nan", "at least 0"), ("device.memory_mb=0", "at least 1"), ("serving.concurrencies=[]", "numbers of streams"),
     ("serving.goodput_ms={ttft: -1}", "above 0"),
 ])

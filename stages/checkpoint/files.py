@@ -38,6 +38,29 @@ def _open_direct(path: Path, flags: int) -> int:
         return os.open(path, flags, 0o666)
 
 
+def lock(handle: int, wait: bool = False) -> bool:
+    """False where another process has locked this open file; the lock ends with the process, or when the file is closed.
+
+    Some network file systems know no locks and always say yes.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def is_named(handle: int, path: Path) -> bool:
+    """Whether an open file still has this name: whoever held its lock may have renamed it."""
+    try:
+        there, ours = os.stat(path), os.fstat(handle)
+    except FileNotFoundError:
+        return False
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+
+
 def _locked(part: Path, direct: bool) -> int:
     """An empty file under this name that no other process writes; what an earlier, killed one left is emptied.
 
@@ -47,18 +70,11 @@ def _locked(part: Path, direct: bool) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
         handle = _open_direct(part, flags) if direct else os.open(part, flags, 0o666)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if direct else 0))
-            except BlockingIOError:
-                raise UserError(f"{part}: another process is writing this file; wait for it or stop it, then run again") from None
-            except OSError:
-                pass  # some network file systems know no locks
-            ours, there = os.fstat(handle), os.stat(part)
-            if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):
+            if not lock(handle, wait=not direct):
+                raise UserError(f"{part}: another process is writing this file; wait for it or stop it, then run again")
+            if is_named(handle, part):
                 os.ftruncate(handle, 0)
                 return handle
-        except FileNotFoundError:
-            pass  # whoever held the lock has renamed the file meanwhile
         except BaseException:
             os.close(handle)
             raise
@@ -99,16 +115,12 @@ def atomic_write(path: Path, direct: bool = False):
 
 
 @contextmanager
-def only_one(lock: Path, doing: str):
-    """UserError where another process is in a block with the same lock; `doing` says what it does. The lock ends with the process."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with naming(lock), open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{lock.parent}: another process is {doing} there; wait for it or stop it, then run again") from None
-        except OSError:
-            pass  # some network file systems know no locks
+def only_one(path: Path, doing: str):
+    """UserError where another process is in a block with the same lock file; `doing` says what it does. The lock ends with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), open(path, "w") as file:
+        if not lock(file.fileno()):
+            raise UserError(f"{path.parent}: another process is {doing} there; wait for it or stop it, then run again")
         yield
 
 

@@ -103,6 +103,7 @@ class ShardReader:
     def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Entries begin..end along the first dimension, as a tensor of its own memory."""
         info = self.info(name)
+        assert 0 <= begin <= end <= info.shape[0], f"{name}: rows {begin}..{end} of {info.shape[0]}"
         stride = info.nbytes // info.shape[0] if info.shape[0] else 0
         raw = self._read(info.begin + begin * stride, info.begin + end * stride)
         return as_tensor(self._array(name, raw, (end - begin, *info.shape[1:])), info.dtype)
@@ -115,6 +116,7 @@ class ShardReader:
         """
         info = self.info(name)
         experts, rows = info.shape[:2] if expert is not None else (1, info.shape[0])
+        assert 0 <= begin <= end <= rows and 0 <= (expert or 0) < experts, f"{name}: rows {begin}..{end} of matrix {expert} in {info.shape}"
         stride = info.nbytes // (experts * rows)
         start = info.begin + ((expert or 0) * rows + begin) * stride
         raw = self._read(start, start + (end - begin) * stride, buffer)

@@ -13,6 +13,7 @@ from stages.checkpoint.files import read_json
 from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.shards import Shards
 from stages.checkup.form import checked_section, json_object
+from stages.dialects.config import text_part
 from stages.errors import UserError
 from stages.schemes.kept import stored_as
 
@@ -63,7 +64,7 @@ class Checkpoint(Shards):
             raise UserError(f"{self.directory}/config.json is missing: complete the checkpoint, or make it from the source's with "
                             f"`mxforge config {self.directory} --base SOURCE/config.json`")
         self.config = read_json(self.directory / "config.json") if config is None else config
-        self.text = json_object(self.config.get("text_config") or self.config, "config.json: text_config")
+        self.text = json_object(text_part(self.config), "config.json: text_config")
         names = self.config.get("architectures")
         self.architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
         if section is not None:

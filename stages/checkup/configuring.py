@@ -36,7 +36,7 @@ def section_for(checkpoint: Checkpoint) -> tuple[dict, int]:
     names = {module.rpartition(".")[2] for module in experts if module in stored}
     section = compressed_tensors.quantization_config(runtime, stored, tuple(sorted(names)))
     if faults := vllm_rules.coverage_faults(runtime, section, stored):
-        raise UserError(f"{checkpoint.directory}: vLLM could not serve these tensors under any config of ours: {faults[0]}")
+        raise UserError(f"{checkpoint.directory}: vLLM could not serve these tensors under any config that mxforge can write: {faults[0]}")
     return section, len(runtime)
 
 
@@ -71,4 +71,4 @@ def run(directory: Path, base: Path | None, dry_run: bool) -> None:
     if manifest is not None:
         manifest["files"]["config.json"] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         write_text(directory / "manifest.json", render_json(manifest))
-    print(f"{path}: written; its groups claim {modules} modules rightly" + ("; manifest.json follows it" if manifest is not None else ""))
+    print(f"{path}: written; it gives all {modules} modules their format" + ("; manifest.json follows it" if manifest is not None else ""))

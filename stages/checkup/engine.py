@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.form import is_count
+from stages.dialects.config import changes_weights
 from stages.dialects.roles import is_routed_expert
 from stages.schemes import vllm_rules
 from stages.schemes.architectures import UNKNOWN, architecture_of
@@ -34,9 +35,8 @@ def scheme_arguments(checkpoint: Checkpoint) -> Iterator[str]:
         else:
             yield from _weights(name, form, group.get("weights") or {})
             yield from _activations(checkpoint, name, form, group.get("input_activations"))
-    for key in ("transform_config", "sparsity_config"):
-        if section.get(key):
-            yield f"config.json: quantization_config has a {key}, by which an engine changes weights or inputs; nothing here vouches for that"
+    for key in changes_weights(section):
+        yield f"config.json: quantization_config has a {key}, by which an engine changes weights or inputs; nothing here vouches for that"
     if section.get("kv_cache_scheme"):
         checkpoint.notes.append("config.json: the KV cache is quantized, too")
     checkpoint.counts["scheme_arguments"] = len(groups)

@@ -7,11 +7,10 @@ import re
 from collections.abc import Collection, Iterator
 
 from stages.checkpoint.files import read_json
-from stages.checkpoint.header import TensorInfo
+from stages.checkpoint.header import INDEX, TensorInfo
 from stages.checkup.checkpoint import BLOCKS, Checkpoint, Module, scale_shape
 from stages.checkup.faults import some
 from stages.checkup.form import json_object
-from stages.checkpoint.header import INDEX
 from stages.errors import UserError
 
 

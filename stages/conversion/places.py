@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import ShardReader, as_array
+from stages.dialects import Claim
 from stages.errors import UserError
 from stages.settings import Settings
 from stages.sources.listing import read_tensor_bytes
@@ -44,17 +46,26 @@ class Loose:
         return np.ascontiguousarray(rows.reshape(len(rows), -1))
 
 
+def lent_by(plan: dict, shard: str) -> list[str]:
+    """Tensors of a shard that weights in other shards need."""
+    tensors = plan["tensors"]
+    needed = {name for entry in tensors.values() if entry["scheme"] and entry["shard"] != shard for name in Claim.from_entry(entry).companions().values()}
+    return sorted(name for name in needed if tensors[name]["shard"] == shard)
+
+
 class Places:
     """Where the tensors lie that a shard's weights need: in the shard itself, or a scale in another one.
 
     A tensor of another shard is read whole, from the local source or by a range request to the hub at the pinned revision,
     into memory; KEPT_BYTES of them are kept, because panels and experts ask for the same. Where headers.json does not fit what comes,
-    the size of the file differs and the hub's answer is refused.
+    the size of the file differs and the hub's answer is refused. What was used is hashed, and compared with what the other shard holds
+    once that one has been converted, too (stages/receipts.py): the hub has no hash of a part of a file.
     """
 
     def __init__(self, settings: Settings, plan: dict, shard: str, reader: ShardReader):
         self._settings, self._plan, self._shard, self._reader = settings, plan, shard, reader
         self._kept: dict[str, Loose] = {}
+        self.borrowed: dict[str, str] = {}  # tensor of another shard -> sha256 of its bytes as they were used
 
     def __call__(self, name: str) -> ShardReader | Loose:
         stored = self._plan["tensors"][name]
@@ -63,7 +74,10 @@ class Places:
         if name not in self._kept:
             while self._kept and sum(self._plan["tensors"][kept]["bytes"] for kept in self._kept) + stored["bytes"] > KEPT_BYTES:
                 del self._kept[next(iter(self._kept))]  # the oldest
-            self._kept[name] = self._fetched(name, stored)
+            self._kept[name] = found = self._fetched(name, stored)
+            digest = hashlib.sha256(found.array(name).tobytes()).hexdigest()
+            if self.borrowed.setdefault(name, digest) != digest:
+                raise UserError(f"{stored['shard']}: {name} changed while {self._shard} was converted; {INSPECT}")
         return self._kept[name]
 
     def _fetched(self, name: str, stored: dict) -> Loose:

@@ -78,7 +78,7 @@ class Quantizer:
             self.zeros.append(source if expert is None else f"{source}[{expert}]")
         elif not USUAL_SIZES[0] < size < USUAL_SIZES[1]:
             raise UserError(f"{entry['shard']}: {source}{'' if expert is None else [expert]} decodes to weights of {size:.1e} (root mean "
-                            f"square), which no network has; its scales mean something else than {claim.dialect} takes them for, or are damaged")
+                            f"square), which no network has; its scales are not those of {claim.dialect}, or are damaged")
         number = expert if matrix.number is None else matrix.number
         self.sums.setdefault(matrix.group, []).append([number, *total])
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from stages.checkpoint.header import TensorInfo
 from stages.dialects import block_fp8, channel_fp8, int4, mxfp4, mxfp8, nvfp4, plain
 from stages.dialects.claim import Claim
-from stages.dialects.config import declared
+from stages.dialects.config import changes_weights, declared
 from stages.errors import UserError
 
 __all__ = ["DIALECTS", "Claim", "by_name", "recognize"]
@@ -68,13 +68,11 @@ def _check_section(section: Mapping, found: set[str]) -> None:
     method = section.get("quant_method")
     methods = {known for name in found for known in by_name(name).METHODS or ()}
     if section and method not in methods:
-        raise UserError(f"config.json declares quant_method {method!r}, but no tensor is stored in a way of its that is read here (found: "
-                        f"{', '.join(sorted(found))}); get the checkpoint as its maker published it, or an unquantized one")
-    for key in ("transform_config", "sparsity_config"):
-        value = section.get(key)
-        if value and not (isinstance(value, dict) and value.get("format") == "dense"):
-            raise UserError(f"config.json: quantization_config has a {key}, which changes weights between the file and the engine; that is not "
-                            "read, get a checkpoint without")
+        raise UserError(f"config.json declares quant_method {method!r}, but no tensor is stored in a format of that method that is read here (found: "
+                        f"{', '.join(sorted(found))}); get the checkpoint as its maker published it, or one that is not quantized")
+    for key in changes_weights(section):
+        raise UserError(f"config.json: quantization_config has a {key}, which changes weights between the file and the engine; that is not "
+                        "read, get a checkpoint without")
 
 
 def _unknown(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:

@@ -8,7 +8,23 @@ from stages.checkpoint.files import read_json
 from stages.errors import UserError
 
 EXPERT_COUNTS = ("moe_num_experts", "n_routed_experts", "num_local_experts", "num_experts")  # keys of config.json, by family
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_attention_groups")
 MODELOPT = "hf_quant_config.json"  # older exports of ModelOpt say there, and there alone, how they are quantized; engines read it
+
+
+def text_part(config: dict) -> dict:
+    """What config.json says of the text model: text_config, or all of it where there is none."""
+    return config.get("text_config") or config
+
+
+def whole_number(config: dict, *keys: str) -> int | None:
+    """The number that the text model has under the first of these keys that is there, None where there is none; UserError for no whole number
+    above 0."""
+    text = text_part(config)
+    key = next((key for key in keys if text.get(key) is not None), None)
+    if key is not None and not (type(text[key]) is int and text[key] > 0):
+        raise UserError(f"config.json: {key} is {_shown(text[key])}, expected a whole number above 0; restore the original")
+    return None if key is None else text[key]
 
 
 def declared(config: dict) -> dict:
@@ -66,6 +82,12 @@ def checked(config: object, where: str = "config.json") -> dict:
     return config
 
 
+def changes_weights(section: dict) -> list[str]:
+    """Parts of a quantization_config by which an engine changes weights or inputs, beyond what the stored numbers mean."""
+    return [key for key in ("transform_config", "sparsity_config")
+            if section.get(key) and not (isinstance(section[key], dict) and section[key].get("format") == "dense")]
+
+
 def is_tied(config: dict) -> bool:
     """Whether the head may be the embedding: unless config.json says no, which is the library's default."""
     return (config.get("text_config") or {}).get("tie_word_embeddings", config.get("tie_word_embeddings")) is not False
@@ -73,11 +95,7 @@ def is_tied(config: dict) -> bool:
 
 def expert_count(config: dict) -> int | None:
     """Routed experts of a layer by config.json, None where it does not say."""
-    text = config.get("text_config") or config
-    found = next((text[key] for key in EXPERT_COUNTS if text.get(key) is not None), None)
-    if found is not None and not (type(found) is int and found > 0):
-        raise UserError(f"config.json: the number of experts is {_shown(found)}, expected a whole number above 0; restore the original")
-    return found
+    return whole_number(config, *EXPERT_COUNTS)
 
 
 def _shown(value: object) -> str:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from stages.dialects.config import text_part, whole_number
 from stages.errors import UserError
 
 TEXT_ROOT = r"(?:model\.language_model|language_model\.model|model)"  # what names of the text model begin with, where not plain
@@ -57,13 +58,10 @@ _COMPILED = tuple((role.name, re.compile(role.pattern, re.S)) for role in ROLES)
 
 def hidden_layers(config: dict) -> int:
     """Number of text layers before the MTP layers; UserError when config.json does not say."""
-    text = config.get("text_config") or config
-    layers = text.get("num_hidden_layers")
+    layers = whole_number(config, "num_hidden_layers")
     if layers is None:
         raise UserError("config.json: num_hidden_layers is missing (looked at the top and in text_config); without it "
                         "draft layers cannot be told from text layers")
-    if type(layers) is not int or layers < 1:
-        raise UserError(f"config.json: num_hidden_layers is {layers!r}, expected a whole number above 0; restore the original")
     return layers
 
 
@@ -88,7 +86,7 @@ def role_of(name: str, layers: int) -> str:
 
 def declared_drafts(config: dict) -> int:
     """Number of MTP layers that config.json declares; UserError where that is no number."""
-    text = config.get("text_config") or config
+    text = text_part(config)
     key = next((key for key in DRAFT_COUNTS if text.get(key)), DRAFT_COUNTS[0])
     declared = text.get(key) or 0
     if type(declared) is not int or declared < 0:

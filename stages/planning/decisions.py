@@ -16,46 +16,48 @@ from stages.schemes.modules import module_of
 from stages.settings import Settings
 
 
+LINEAR, REST = "linear", "rest"  # roles of a recipe: all linear weights of the text model; those that no other rule of the recipe names
+
+
 def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
     """Weight name -> scheme for everything that the recipe names; each role and pattern must match something."""
-    chosen: dict[str, str] = {}
-    named = {role for group in settings.recipe.groups for role in group.roles}
-    aliases = {"linear": QUANTIZABLE, "rest": tuple(role for role in QUANTIZABLE if role not in named)}
-    for group in settings.recipe.groups:
+    recipe, chosen = settings.recipe, {}
+    rules = []
+    for group in recipe.groups:
         if group.scheme not in SCHEMES:
-            raise UserError(f"recipe {settings.recipe.name}: scheme {group.scheme!r} is unknown; choose one of "
-                            f"{', '.join(SCHEMES)}")
+            raise UserError(f"recipe {recipe.name}: scheme {group.scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
         for role in group.roles:
-            if role not in (*ROLE_NAMES, *aliases):
-                raise UserError(f"recipe {settings.recipe.name}: role {role!r} is unknown; choose from "
-                                f"{', '.join((*QUANTIZABLE, *aliases))}")
-        rules = [("role", role, lambda name, roles=aliases.get(role, (role,)): tensors[name]["role"] in roles)
-                 for role in group.roles]
-        rules += [("pattern", pattern, lambda name, pattern=pattern: re.fullmatch(pattern, name) is not None)
-                  for pattern in group.patterns]
-        for kind, text, matches in rules:
-            names = [name for name, entry in tensors.items() if matches(name) and not entry["belongs_to"]
-                     and (kind == "pattern" or entry["matrix"] or name.endswith(".weight"))]
-            if not names:
-                raise UserError(f"recipe {settings.recipe.name}: {kind} {text!r} matches no weight of "
-                                f"{settings.source.name}; its roles are "
-                                f"{', '.join(sorted({t['role'] for t in tensors.values()}))}")
-            for name in names:
-                if chosen.setdefault(name, group.scheme) != group.scheme:
-                    raise UserError(f"recipe {settings.recipe.name}: {name} is given two schemes, {chosen[name]} and "
-                                    f"{group.scheme}")
+            if role not in (*ROLE_NAMES, LINEAR, REST):
+                raise UserError(f"recipe {recipe.name}: role {role!r} is unknown; choose from {', '.join((*QUANTIZABLE, LINEAR, REST))}")
+        rules += [(group.scheme, "role", role) for role in group.roles] + [(group.scheme, "pattern", pattern) for pattern in group.patterns]
+    for scheme, kind, text in sorted(rules, key=lambda rule: rule[1:] == ("role", REST)):  # that one last
+        names = [name for name, entry in tensors.items() if not entry["belongs_to"] and _is_meant(kind, text, name, entry, chosen)]
+        if not names:
+            raise UserError(f"recipe {recipe.name}: {kind} {text!r} matches no weight of {settings.source.name}; its roles are "
+                            f"{', '.join(sorted({entry['role'] for entry in tensors.values()}))}")
+        for name in names:
+            if chosen.setdefault(name, scheme) != scheme:
+                raise UserError(f"recipe {recipe.name}: {name} is given two schemes, {chosen[name]} and {scheme}")
     return chosen
+
+
+def _is_meant(kind: str, text: str, name: str, entry: dict, chosen: dict[str, str]) -> bool:
+    """Whether a role or a pattern of a recipe means this tensor; `chosen` is what other rules took."""
+    if kind == "pattern":
+        return re.fullmatch(text, name) is not None
+    roles = QUANTIZABLE if text in (LINEAR, REST) else (text,)
+    return entry["role"] in roles and bool(entry["matrix"] or name.endswith(".weight")) and not (text == REST and name in chosen)
 
 
 def _check_weight(name: str, entry: dict, recipe: str, layout: str) -> None:
     """UserError for a weight that cannot become what the recipe makes of it."""
     where = f"{entry['shard']}: {name}"
     if entry["dialect"] == "plain" and entry["dtype"] not in WEIGHT_DTYPES:
-        raise UserError(f"{where} has dtype {entry['dtype']}, which is no floating-point weight; recipe {recipe} must "
-                        "not name it")
+        raise UserError(f"{where} has dtype {entry['dtype']}, which is no floating-point weight; take it out of "
+                        f"recipe {recipe}")
     if entry["role"] not in QUANTIZABLE or not entry["matrix"]:
         raise UserError(f"{where} of shape {entry['shape']} and role {entry['role']} is no linear weight that the engine "
-                        f"can read quantized; recipe {recipe} must not name it")
+                        f"can read quantized; take it out of recipe {recipe}")
     rows, inputs = entry["matrix"][-2:]
     if not math.prod(entry["matrix"]):
         raise UserError(f"{where} has shape {entry['shape']} and holds nothing; the checkpoint is damaged")
@@ -86,8 +88,8 @@ def _keep(name: str, tensors: dict, recipe: str) -> str:
     elif entry["role"] == "embeddings":
         why = "engines read embeddings unquantized only"
     elif stored is None:
-        why = (f"engines read none with a scale of {scale['dtype']} {scale['shape']}: it takes blocks of {kept.BLOCK}x{kept.BLOCK} or one "
-               "per channel or tensor in float, or one per 32 inputs")
+        why = (f"no engine reads it with a scale of {scale['dtype']} {scale['shape']}: they read float scales per {kept.BLOCK}x{kept.BLOCK} block, per "
+               "channel or per tensor, and E8M0 scales per 32 inputs")
     elif stored == "fp8 per tensor" and ".experts." in name:
         why = "engines read experts with a scale per channel or block only"
     if why:

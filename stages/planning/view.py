@@ -58,7 +58,7 @@ def print_plan(plan: dict) -> None:
                human_bytes(plan["source_tensor_bytes"]), human_bytes(plan["release_tensor_bytes"])))
     print(f"release: {plan['release_tensors']} tensors in {len(plan['shards'])} shards, "
           f"{human_bytes(plan['release_shard_file_bytes'])} of shard files; disk peak about "
-          f"{human_bytes(plan['disk_peak_bytes'])} with {plan['lane']} shards at a time, {plan['jobs']} jobs; config claims {plan['runtime_modules']} vLLM modules rightly")
+          f"{human_bytes(plan['disk_peak_bytes'])} with {plan['lane']} shards at a time, {plan['jobs']} jobs; config.json gives all {plan['runtime_modules']} vLLM modules their format")
     for note in plan["notes"]:
         print(f"note: {note}")
     print("\n".join(where_it_runs(plan)))
@@ -68,7 +68,7 @@ def where_it_runs(plan: dict) -> list[str]:
     """A line for each engine and for the numbers of GPUs that the release can be split over."""
     lines = [f"{engine['engine']}: {engine['loads']}; {'; '.join(engine['how'])}" for engine in plan["engines"]]
     rows = plan["tensor_parallel"]
-    lines.append("tensor parallel: " + _sizes(row for row in rows if row["fits"] and row["marlin"]))
+    lines.append("tensor parallel: " + (_sizes(row for row in rows if row["fits"] and row["marlin"]) or "none"))
     experts_whole = [row for row in rows if row["fits"] and not row["marlin"]]
     out = [row for row in rows if not row["fits"]]
     if experts_whole:

@@ -14,6 +14,12 @@ from stages.schemes.architectures import architecture_of
 OVERHEAD = 1.15  # memory that a server needs at least, over its weights: activations, graphs, some KV cache; an estimate
 
 
+def engine_name(engine: dict) -> str:
+    """What served the release, by serving.json's facts."""
+    version = engine.get("version")
+    return f"vLLM {version}" if engine.get("engine") == "vllm" else f"an endpoint, {f'vLLM {version}' if version else 'version unknown'}"
+
+
 def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
     """Rows {title, command, run}: `run` says with what the command was really tried, or that it was not.
 
@@ -26,14 +32,15 @@ def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
     speculation = [f"--speculative-config '{json.dumps({'method': 'mtp', 'num_speculative_tokens': drafts})}'"] if drafts else []
     remote = ["--trust-remote-code"] if "auto_map" in config else []
     base = ["vllm serve .", *remote]
-    on_cpu = engine.get("engine") == "vllm" and "--enforce-eager" in engine.get("command", [])
-    tried = f"vLLM {engine.get('version')}" + (" on a CPU, with the plugin" if on_cpu else "") if engine else "not run"
+    used = engine.get("command", [])  # none of an endpoint: how it was started is not known
+    tried = f"{engine_name(engine)}{' on a CPU, with the plugin' if '--enforce-eager' in used else ''}" if used else "not run"
     rows = []
     if drafts and architecture_of(plan["architecture"]).plugin:
         rows.append({"title": "The plugin, once per environment: vLLM 0.32 needs it for the draft layers, 0.33 for config.json, too",
                      "command": "pip install ./vllm_plugin", "run": tried})
     rows.append({"title": f"vLLM, one GPU with {needed} or more (weights, and room for little else)" + (", drafting" if drafts else ""),
-                 "command": " ".join([*base, *speculation]), "run": tried})
+                 "command": " ".join([*base, *speculation]),
+                 "run": tried if ("--speculative-config" in used) == bool(speculation) else "not run"})
     largest = max(fitting, default=1)
     if plain > 1:
         rows.append({"title": f"vLLM, {plain} GPUs", "command": " ".join([*base, f"--tensor-parallel-size {plain}", *speculation]), "run": "not run"})

@@ -45,11 +45,7 @@ class Server:
 
     def __init__(self, base_url: str, model: str, facts: dict, process: subprocess.Popen | None = None, log: Path | None = None):
         self.base_url, self.model, self.process, self.log = base_url, model, process, log
-        self._facts = facts
-
-    def describe(self) -> dict:
-        """Engine, version and the command that started it, for serving.json and the card."""
-        return dict(self._facts)
+        self.facts = facts  # engine, version and the command that started it, for serving.json and the card
 
     def check(self) -> None:
         """UserError with what the server's log says, when the process has ended."""
@@ -224,7 +220,7 @@ def server(settings: Settings, directory: Path | None = None) -> Iterator[Server
         with httpx.Client(timeout=10.0, trust_env=False) as client:
             if not _answers(found, client):
                 raise UserError(f"serving.url={serving.url}: nothing answers there; start the server or mend the address")
-        found._facts["version"] = version_of(found)
+        found.facts["version"] = version_of(found)
         yield found
         return
     if serving.kind != "vllm":
@@ -243,8 +239,8 @@ def server(settings: Settings, directory: Path | None = None) -> Iterator[Server
             running = Server(f"http://127.0.0.1:{port}", serving.model, {"engine": "vllm", "command": shown}, process, log)
             start = time.monotonic()
             _wait(running, serving.startup_seconds)
-            running._facts |= {"version": version_of(running), "startup_seconds": round(time.monotonic() - start, 1)}
-            print(f"vLLM {running._facts['version']} answers after {running._facts['startup_seconds']} s", flush=True)
+            running.facts |= {"version": version_of(running), "startup_seconds": round(time.monotonic() - start, 1)}
+            print(f"vLLM {running.facts['version']} answers after {running.facts['startup_seconds']} s", flush=True)
             yield running
         finally:
             stop(process)

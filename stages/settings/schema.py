@@ -12,6 +12,8 @@ from pathlib import Path
 
 from kernels.mxfp4 import RULES
 
+FEWEST_TOKENS = 16  # of a text or a window: fewer measure nothing, and draft layers look several ahead
+
 
 def limited(default: object, **limits):
     """A setting with limits, which stages/settings/checks.py looks at: `least` (a number) or `allowed` (the values that there are)."""
@@ -38,7 +40,7 @@ class GroupSettings:
 
     scheme: str = "mxfp4"  # mxfp4 | mxfp8
     roles: list[str] = field(default_factory=list)  # routed_experts, shared_experts, attention, dense_mlp, ...; linear: all of
-    # these that the model has; rest: those of them that the recipe names nowhere else
+    # these that the model has; rest: those that no other role or pattern of the recipe names
     patterns: list[str] = field(default_factory=list)  # regular expressions, matched against whole tensor names
 
 
@@ -68,9 +70,9 @@ class EvaluationSettings:
 
     name: str = "???"
     text: str = "???"  # UTF-8 file; relative paths start at the project
-    context: int = limited(256, least=2)  # tokens per window
+    context: int = limited(256, least=FEWEST_TOKENS)  # tokens per window
     stride: int = limited(128, least=1)  # new tokens scored per window; the rest of the window is their context
-    maximum_tokens: int | None = limited(None, least=2)  # score at most this many tokens of the text
+    maximum_tokens: int | None = limited(None, least=FEWEST_TOKENS)  # score at most this many tokens of the text
     via: str = limited("process", allowed=("process", "vllm"))  # transformers, in this process | prompt log-probabilities from the server
     dtype: str = limited("float32", allowed=("float32", "bfloat16"))  # in which the model computes in process
     memory_gb: float = limited(16.0, least=0)  # models that would need more in process are not measured in process, and the report says so

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from stages.checkpoint.files import CHUNK, check_disk, sync_directory
+from stages.checkpoint.files import CHUNK, check_disk, is_named, lock, sync_directory
 from stages.checkpoint.header import LFS_POINTER, Header, header_length, parse_header
 from stages.errors import UserError
 from stages.settings import SourceSettings
@@ -226,8 +226,8 @@ class Hub:
 
         with HashedFile(part) as output:
             self.patiently(f"downloading {file.name}", once, received)
-        check_bytes(part, output.digest.hexdigest(), file, self.source.repository)
-        os.replace(part, target)
+            check_bytes(part, output.digest.hexdigest(), file, self.source.repository)
+            os.replace(part, target)  # while it is locked
         sync_directory(target.parent)
 
 
@@ -245,12 +245,15 @@ def resolve(repository: str, revision: str | None) -> tuple[str, list[str]]:
 class HashedFile(io.FileIO):
     """A file that is written at its end only, whatever is sought, and the sha256 of all that is in it.
 
-    What is there is read once; what comes is hashed as far as the system took it, so that the hash is the file's behind a failed
+    One process writes it at a time: UserError for a second. What is there is read once; what comes is hashed as far as the system took it, so that the hash is the file's behind a failed
     write, too. A file that is cut, as the hub's client does when a server ignores ranges, is read again.
     """
 
     def __init__(self, path: Path):
         super().__init__(path, "a+")
+        if not lock(self.fileno()) or not is_named(self.fileno(), path):
+            self.close()
+            raise UserError(f"{path}: another process is downloading this file; wait for it or stop it, then run again")
         self._read_again()
 
     def _read_again(self) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kernels import formats
-from kernels.fp8 import decode_block_fp8
 from kernels.formats import NonFiniteError
+from kernels.fp8 import decode_block_fp8
 
 
 def generator(seed=0):

@@ -78,7 +78,7 @@ def pids_of(tmp_path):
 def test_a_server_that_answers_is_used_and_every_process_of_it_ends(tmp_path):
     with launcher.server(settings_with(ANSWERING, tmp_path)) as running:
         pids = pids_of(tmp_path)
-        assert all(map(alive, pids)) and running.describe()["version"] == "0.0"
+        assert all(map(alive, pids)) and running.facts["version"] == "0.0"
         assert running.base_url.startswith("http://127.0.0.1:")
     assert gone(pids)
 
