@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +15,8 @@ from stages.checkup.form import checked_section, json_object
 from stages.dialects.config import text_part
 from stages.errors import UserError
 from stages.schemes.kept import stored_as
+from stages.schemes.modules import is_weight, module_of
 
-EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?P<expert>\d+)\.(?P<projection>[^.]+)$")  # a module of one routed expert
 BLOCKS = {"mxfp4": 2, "mxfp8": 1}  # stored with a byte per 32 weights: how many weights an element of the codes holds
 SAMPLED_ROWS = 32  # of each matrix, where not all are looked at
 
@@ -85,12 +84,11 @@ class Checkpoint(Shards):
         found = {}
         for name, info in self.tensors.items():
             if name.endswith(".weight_packed"):
-                stem = name.removesuffix("_packed")
-                found[stem.removesuffix(".weight")] = Module("mxfp4", info, name, f"{stem}_scale")
-            elif re.search(r"[._]weight$", name) and len(info.shape) >= 2:
+                found[module_of(name)] = Module("mxfp4", info, name, f"{name.removesuffix('_packed')}_scale")
+            elif is_weight(name, info.shape):
                 scale = self.tensors.get(f"{name}_scale") if info.dtype == "F8_E4M3" else None
                 kind = "plain" if scale is None else "mxfp8" if scale.dtype == "U8" else stored_as(info.shape, scale.dtype, scale.shape) or "fp8"
-                found[re.sub(r"[._]weight$", "", name)] = Module(kind, info, name, None if scale is None else f"{name}_scale")
+                found[module_of(name)] = Module(kind, info, name, None if scale is None else f"{name}_scale")
         return found
 
     def decodable(self) -> Iterator[Pair]:

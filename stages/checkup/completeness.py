@@ -6,13 +6,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from stages.checkup.checkpoint import EXPERT, Checkpoint
+from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.faults import some
 from stages.checkup.form import is_count
 from stages.dialects.completeness import check_ends, held_by_layers, unlike_their_kind
 from stages.dialects.config import EXPERT_COUNTS, is_tied
 from stages.dialects.roles import declared_drafts, hidden_layers
 from stages.errors import UserError
+from stages.schemes.modules import EXPERT
 
 MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000  # that are looked for, whatever a config or a name says
 
@@ -30,7 +31,7 @@ def experts(checkpoint: Checkpoint) -> Iterator[str]:
     stacked: list[tuple[str, str, str]] = []
     for module, (stored, info, _, _) in checkpoint.modules.items():
         if match := EXPERT.match(module):
-            groups[match["layer"], match["projection"]][int(match["expert"])] = info.shape
+            groups[match["layer"], match["projection"]][int(match["number"])] = info.shape
             formats[match["layer"]].add(stored)
         elif len(info.shape) == 3 and (match := re.search(r"^(.*)\.(?:moe|experts)\.([^.]+)$", module)):
             stacked.append((re.sub(r"\.moe$", "", match[1]) + ".moe", match[2], module))

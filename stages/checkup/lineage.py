@@ -12,7 +12,7 @@ from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.comparison import Buffers, Match, compare_bytes, compare_decoded, compare_matrix
 from stages.checkup.faults import on_all_cores, some
 from stages.checkup.source import Source
-from stages.schemes.modules import matrices
+from stages.schemes.modules import matrices, module_of
 
 
 def against_source(checkpoint: Checkpoint, source: Source | None) -> Iterator[str]:
@@ -58,7 +58,7 @@ def _passed_through(checkpoint: Checkpoint, source: Source) -> Generator[str, No
     for name, info in checkpoint.tensors.items():
         names = [name, f"{name}_inv", re.sub(r"weight_scale$", "scale", name)] if name.endswith("weight_scale") else [name]
         origin = next((candidate for candidate in names if candidate in source.tensors), None)
-        if origin is None or re.sub(r"\.weight(_packed|_scale)?$", "", name) in compared:
+        if origin is None or module_of(name) in compared:
             continue
         found = source.tensors[origin]
         result.append((name, origin))

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from kernels.errors import NonFiniteError
 from stages.checkpoint.reader import as_array, as_tensor
-from stages.checkup.checkpoint import EXPERT, SAMPLED_ROWS, Checkpoint, Pair
+from stages.checkup.checkpoint import SAMPLED_ROWS, Checkpoint, Pair
 from stages.checkup.source import Source
 from stages.conversion.numbers import USUAL_SIZES
 from stages.schemes import SCHEMES
+from stages.schemes.modules import EXPERT
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,6 @@ from stages.schemes.kept import stored_as
 from stages.schemes.modules import module_of
 from stages.settings import Settings
 
-
 LINEAR, REST = "linear", "rest"  # roles of a recipe: all linear weights of the text model; those that no other rule of the recipe names
 
 

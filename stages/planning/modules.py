@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
-
 from stages.dialects.roles import is_routed_expert
 from stages.errors import UserError
 from stages.schemes import compressed_tensors, vllm_rules
 from stages.schemes.architectures import ARCHITECTURES, Architecture, architecture_of
-from stages.schemes.modules import matrices, module_of
+from stages.schemes.modules import is_weight, matrices, module_of
 
 
 def linear_modules(plan: dict) -> tuple[list[str], list[str], dict[str, str]]:
     """(2D linear modules, routed experts' modules, module -> stored format) in the source's names, for the coverage proof."""
     linears, experts, stored = [], [], {}
     for name, entry in plan["tensors"].items():
-        if not (entry["matrix"] or re.search(r"[._]weight$", name) and len(entry["shape"]) >= 2):
+        if not (entry["matrix"] or is_weight(name, entry["shape"])):
             continue
-        module = module_of(name) if entry["matrix"] and not name.endswith("_weight") else re.sub(r"[._]weight$", "", name)
+        module = module_of(name)
         (experts if is_routed_expert(module, plan["text_layers"]) else linears).append(module)
         if entry["stored"]:
             stored[module] = entry["stored"]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<number>\d+)\.(?P<projection>[^.]+)")
-SUFFIX = re.compile(r"(?:\.weight|\.weight_packed|_blocks)$")
+EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?P<number>\d+)\.(?P<projection>[^.]+)$")  # a module of one routed expert
+SUFFIX = re.compile(r"(?:[._]weight(?:_packed|_scale)?|_blocks)$")  # `in_proj_weight`, too: a tensor of attention that no module stands for
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj")}  # fused projection of stacked experts -> the halves of its rows
 
 
@@ -39,8 +39,13 @@ class Output:
 
 
 def module_of(name: str) -> str:
-    """Module name of a source weight."""
+    """Module name of a weight, or of one of the tensors that store it."""
     return SUFFIX.sub("", name)
+
+
+def is_weight(name: str, shape: tuple[int, ...] | list[int]) -> bool:
+    """Whether a tensor is the weight of a module that multiplies with it: named so, and of two dimensions or more."""
+    return len(shape) >= 2 and name.endswith((".weight", "_weight"))
 
 
 def matrices(name: str, shape: tuple[int, ...], layout: str) -> list[Matrix]:
@@ -51,7 +56,7 @@ def matrices(name: str, shape: tuple[int, ...], layout: str) -> list[Matrix]:
     module, rows = module_of(name), shape[-2]
     if len(shape) == 2 or layout == "stacked":
         single = EXPERT.fullmatch(module) if len(shape) == 2 else None
-        group = f"{single['prefix']}.{single['projection']}.weight" if single else name
+        group = f"{single['layer']}.experts.{single['projection']}.weight" if single else name
         return [Matrix(module, None, (0, rows, 1), group, int(single["number"]) if single else None)]
     prefix, projection = re.fullmatch(r"(.*)\.([^.]+)", module).groups()
     experts = prefix if prefix.endswith(".experts") else f"{prefix}.experts"
