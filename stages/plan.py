@@ -12,7 +12,7 @@ from collections import Counter
 
 from stages.checkpoint.files import check_disk, write_json
 from stages.dialects.config import KEY_VALUE_HEADS, whole_number
-from stages.dialects.roles import declared_drafts, draft_layers
+from stages.dialects.roles import draft_layers
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.decisions import decide
 from stages.planning.modules import known_architecture, proven_config
@@ -56,7 +56,7 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "tensor_parallel": tensor_parallel.notes(tensors, whole_number(source_config, *KEY_VALUE_HEADS)),
     }
     plan["engines"] = engines(plan)
-    plan["notes"] = notes(tensors, declared_drafts(source_config), drafts, plan["release_tensor_bytes"] - census["tensor_bytes"])
+    plan["notes"] = notes(tensors, source_config, drafts, plan["release_tensor_bytes"] - census["tensor_bytes"])
     return plan
 
 

@@ -36,6 +36,7 @@ FAMILIES = {  # family -> (class of transformers, configuration)
                                          "scoring_func": "sigmoid", "use_routing_bias": True}),
     # engines take latent attention in its published sizes only
     "deepseek_v3": ("DeepseekV3", LATENT | {"n_group": 2}),
+    "moonlight": ("DeepseekV3", LATENT | {"n_group": 1, "q_lora_rank": None}),
     "kimi_k25": ("Kimi_K25", IMAGES | {
         "text_config": COMMON | LATENT | {"model_type": "deepseek_v3", "n_group": 1, "num_nextn_predict_layers": 0}, "projection_hidden_size": 64,
         "vision_config": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}}),

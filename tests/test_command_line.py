@@ -459,3 +459,20 @@ def test_an_installed_wheel_has_all_that_the_commands_need(tmp_path):
     run = subprocess.run([sys.executable, "-m", "stages.command_line", "plan", TINY], cwd=tmp_path, capture_output=True, text=True,
                          env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")})
     assert run.returncode == 0 and re.search(r"^routed_experts +mxfp4", run.stdout, re.M), run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(("before", "after"), [("model.embed_tokens", "model.word_embeddings"), ("model.embed_tokens", "backbone.embeddings")])
+def test_a_sound_checkpoint_of_another_architecture_may_name_its_embedding_as_it_likes(release, before, after):
+    for path in release.glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({name.replace(before, after): tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
+    for name in ("model.safetensors.index.json", "config.json"):
+        text = (release / name).read_text()
+        (release / name).write_text(text.replace(before, after).replace("Step3p7ForConditionalGeneration", "OtherForCausalLM"))
+    config = json.loads((release / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["targets"] = ["Linear"]
+    config["quantization_config"]["ignore"] = ["lm_head", r"re:.*(self_attn|mlp|share_expert|gate|vision_model|vit_large|eh_proj|transformer).*"]
+    (release / "config.json").write_text(json.dumps(config))
+    result = checkup.check(release, quick=True)
+    assert not [fault for row in result["checks"] for fault in row["faults"] if "mbedding" in fault], result

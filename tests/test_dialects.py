@@ -153,6 +153,7 @@ def test_a_dialect_becomes_the_mxfp4_of_its_decoded_values(tmp_path, store, quan
 @pytest.mark.parametrize(("store", "quantization_config", "words"), [
     (channel, None, ["quant_method None", "30 FP8 weights and scales"]),
     (channel, {"quant_method": "fp8"}, ["quant_method 'fp8'"]),
+    (channel, {"quant_method": "auto-round"}, ["weight first", "'auto-round' is not read here, get the checkpoint in another format"]),
     (microscaled, {"quant_method": "fp8"}, ["quant_method 'fp8'"]),
     (lambda weight: {**channel(weight), "weight_scale": torch.ones(3, 1)}, CHANNEL,
      ["weight_scale has shape [3, 1]", "[256, 1]"]),
@@ -218,6 +219,48 @@ def stacked(directory, make, quantization_config):
     config.pop("quantization_config")
     (directory / "config.json").write_text(json.dumps(config | ({"quantization_config": quantization_config} if quantization_config else {})))
     return experts
+
+
+def test_stacked_nvfp4_with_a_tensor_scale_for_each_expert_is_read(tmp_path):
+    """The published Step-3.7-Flash-NVFP4: 3D codes and block scales beside `weight_scale_2` [experts]."""
+    stored = {}
+
+    def make(**projections):
+        for projection, weights in projections.items():
+            parts = [packed_nvfp4(weight * 2.0**(expert % 3), modelopt=True) for expert, weight in enumerate(weights)]
+            stored[projection] = parts
+        return {f"{projection}_proj.{part}": torch.stack([each[part] for each in parts]) for projection, parts in stored.items() for part in parts[0]}
+
+    stacked(tmp_path / "model", lambda gate, up, down: make(gate=gate, up=up, down=down), {"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    source = tmp_path / "model"
+    tensors = {name.replace(".moe.experts.", ".moe."): tensor for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    settings = convert(f"source.path={source}", "source=local", f"results={tmp_path / 'results'}")
+    release = load_file(settings.run_directory / "release" / "model.safetensors")
+    prefix = "model.layers.2.moe"
+    for expert in (0, 1, 5):
+        parts = {part: tensors[f"{prefix}.down_proj.{part}"][expert] for part in ("weight", "weight_scale", "weight_scale_2")}
+        made = mxfp4.quantize(decoded(parts), backend="reference")
+        assert torch.equal(release[f"{prefix}.experts.{expert}.down_proj.weight_packed"], made.packed)
+    result = checkup.check(settings.run_directory / "release", source)
+    assert result["passed"], result
+    name = f"{prefix}.down_proj.weight_scale_2"
+    tensors[name][3] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"moe\.down_proj\.weight_scale_2\[3\] is nan"):
+        convert(f"source.path={source}", "source=local", f"results={tmp_path / 'others'}")
+
+
+def test_a_scale_of_the_kv_cache_in_its_older_spelling_passes_and_the_plan_says_what_becomes_of_the_cache(tmp_path):
+    section = {"quant_method": "quark", "kv_cache_quant_algo": "FP8"}
+    checkpoint(tmp_path / "model", channel, section)
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    extra = {name.replace(".weight", ".output_scale"): torch.ones(1) for name in tensors if name.endswith(("self_attn.k_proj.weight", "self_attn.v_proj.weight"))}
+    save_file(tensors | extra, path, metadata={"format": "pt"})
+    settings = convert(f"source.path={tmp_path / 'model'}", "source=local", f"results={tmp_path / 'results'}")
+    assert extra.keys() <= load_file(settings.run_directory / "release" / "model.safetensors").keys()
+    assert any("KV cache" in note for note in read_plan(settings)["notes"])
 
 
 def fused(gate, up, down):

@@ -15,6 +15,7 @@ from stages.checkpoint.header import DTYPE_BYTES
 from stages.dialects.config import EXPERT_COUNTS
 from stages.errors import UserError
 from stages.planning.record import read_plan
+from stages.schemes import vllm_rules
 from stages.schemes.architectures import ARCHITECTURES, TRANSFORMERS
 from stages.schemes.engines import engines
 from stages.settings import load
@@ -265,6 +266,35 @@ def test_a_small_deepseek_is_converted_proven_reported_and_configured_again(tmp_
     report.run(settings)
     card = (settings.run_directory / "card.md").read_text()
     assert "in MXFP4 (E2M1" in card and "DeepseekV3ForCausalLM does not run" in card
+
+
+def test_what_has_nothing_to_merge_with_is_a_module_of_its_own(tmp_path):
+    """Moonlight has no q_lora_rank: vLLM builds q_proj, which no other name would reach."""
+    settings = convert("source=local", f"source.path={save('moonlight', tmp_path / 'model', fp8=True)}", f"results={tmp_path / 'results'}", "serving=none")
+    config = json.loads((settings.run_directory / "release" / "config.json").read_text())["quantization_config"]
+    targets = [target for group in config["config_groups"].values() for target in group["targets"]]
+    for module in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"):
+        assert vllm_rules.matched_target(f"model.layers.1.self_attn.{module}", [], "ColumnParallelLinear", targets), module
+    assert not any("qkv_proj" in target for target in targets)
+
+
+def test_layers_that_share_an_indexer_have_none_and_others_must_have_theirs(tmp_path):
+    """GLM-5.2: by indexer_types, 57 of 78 layers use that of a layer before them."""
+    source = tmp_path / "model"
+    small_deepseek(source)
+    path, config = source / "model-00001-of-00002.safetensors", json.loads((source / "config.json").read_text())
+    tensors = load_file(path)
+    for layer in (0, 2):
+        tensors[f"model.layers.{layer}.self_attn.indexer.k_norm.weight"] = torch.ones(128, dtype=torch.bfloat16)
+    save_file(tensors, path, {"format": "pt"})
+    for keys in ({"indexer_types": ["full", "shared", "full"]}, {"index_topk_pattern": "FSF"}, {"index_topk_freq": 2, "index_skip_topk_offset": 1}):
+        (source / "config.json").write_text(json.dumps(config | {"architectures": ["GlmMoeDsaForCausalLM"]} | keys))
+        settings = convert("source=local", f"source.path={source}", f"results={tmp_path / next(iter(keys))}", "serving=none")
+        result = checkup.check(settings.run_directory / "release", quick=True)
+        assert result["passed"], result
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="layer 1: there is no self_attn.indexer.k_norm.weight"):
+        convert("source=local", f"source.path={source}", f"results={tmp_path / 'none'}", "serving=none")
 
 
 IN_TRANSFORMERS = {"qwen3_moe": "Qwen3MoeForCausalLM", "mixtral": "MixtralForCausalLM", "glm4_moe": "Glm4MoeForCausalLM",

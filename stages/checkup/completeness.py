@@ -10,9 +10,10 @@ from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.faults import some
 from stages.checkup.form import is_count
 from stages.dialects.completeness import check_ends, held_by_layers, unlike_their_kind
-from stages.dialects.config import EXPERT_COUNTS, is_tied
+from stages.dialects.config import EXPERT_COUNTS, is_tied, shared_indexers
 from stages.dialects.roles import declared_drafts, hidden_layers
 from stages.errors import UserError
+from stages.schemes.architectures import architecture_of
 from stages.schemes.modules import EXPERT
 
 MOST_LAYERS, MOST_EXPERTS = 10_000, 10_000  # that are looked for, whatever a config or a name says
@@ -78,10 +79,11 @@ def layers(checkpoint: Checkpoint) -> Iterator[str]:
     yield from some([f"layer {layer}" for layer in range(min(expected, MOST_LAYERS)) if layer not in held],
                     "no shard holds anything of", counted)
     yield from some([f"layer {layer}" for layer in sorted(held) if layer >= count + drafts], "there are tensors of", counted)
-    for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}):
+    for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}, shared_indexers(checkpoint.config, count)):
         yield from some([f"layer {layer}: {tail}" for tail in lacking], "there is no", "other layers of its kind have it")
-    try:
-        check_ends(checkpoint.tensors, count, is_tied(checkpoint.config))
-    except UserError as error:
-        yield str(error)
+    if architecture_of(checkpoint.architecture) is not None:  # others may name their ends as they like
+        try:
+            check_ends(checkpoint.tensors, count, is_tied(checkpoint.config))
+        except UserError as error:
+            yield str(error)
     checkpoint.counts["layers"] = len(held)

@@ -87,7 +87,9 @@ class Quantizer:
         name, index = source, list(error.index)
         if error.what == "tensor scale":
             name = claim.parts["tensor_scale"]
-        elif claim.one_scale and error.what != "weight":
+            count = math.prod(self._plan["tensors"][name]["shape"])
+            return self._refusal(name, [expert if expert is not None and count > 1 else 0], error)
+        if claim.one_scale and error.what != "weight":
             name, index = claim.scale, [0]
         else:
             if error.what != "weight":
@@ -95,4 +97,7 @@ class Quantizer:
             else:
                 index[0] = rows[index[0]]
             index = index if expert is None else [expert, *index]
+        return self._refusal(name, index, error)
+
+    def _refusal(self, name: str, index: list[int], error: NonFiniteError) -> UserError:
         return UserError(f"{self._plan['tensors'][name]['shard']}: {name}{index} is {error.value}, {UNUSABLE}")

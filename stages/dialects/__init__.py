@@ -19,7 +19,7 @@ __all__ = ["DIALECTS", "Claim", "by_name", "recognize"]
 
 DIALECTS = (block_fp8, mxfp8, channel_fp8, mxfp4, nvfp4, int4, plain)  # more specific first
 SCALE = re.compile(r".*(_scale_inv|weight_scale|weight_scale_2|weight_global_scale|weight_zero_point|weight_shape|weight_packed|weight_g_idx"
-                   r"|proj_scales|proj_blocks|_proj\.(input_scale|output_scale|input_global_scale|scale|bias_scale))")
+                   r"|proj_scales|proj_blocks|_proj\.(input_scale|(?<!k_proj\.)(?<!v_proj\.)output_scale|input_global_scale|scale|bias_scale))")  # k, v: of the KV cache
 FOREIGN = re.compile(r".*\.(qweight|qzeros|scales|g_idx|SCB|pre_quant_scale|lora_[AB]|weight_format)(\..*)?")  # of tools that are not read here
 _BY_NAME = {dialect.NAME: dialect for dialect in DIALECTS}
 
@@ -58,7 +58,7 @@ def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], confi
         raise UserError("config.json declares quant_method 'fp8', but no shard holds an FP8 tensor; shards are missing "
                         "or config.json is of another checkpoint")
     for dialect in DIALECTS:
-        _check_config(dialect, [name for name, claimed in claims.items() if claimed.dialect == dialect.NAME], config)
+        _check_config(dialect, [name for name, claimed in claims.items() if claimed.dialect == dialect.NAME and claimed.matrix], config)
     _check_section(declared(config), {claimed.dialect for claimed in claims.values()})
     return claims
 
@@ -105,5 +105,7 @@ def _check_config(dialect, names: list[str], config: dict) -> None:
     if names and dialect.METHODS is not None and method not in dialect.METHODS:
         label = {"block_fp8": "block-FP8 tensors", "channel_fp8": "FP8 weights and scales (per channel or tensor)"}.get(
             dialect.NAME, f"{dialect.NAME.upper()} weights and scales")
-        raise UserError(f"config.json declares quant_method {method!r}, but the headers hold {len(names)} {label}, {names[0]} first; "
-                        "restore the original config.json")
+        remedy = "restore the original config.json"
+        if method not in {known for other in DIALECTS for known in other.METHODS or ()} | {None}:
+            remedy = f"{method!r} is not read here, get the checkpoint in another format"
+        raise UserError(f"config.json declares quant_method {method!r}, but the headers hold {len(names)} {label}, {names[0]} first; {remedy}")

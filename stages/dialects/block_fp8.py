@@ -62,13 +62,13 @@ def claim(name, info, tensors, where, config):
     if scale.dtype not in SCALE_DTYPES:
         raise UserError(f"{where[scale_name]}: scale {scale_name} has dtype {scale.dtype}, expected one of "
                         f"{', '.join(SCALE_DTYPES)}; this is another dialect than block FP8 and is not read yet")
-    tile = tile or DEFAULT_TILE
+    said, tile = "by config.json" if tile else "the usual ones, config.json declares none", tile or DEFAULT_TILE
     expected = (*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], tile)))
     if len(info.shape) < 2 or scale.shape != expected:
         if scale_name.endswith("weight_scale") and (scale.shape == (*info.shape[:-1], 1) or scale.shape in ((), (1,), (1, 1))):
             return None  # another group of the same checkpoint, per channel or tensor
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, but tiles of "
-                        f"{list(tile)} (config.json) cut {name} of shape {list(info.shape)} into {list(expected)}; the "
+                        f"{list(tile)} ({said}) cut {name} of shape {list(info.shape)} into {list(expected)}; the "
                         "scale or config.json is of another checkpoint")
     return Claim(NAME, scale_name, tile, info.shape, static_scale(name, tensors))
 

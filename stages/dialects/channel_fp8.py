@@ -1,4 +1,5 @@
-"""FP8 with one float scale per output channel or per tensor, `weight_scale` (compressed-tensors float-quantized, ModelOpt, AutoFP8).
+"""FP8 with one float scale per output channel or per tensor, `weight_scale` (compressed-tensors float-quantized, ModelOpt, AutoFP8,
+Quark).
 
     w[r, c] = float32(weight[r, c]) * float32(weight_scale[r])        [out, 1], or one element for the whole tensor
 
@@ -15,7 +16,7 @@ from stages.dialects.config import declared
 from stages.errors import UserError
 
 NAME = "channel_fp8"
-METHODS = ("compressed-tensors", "modelopt", "modelopt_mixed", "fp8")
+METHODS = ("compressed-tensors", "modelopt", "modelopt_mixed", "fp8", "quark")
 
 
 def claim(name, info, tensors, where, config):

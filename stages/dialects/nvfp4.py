@@ -1,7 +1,7 @@
 """NVFP4: two E2M1 codes in a byte, one E4M3 scale per 16 inputs, one float32 scale per tensor.
 
     weight_packed + weight_scale + weight_global_scale     w = code * (scale / global)      compressed-tensors
-    weight        + weight_scale + weight_scale_2          w = code * (scale * scale_2)     ModelOpt
+    weight        + weight_scale + weight_scale_2          w = code * (scale * scale_2)     ModelOpt; 2D, or 3D with scale_2 [experts]
 
 The two tensor scales are each other's reciprocals, so the name decides. A scale of activations goes along with its weight.
 """
@@ -29,13 +29,14 @@ def claim(name, info, tensors, where, config):
         if not name.endswith(suffix) or info.dtype != "U8" or scale is None or scale.dtype != "F8_E4M3":
             continue
         whole = tensors.get(stem + whole_suffix)
-        if whole is None or whole.dtype != "F32" or math.prod(whole.shape) != 1:
+        counts = (1, info.shape[0]) if len(info.shape) == 3 else (1,)  # stacked experts may have one each
+        if whole is None or whole.dtype != "F32" or math.prod(whole.shape) not in counts:
             found = "is missing" if whole is None else f"is {whole.dtype} {list(whole.shape)}"
-            raise UserError(f"{where[name]}: NVFP4 weight {name} needs its tensor scale, but {stem + whole_suffix} {found}, expected one "
-                            "F32; the checkpoint is incomplete")
+            raise UserError(f"{where[name]}: NVFP4 weight {name} needs its tensor scale, but {stem + whole_suffix} {found}, expected F32 of "
+                            f"{' or '.join(map(str, counts))} elements; the checkpoint is incomplete")
         matrix = (*info.shape[:-1], 2 * info.shape[-1]) if info.shape else ()
         expected = (*matrix[:-1], matrix[-1] // 16) if matrix else ()
-        if len(matrix) != 2 or matrix[-1] % 16 or scale.shape != expected:
+        if len(matrix) not in (2, 3) or matrix[-1] % 16 or scale.shape != expected:
             raise UserError(f"{where[name]}: scale {stem}weight_scale is F8_E4M3 {list(scale.shape)}, but blocks of 16 inputs cut {name} "
                             f"{list(info.shape)} into {list(expected)}; one of them is of another checkpoint")
         parts = {"tensor_scale": stem + whole_suffix}
@@ -49,5 +50,7 @@ def rows(tensors, name, claim, expert, begin, end, buffer=None):
     """Decoded rows."""
     from kernels.formats import decode_nvfp4
 
+    whole = tensors.tensor(claim.parts["tensor_scale"]).reshape(-1)
+    whole = whole[expert] if expert is not None and whole.numel() > 1 else whole
     return decode_nvfp4(tensors.matrix_rows(name, expert, begin, end, buffer), tensors.matrix_rows(claim.scale, expert, begin, end),
-                        tensors.tensor(claim.parts["tensor_scale"]), claim.parts["tensor_scale"].endswith("global_scale")).numpy(), None
+                        whole, claim.parts["tensor_scale"].endswith("global_scale")).numpy(), None

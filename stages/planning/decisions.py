@@ -106,7 +106,7 @@ def decide(settings: Settings, census: dict) -> dict[str, dict]:
         if entry["role"] == "routed_experts" and not entry["matrix"] and not entry["belongs_to"]:
             raise UserError(f"{entry['shard']}: {name} ({entry['dtype']} {entry['shape']}) is of routed experts, but no weight or scale that is "
                             "known; an engine would not find it beside the converted ones")
-    check_layers(tensors, census["text_layers"], census["drafts"])
+    check_layers(tensors, census["text_layers"], census["drafts"], census["shared_indexers"])
     check_ends(tensors, census["text_layers"], census["tied"])
     for name, scheme in chosen.items():
         _check_weight(name, tensors[name], settings.recipe.name, settings.recipe.layout)

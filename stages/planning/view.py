@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Iterable
 
 from stages.checkpoint.files import human_bytes
+from stages.dialects.config import declared
+from stages.dialects.roles import declared_drafts
 from stages.schemes import SCHEMES
 
 
-def notes(tensors: dict, declared: int, drafts: int, grown: int) -> list[str]:
+def notes(tensors: dict, source_config: dict, drafts: int, grown: int) -> list[str]:
     """What a user should think over before converting."""
     found = []
     converted = Counter(entry["dialect"] for entry in tensors.values() if entry["decision"] == "quantize")
@@ -24,8 +26,11 @@ def notes(tensors: dict, declared: int, drafts: int, grown: int) -> list[str]:
     found += [f"{count} weights that the recipe does not name stay {stored}, bit-identical" for stored, count in left.items()]
     if grown > 0:
         found.append(f"the release is {human_bytes(grown)} larger than its source")
-    if drafts < declared:
-        found.append(f"config.json declares {declared} draft layers, which are not all there: speculative decoding "
+    section = declared(source_config)
+    if section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo"):
+        found.append("the source asks for a quantized KV cache, the release does not; engines take --kv-cache-dtype fp8 all the same")
+    if drafts < (counted := declared_drafts(source_config)):
+        found.append(f"config.json declares {counted} draft layers, which are not all there: speculative decoding "
                      "with them is not possible")
     return found
 

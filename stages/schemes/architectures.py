@@ -23,7 +23,7 @@ DRAFT_LAYER = re.compile(rf"{TEXT_ROOT}\.layers\.(\d+)\.(.*)")
 
 # leaf of a runtime name -> the class that vLLM builds, which class-name targets are compared with
 CLASSES = (
-    (r".*embed_tokens$", EMBEDDING), (r".*(lm_head|shared_head\.head|\.head)$", "ParallelLMHead"),
+    (r".*(embed_tokens|word_embeddings|\.embeddings)$", EMBEDDING), (r".*(lm_head|shared_head\.head|\.head)$", "ParallelLMHead"),
     (r".*(qkv_proj|qkv)$", "QKVParallelLinear"), (r".*(gate_up_proj|in_proj_qkvz|in_proj_ba)$", "MergedColumnParallelLinear"),
     (r".*fused_qkv_a_proj$", "DeepSeekV2FusedQkvAProjLinear"), (r".*(kv_a_proj_with_mqa|shared_expert_gate)$", "ReplicatedLinear"),
     (r".*\.gate$", "GateLinear"), (r".*(o_proj|out_proj|down_proj|fc2)$", "RowParallelLinear"), (r".*", "ColumnParallelLinear"),
@@ -62,7 +62,7 @@ class Architecture:
 
 
 _NEVER = r".*\.(mlp|moe|block_sparse_moe)\.(gate|router|shared_expert_gate)$|.*\.eh_proj$|.*\.conv1d?$"
-_DEEPSEEK = {**STANDARD, "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
+_DEEPSEEK = {**GATE_UP, "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
 _QWEN_LINEAR = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
 _MINIMAX = {"qkv_proj": ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"), **GATE_UP}
 
@@ -93,7 +93,7 @@ ARCHITECTURES = (
         ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"), merged=_DEEPSEEK,
         visible=("gate_up_proj", "fused_qkv_a_proj"), never=_NEVER + r"|.*\.indexer\.(wk|weights_proj)$", expanded=r".*\.indexer\.wk$",
         draft=((r"^shared_head\.head$", "head"),),
-        tried=_run("experts mxfp4, rest fp8 128x128, drafts fp8 128x128", transformers=("experts mxfp4",))),
+        tried=_run("experts mxfp4, rest fp8 128x128, drafts fp8 128x128", "experts mxfp4, rest mxfp4", transformers=("experts mxfp4",))),
     Architecture(("KimiK25ForConditionalGeneration",), merged=_DEEPSEEK, visible=("gate_up_proj", "fused_qkv_a_proj"),
                  never=_NEVER + r"|(vision_tower|mm_projector)\..*", tried=_run("experts mxfp4")),
     Architecture(("Qwen3MoeForCausalLM",), visible=("qkv_proj",), never=r".*\.shared_expert_gate$",  # its router sees the config
@@ -122,7 +122,8 @@ ARCHITECTURES = (
     Architecture(("Qwen3ForCausalLM",), tried=_run("rest mxfp4")),
     Architecture(("Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")),
     Architecture(("GptOssForCausalLM",), renames=((r"\.self_attn\.", ".attn."),), visible=("qkv_proj",), never=_NEVER + "|lm_head",
-                 refused="vLLM loads its experts in gpt-oss's own MXFP4 layout only, which the published checkpoint has: serve that as it is"),
+                 refused="vLLM loads its experts in gpt-oss's own MXFP4 layout only, which mxforge does not write; the published checkpoint has it and is "
+                    "served as it is"),
 )
 UNKNOWN = Architecture(())  # names are taken to be the checkpoint's
 _BY_NAME = {name: row for row in ARCHITECTURES for name in row.names}

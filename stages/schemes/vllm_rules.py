@@ -57,9 +57,12 @@ def runtime_modules(linears: Iterable[str], routed_experts: Iterable[str], text_
     """
     whole_of = {part: whole for whole, parts in row.merged.items() for part in parts}
     members: dict[str, list[str]] = {}
-    for module in linears:
-        prefix, _, leaf = runtime_name(module, row, text_layers).rpartition(".")
+    named = {module: runtime_name(module, row, text_layers).rpartition(".") for module in linears}
+    there = {(prefix, leaf) for prefix, _, leaf in named.values()}
+    for module, (prefix, _, leaf) in named.items():
         whole = whole_of.get(leaf, leaf)
+        if any((prefix, part) not in there for part in named_parts(row.merged.get(whole, ()))):
+            whole = leaf  # nothing to merge with: without q_lora_rank, DeepSeek's q_proj and kv_a_proj_with_mqa stand alone
         members.setdefault(f"{prefix}.{whole}" if prefix else whole, []).append(module)
     result = []
     for name, parts in members.items():

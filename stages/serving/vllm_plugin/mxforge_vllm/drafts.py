@@ -56,7 +56,8 @@ def optional_scales_needed() -> bool:
 
 def make_scales_optional() -> None:
     """The completeness check stays, but forgives scalars whose defaults are right."""
-    from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check, is_mtp_completeness_check_enabled
+    from vllm.model_executor.model_loader.mtp_validation import (disable_mtp_completeness_check,
+                                                                 is_mtp_completeness_check_enabled)
     from vllm.model_executor.models.step3p5_mtp import Step3p5MTP
 
     stock = Step3p5MTP.load_weights
