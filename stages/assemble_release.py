@@ -19,8 +19,7 @@ from stages.checkpoint.header import INDEX
 from stages.checkpoint.writer import ShardWriter
 from stages.dialects.config import MODELOPT
 from stages.errors import UserError, exit_with_one_line
-from stages.planning.modules import coverage
-from stages.planning.outputs import SHARD_METADATA, index_json, outputs_of_shard, release_config
+from stages.planning.outputs import SHARD_METADATA, index_json, release_config, release_outputs, weight_map
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.schemes import draft_scales
@@ -60,7 +59,7 @@ def source_identity(settings: Settings, receipts: dict) -> dict:
 def manifest_of(settings: Settings, plan: dict, receipts: dict, files: dict[str, dict]) -> dict:
     """manifest.json for these files: everything but the hashes of what is no shard follows from plan and receipts."""
     tensors = {output.name: receipts[shard]["tensors"][output.name]
-               for shard in plan["shards"] for output in outputs_of_shard(plan, shard) if output.part == "weight"}
+               for shard, outputs in release_outputs(plan).items() for output in outputs if output.part == "weight"}
     tensors |= {name: hashlib.sha256(struct.pack("<f", value)).hexdigest() for name, value in plan["draft_scales"].items()}
     files = files | {shard: {"bytes": receipt["output"]["bytes"], "sha256": receipt["output"]["sha256"]} for shard, receipt in receipts.items()}
     return {"format_version": 1, "source": source_identity(settings, receipts), "recipe": plan["recipe_settings"],
@@ -73,59 +72,75 @@ def run(settings: Settings) -> dict:
         return _assemble(settings)
 
 
+def _entry(path: Path) -> dict:
+    """A file as the manifest lists it."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _link_shards(settings: Settings, receipts: dict[str, dict], building: Path) -> None:
+    """The converted shards, as hard links: a release takes no second copy of 123 GB."""
+    for shard, receipt in receipts.items():
+        made = settings.run_directory / "shards" / shard
+        if not made.exists() or made.stat().st_size != receipt["output"]["bytes"]:
+            raise UserError(f"{made} is not the file its receipt describes ({receipt['output']['bytes']} bytes); run "
+                            f"quantize_experts --shard {shard} again")
+        try:
+            os.link(made, building / shard)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                raise
+            raise UserError(f"{made}: cannot be linked into {building.parent} ({error.strerror}); shards/ and release/ must be on one file system "
+                            "that knows hard links") from None
+
+
+def _copy_auxiliary(settings: Settings, building: Path) -> dict[str, dict]:
+    """The source's files that go along unchanged; name -> entry of the manifest."""
+    listing, files = read_listing(settings), {}
+    for name in auxiliary_files(settings):
+        copy, listed = settings.source_directory / "auxiliary" / name, listing[str(name)]["sha256"]
+        if not copy.is_file() or sha256_file(copy) != listed:
+            raise UserError(f"{copy}: is not what was read from the source; remove {settings.source_directory / 'listing.json'} and run again")
+        (building / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(copy, building / name)
+        files[str(name)] = {"bytes": copy.stat().st_size, "sha256": listed}
+    return files
+
+
+def _copy_plugin(plan: dict, building: Path) -> dict[str, dict]:
+    """The plugin, where the architecture needs it; name -> entry of the manifest."""
+    files = {}
+    for path in bundled_files(plan):
+        target = building / PLUGIN.name / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PLUGIN / path, target)
+        files[f"{PLUGIN.name}/{path.as_posix()}"] = _entry(target)
+    return files
+
+
+def _write_draft_scales(plan: dict, building: Path) -> dict[str, dict]:
+    """The shard of inert scales, where the settings ask for it; name -> entry of the manifest."""
+    if not plan["draft_scales"]:
+        return {}
+    specs = draft_scales.specs_of_scales(plan["draft_scales"])
+    with ShardWriter(building / draft_scales.SHARD, specs, SHARD_METADATA) as writer:
+        for name, _, _ in specs:
+            writer.write(name, struct.pack("<f", plan["draft_scales"][name]))
+    return {draft_scales.SHARD: {"bytes": writer.size, "sha256": writer.sha256}}
+
+
 def _assemble(settings: Settings) -> dict:
     plan = read_plan(settings)
-    receipts, listing = read_receipts(settings, plan), read_listing(settings)
+    receipts = read_receipts(settings, plan)
     release = settings.run_directory / "release"
     building = release.with_name("release.part")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
-        files, weight_map = {}, {}
-        for shard, receipt in receipts.items():
-            made = settings.run_directory / "shards" / shard
-            if not made.exists() or made.stat().st_size != receipt["output"]["bytes"]:
-                raise UserError(f"{made} is not the file its receipt describes ({receipt['output']['bytes']} bytes); run "
-                                f"quantize_experts --shard {shard} again")
-            try:
-                os.link(made, building / shard)
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                    raise
-                raise UserError(f"{made}: cannot be linked into {release} ({error.strerror}); shards/ and release/ must be on one file system "
-                                "that knows hard links") from None
-            for output in outputs_of_shard(plan, shard):
-                if output.name in weight_map:
-                    raise UserError(f"tensor {output.name} would be in two shards, {weight_map[output.name]} and {shard}")
-                weight_map[output.name] = shard
-        for name in auxiliary_files(settings):
-            (building / name).parent.mkdir(parents=True, exist_ok=True)
-            copy = settings.source_directory / "auxiliary" / name
-            if not copy.is_file() or sha256_file(copy) != listing[str(name)]["sha256"]:
-                raise UserError(f"{copy}: is not what was read from the source; remove {settings.source_directory / 'listing.json'} and run again")
-            shutil.copyfile(copy, building / name)
-            files[str(name)] = {"bytes": copy.stat().st_size, "sha256": listing[str(name)]["sha256"]}
-        config = read_config(settings)
-        bundled = bundled_files(plan)
-        for path in bundled:
-            (building / PLUGIN.name / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(PLUGIN / path, building / PLUGIN.name / path)
-        if plan["draft_scales"]:
-            specs = draft_scales.specs_of_scales(plan["draft_scales"])
-            with ShardWriter(building / draft_scales.SHARD, specs, SHARD_METADATA) as writer:
-                for name, _, _ in specs:
-                    writer.write(name, struct.pack("<f", plan["draft_scales"][name]))
-            files[draft_scales.SHARD] = {"bytes": writer.size, "sha256": writer.sha256}
-            weight_map.update(dict.fromkeys(plan["draft_scales"], draft_scales.SHARD))
-        section = plan["quantization_config"]
-        modules, faults = coverage(plan, section)
-        if faults:
-            raise UserError(f"the config would not fit the weights: {faults[0]}")
-        write_json(building / "config.json", release_config(config, section))
-        write_text(building / INDEX, index_json(weight_map, plan["release_tensor_bytes"]))
-        for name in (*(f"{PLUGIN.name}/{path}" for path in bundled), "config.json", INDEX):
-            path = building / name
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        _link_shards(settings, receipts, building)
+        files = _copy_auxiliary(settings, building) | _copy_plugin(plan, building) | _write_draft_scales(plan, building)
+        write_json(building / "config.json", release_config(read_config(settings), plan["quantization_config"]))
+        write_text(building / INDEX, index_json(weight_map(plan), plan["release_tensor_bytes"]))
+        files |= {name: _entry(building / name) for name in ("config.json", INDEX)}
         manifest = manifest_of(settings, plan, receipts, files)
         write_json(building / "manifest.json", manifest)
         shutil.rmtree(release, ignore_errors=True)
@@ -133,7 +148,7 @@ def _assemble(settings: Settings) -> dict:
         sync_directory(release.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    print(f"release: {release} ({len(weight_map)} tensors in {len(receipts)} shards, {len(manifest['files'])} files)")
+    print(f"release: {release} ({plan['release_tensors']} tensors in {len(receipts)} shards, {len(manifest['files'])} files)")
     return manifest
 
 

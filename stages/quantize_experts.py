@@ -19,7 +19,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 
@@ -32,9 +31,9 @@ from stages.conversion.places import INSPECT, Places, check_tensor, lent_by
 from stages.conversion.progress import ProgressReport
 from stages.conversion.quantizer import Quantizer
 from stages.errors import UserError, exit_with_one_line, without_collection
-from stages.planning.outputs import SHARD_METADATA, outputs_of_shard, specs_of
+from stages.planning.outputs import SHARD_METADATA, release_outputs, specs_of
 from stages.planning.record import read_plan
-from stages.receipts import plan_hash, zeros_note
+from stages.receipts import plan_hashes, zeros_note
 from stages.schemes.modules import Matrix, Output
 from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_listing
@@ -64,24 +63,47 @@ def _check_header(reader: ShardReader, plan: dict, shard: str) -> None:
         check_tensor(reader, shard, name, entry)
 
 
-def _identity(path: Path) -> tuple[int, ...]:
-    """What changes when a file is replaced or written to."""
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+class Original:
+    """The source's shard while it is converted: hashed by a thread of its own, and refused if it changes meanwhile."""
+
+    def __init__(self, settings: Settings, shard: str):
+        self._settings, self._shard = settings, shard
+        self.path = settings.shard_directory / shard
+        if not self.path.exists():
+            raise UserError(f"{self.path} is missing: run download --shard {shard} first")
+
+    def __enter__(self) -> Original:
+        self._before, self._stop = self._identity(), threading.Event()
+        self._pool = ThreadPoolExecutor(1, "source-hash")
+        self._sha256 = self._pool.submit(sha256_file, self.path, self._stop)  # goes on while kernels are loaded
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()  # a failure shows at once
+        self._pool.shutdown()
+
+    def _identity(self) -> tuple[int, ...]:
+        """What changes when a file is replaced or written to."""
+        status = self.path.stat()
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def sha256(self) -> str:
+        """Its hash; UserError where the file is not the one that conversion began with, or not the one that the hub listed, which is deleted."""
+        digest = self._sha256.result()
+        if self._identity() != self._before:
+            raise UserError(f"{self.path} changed while it was converted; {INSPECT}")
+        listed = read_listing(self._settings).get(self._shard, {}).get("sha256")
+        if listed and digest != listed:
+            self.path.unlink()
+            raise UserError(f"{self.path}: has sha256 {digest[:12]}..., the hub listed {listed[:12]}...; it was changed after it was downloaded and "
+                            f"is deleted, run again (or download --shard {self._shard})")
+        return digest
 
 
-def _check_digest(settings: Settings, shard: str, digest: str) -> None:
-    """UserError where the bytes that were converted are not those that the hub listed; the download is deleted."""
-    listed = read_listing(settings).get(shard, {}).get("sha256")
-    if listed and digest != listed:
-        (settings.shard_directory / shard).unlink()
-        raise UserError(f"{settings.shard_directory / shard}: has sha256 {digest[:12]}..., the hub listed {listed[:12]}...; it was changed "
-                        f"after it was downloaded and is deleted, run again (or download --shard {shard})")
-
-
-def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Quantizer, writer: ShardWriter, progress: ProgressReport) -> None:
-    """Streams all tensors of the output file, in its order."""
+def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Quantizer, writer: ShardWriter, progress: ProgressReport) -> list[str]:
+    """Streams all tensors of the output file, in its order; names those that hold nothing but zeros."""
     pending: dict[Matrix, list] = {}  # scale bytes wait until their codes are written
+    empty = []
     for output in outputs:
         if output.part == "weight":
             entry, done, zeros = plan["tensors"][output.source], 0, len(output.shape) > 1
@@ -92,7 +114,7 @@ def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Qu
                 done += len(chunk)
                 zeros = zeros and not np.frombuffer(chunk, np.uint8).any()
             if zeros:
-                quantizer.zeros.append(output.source)
+                empty.append(output.source)
         elif output.part == "codes":
             for expert in range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.expert]:
                 for codes, scale in quantizer.panels(output.source, output.matrix, expert):
@@ -101,68 +123,59 @@ def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Qu
         else:
             for scale in pending.pop(output.matrix):
                 writer.write(output.name, scale)
+    return empty + quantizer.zeros
 
 
 def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
     """Converts one shard and returns its receipt (also written beside the output)."""
-    source_path = settings.shard_directory / shard
-    if not source_path.exists():
-        raise UserError(f"{source_path} is missing: run download --shard {shard} first")
     target = settings.run_directory / "shards" / shard
-    receipt_path = target.with_suffix(".json")
-    outputs = outputs_of_shard(plan, shard)
-    promised = plan["shards"][shard]
+    outputs, promised = release_outputs(plan, [shard])[shard], plan["shards"][shard]
     check_disk(target.parent, promised["file_bytes"], f"converted shard {shard}")
     with ExitStack() as stack:
-        identity = _identity(source_path)
-        stop = threading.Event()
-        hashing = stack.enter_context(ThreadPoolExecutor(1, "source-hash"))
-        stack.callback(stop.set)  # runs before the executor waits, so a failure shows at once
-        source_sha256 = hashing.submit(sha256_file, source_path, stop)  # goes on while kernels are loaded
-
-        reader = stack.enter_context(ShardReader(source_path))
+        original = stack.enter_context(Original(settings, shard))
+        reader = stack.enter_context(ShardReader(original.path))
         _check_header(reader, plan, shard)
         progress = ProgressReport(shard, promised["source_bytes"])
         stack.callback(progress.close)
+        places = Places(settings, plan, shard, reader)
         with without_collection():
-            places = Places(settings, plan, shard, reader)
             quantizer = Quantizer(places, plan, shard, settings.device.backend, progress)
         start = time.monotonic()
         kept = {output.name for output in outputs if output.part == "weight"}
         with ShardWriter(target, specs_of(outputs), SHARD_METADATA, kept) as writer:
-            _write(plan, outputs, reader, quantizer, writer, progress)
+            zeros = _write(plan, outputs, reader, quantizer, writer, progress)
             lent = {name: reader.sha256(name) for name in lent_by(plan, shard)}
-            source_digest = source_sha256.result()
-            if _identity(source_path) != identity:  # before the output takes its name
-                raise UserError(f"{source_path} changed while it was converted; {INSPECT}")
-            _check_digest(settings, shard, source_digest)
+            digest = original.sha256()  # before the output takes its name
     assert writer.size == promised["file_bytes"], f"{shard}: {writer.size} bytes, planned {promised['file_bytes']}"
-    seconds = time.monotonic() - start
-    source_bytes = source_path.stat().st_size
+    seconds, size = time.monotonic() - start, original.path.stat().st_size
     receipt = {
         "shard": shard,
-        "plan_sha256": plan_hash(plan, shard),
-        "source": {"bytes": source_bytes, "sha256": source_digest},
+        "plan_sha256": plan_hashes(plan)[shard],
+        "source": {"bytes": size, "sha256": digest},
         "output": {"bytes": writer.size, "sha256": writer.sha256},
         "tensors": writer.tensor_sha256,
         "borrowed": places.borrowed,
         "lent": lent,
-        "quantized": {source: sorted(sums, key=lambda entry: entry[0] or 0)
-                      for source, sums in sorted(quantizer.sums.items())},
-        "zeros": sorted(quantizer.zeros),
+        "quantized": {source: sorted(sums, key=lambda entry: entry[0] or 0) for source, sums in sorted(quantizer.sums.items())},
+        "zeros": sorted(zeros),
         "seconds": round(seconds, 3),
-        "bytes_per_second": round(source_bytes / seconds),
+        "bytes_per_second": round(size / seconds),
     }
-    write_json(receipt_path, receipt)
-    done = [entry[1:] for sums in quantizer.sums.values() for entry in sums]
-    line = f"{shard}: {human_bytes(source_bytes)} -> {human_bytes(writer.size)}, {human_bytes(source_bytes / seconds)}/s"
-    if done:
-        signal, error = (math.fsum(t[i] for t in done) for i in (0, 1))
+    write_json(target.with_suffix(".json"), receipt)
+    _say(receipt)
+    return receipt
+
+
+def _say(receipt: dict) -> None:
+    """A shard's result in a line, and what to look into."""
+    line = (f"{receipt['shard']}: {human_bytes(receipt['source']['bytes'])} -> {human_bytes(receipt['output']['bytes'])}, "
+            f"{human_bytes(receipt['bytes_per_second'])}/s")
+    if done := [entry for sums in receipt["quantized"].values() for entry in sums]:
+        signal, error = (math.fsum(entry[column] for entry in done) for column in (1, 2))
         line += f", SQNR {decibels(signal, error):.2f} dB" if error else ", exact"
     print(line, flush=True)
     if receipt["zeros"]:
         print(f"note: {zeros_note(receipt['zeros'])}", flush=True)
-    return receipt
 
 
 @exit_with_one_line

@@ -19,26 +19,29 @@ from stages.settings import Settings
 DECISIVE = ("shard", "dtype", "shape", "decision", "scheme")  # of a plan's entry, beside the fields of its Claim
 
 
-def plan_hash(plan: dict, shard: str) -> str:
-    """sha256 over everything in the plan that determines this shard's bytes, scales in other shards among it; the rest is prose."""
-    entries = {name: entry for name, entry in plan["tensors"].items() if entry["shard"] == shard}
-    for entry in list(entries.values()):
-        if entry["scheme"]:
-            entries |= {name: plan["tensors"][name] for name in Claim.from_entry(entry).companions().values()}
-    decisive = {name: {key: entry[key] for key in DECISIVE} | Claim.from_entry(entry).as_entry() for name, entry in entries.items()}
-    part = {"format": RESULTS_FORMAT, "layout": plan["layout"], "exponent_rule": plan["exponent_rule"], "tensors": decisive}
-    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+def plan_hashes(plan: dict) -> dict[str, str]:
+    """Shard -> sha256 over everything in the plan that determines its bytes, scales in other shards among it; the rest is prose."""
+    entries: dict[str, dict[str, dict]] = {shard: {} for shard in plan["shards"]}
+    for name, entry in plan["tensors"].items():
+        needed = Claim.from_entry(entry).companions().values() if entry["scheme"] else ()
+        entries[entry["shard"]].update({part: plan["tensors"][part] for part in (name, *needed)})
+    common = {"format": RESULTS_FORMAT, "layout": plan["layout"], "exponent_rule": plan["exponent_rule"]}
+    result = {}
+    for shard, found in entries.items():
+        decisive = {name: {key: entry[key] for key in DECISIVE} | Claim.from_entry(entry).as_entry() for name, entry in found.items()}
+        result[shard] = hashlib.sha256(json.dumps(common | {"tensors": decisive}, sort_keys=True).encode()).hexdigest()
+    return result
 
 
 def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
     """Shard -> receipt; UserError for a missing one and for one that was made under another plan."""
-    receipts = {}
+    receipts, hashes = {}, plan_hashes(plan)
     for shard in plan["shards"]:
         path = (settings.run_directory / "shards" / shard).with_suffix(".json")
         receipt = read_json(path, f"quantize_experts --shard {shard}")
         if not all(isinstance(receipt.get(key), dict) for key in ("source", "output", "tensors", "quantized", "borrowed", "lent")):
             raise UserError(f"{path} is damaged: delete it and run quantize_experts --shard {shard} again")
-        if receipt.get("plan_sha256") != plan_hash(plan, shard):
+        if receipt.get("plan_sha256") != hashes[shard]:
             raise UserError(f"{path} was made under another plan; run quantize_experts --shard {shard} again")
         receipts[shard] = receipt
     for shard, receipt in receipts.items():

@@ -23,7 +23,7 @@ from stages.checkpoint.reader import ShardReader
 from stages.dialects import Claim
 from stages.dialects.reading import Tensors, decoded_rows
 from stages.errors import UserError, exit_with_one_line
-from stages.planning.outputs import outputs_of_shard
+from stages.planning.outputs import release_outputs
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.settings import Settings, load, stage_parser
@@ -44,7 +44,7 @@ def signal_to_noise_db(measured: torch.Tensor, truth: torch.Tensor) -> float:
 def _samples(settings: Settings, plan: dict, shard: str) -> list[dict]:
     """MXFP4 weights of the shard to multiply with: {"group", "members": [(number, codes, scale, Output)]} each."""
     groups: dict[str, list] = {}
-    outputs = [output for output in outputs_of_shard(plan, shard) if output.matrix and plan["tensors"][output.source]["scheme"] == "mxfp4"]
+    outputs = [output for output in release_outputs(plan, [shard])[shard] if output.matrix and plan["tensors"][output.source]["scheme"] == "mxfp4"]
     scales = {output.matrix: output.name for output in outputs if output.part == "scale"}
     for output in outputs:
         if output.part == "codes":

@@ -26,7 +26,7 @@ from stages.checkpoint.header import INDEX, Header, read_header
 from stages.checkpoint.reader import ShardReader
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.modules import coverage
-from stages.planning.outputs import index_json, outputs_of_shard, release_config
+from stages.planning.outputs import index_json, release_config, release_outputs
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.schemes import draft_scales
@@ -127,8 +127,7 @@ class Verification:
         self.release = settings.run_directory / "release"
         self.plan = read_plan(settings)
         self.receipts = read_receipts(settings, self.plan)
-        self.planned = {output.name: (shard, output) for shard in self.plan["shards"]
-                        for output in outputs_of_shard(self.plan, shard)}
+        self.planned = {output.name: (shard, output) for shard, outputs in release_outputs(self.plan).items() for output in outputs}
         self.planned |= {name: (draft_scales.SHARD, Output(name, "F32", (1,), name, "constant"))
                          for name in self.plan["draft_scales"]}
         self.planned_in: dict[str, dict[str, Output]] = {}

@@ -616,14 +616,14 @@ def test_a_matrix_that_was_never_measured_fails_the_verification(tmp_path, layou
 
 def test_a_receipt_outlives_other_words_in_the_plan_but_no_other_decision(converted):
     made, shard = read_plan(converted), "model-00003.safetensors"
-    before = receipts.plan_hash(made, shard)
+    before = receipts.plan_hashes(made)[shard]
     name = next(name for name, entry in made["tensors"].items() if entry["shard"] == shard and entry["scheme"])
     made["tensors"][name] |= {"reason": "said in other words", "role": "another"}
-    assert receipts.plan_hash(made, shard) == before
+    assert receipts.plan_hashes(made)[shard] == before
     for change in ({"scheme": "mxfp8"}, {"tile": [64, 64]}, {"dialect": "plain"}, {"shape": [1]}, {"decision": "keep"}):
         other = {**made, "tensors": {**made["tensors"], name: made["tensors"][name] | change}}
-        assert receipts.plan_hash(other, shard) != before, change
-    assert receipts.plan_hash({**made, "exponent_rule": "even"}, shard) != before
+        assert receipts.plan_hashes(other)[shard] != before, change
+    assert receipts.plan_hashes({**made, "exponent_rule": "even"})[shard] != before
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "null", '{"plan_sha256": "x", "source": 1}'])
@@ -637,8 +637,10 @@ def test_a_receipt_of_another_form_is_named(tmp_path, converted, text):
 
 
 def test_a_text_of_a_few_tokens_is_refused_in_one_line(converted, tmp_path):
-    settings = load([f"results={converted.results}", f"source.path={TINY}", "serving=none", "evaluation.maximum_tokens=3"])
-    with pytest.raises(UserError, match="3 tokens to score, too few"):
+    text = tmp_path / "short.txt"
+    text.write_text("Hi")
+    settings = load([f"results={converted.results}", f"source.path={TINY}", "serving=none", f"evaluation.text={text}"])
+    with pytest.raises(UserError, match="tokens to score, too few"):
         evaluate.perplexity(settings, read_plan(settings))
 
 

@@ -240,7 +240,6 @@ def test_dvc_rebuilds_the_pinned_releases_to_the_committed_hashes_and_then_does_
     assert committed and "step37_tiny" in " ".join(committed)
     run(["dvc", "repro"], clone)
     assert release_hashes(clone / "dvc.lock") == committed
-    assert release_hashes(clone / "dvc.lock") == release_hashes(PROJECT / "dvc.lock")
     again = run(["dvc", "repro"], clone)
     assert "Running stage" not in again and "up to date" in again
     assert "Nothing to be done" in run(["snakemake", "--cores", "2", "--config", "serving=none"], clone)

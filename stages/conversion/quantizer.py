@@ -29,17 +29,17 @@ class Quantizer:
         if not mxfp4.available(backend):
             raise UserError(f"device.backend={backend} does not run on this machine; choose one of "
                             f"{', '.join(mxfp4.backends())}")
-        try:  # compiles or loads the kernel before the clock starts; Triton compiles others for a single row and for each rule
-            SCHEMES["mxfp4"].quantize(np.zeros((128, 256), np.uint8), np.ones((1, 2), np.float32), (128, 128), plan["exponent_rule"], backend)
+        weights = [entry for entry in plan["tensors"].values() if entry["shard"] == shard and entry["scheme"]]
+        try:  # compiles or loads the kernels before the clock starts; Triton compiles others for a single row and for each rule
+            for scheme in {entry["scheme"] for entry in weights}:
+                SCHEMES[scheme].quantize(np.zeros((128, 256), np.uint8), np.ones((1, 2), np.float32), (128, 128), plan["exponent_rule"], backend)
         except (EOFError, pickle.UnpicklingError):
             from kernels.mxfp4 import cpu
 
             raise UserError(f"{cpu.cache_directory()}: the compiled kernels that numba keeps there are damaged; delete that directory "
                             "and run again") from None
-        self._tensors, self._plan, self._shard = Tensors(places), plan, shard
-        self._backend, self._progress = backend, progress
-        largest = max((entry["bytes"] // (entry["matrix"][0] if len(entry["matrix"]) == 3 else 1)
-                       for entry in plan["tensors"].values() if entry["shard"] == shard and entry["scheme"]), default=0)
+        self._tensors, self._plan, self._backend, self._progress = Tensors(places), plan, backend, progress
+        largest = max((entry["bytes"] // (entry["matrix"][0] if len(entry["matrix"]) == 3 else 1) for entry in weights), default=0)
         self._buffer = bytearray(min(largest, 4 * PANEL_WEIGHTS))
         self._codes = np.empty(0, np.uint8)  # memory for those of a panel
         self.sums: dict[str, list[list]] = {}  # group -> [number of the expert or None, signal, error, decoded]

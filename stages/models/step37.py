@@ -72,8 +72,8 @@ def _published_name(name: str) -> str:
 def load(directory: Path, dtype: torch.dtype):
     """(model, drafts or None, loading report) of a Step-3.7 checkpoint or release, in evaluation mode.
 
-    The report is {"missing": [...], "unexpected": [...]} over the text, vision and draft parameters; both must be empty
-    or UserError names what is wrong.
+    The report is {"missing": 0, "unexpected": 0}: counts over the text, vision and draft parameters, of which UserError names what is wrong
+    where they are not 0.
     """
     from transformers import Step3p7Config, Step3p7ForConditionalGeneration
     from transformers.utils import logging

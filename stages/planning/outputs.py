@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from stages.checkpoint.files import render_json
 from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
@@ -24,18 +25,32 @@ def outputs_of(name: str, entry: dict, layout: str) -> list[Output]:
     return [Output(written, entry["dtype"], tuple(entry["shape"]), name, "weight")]
 
 
-def outputs_of_shard(plan: dict, shard: str) -> list[Output]:
-    """The release's tensors of one shard, in file order (dtype size descending, then name)."""
-    found: dict[str, Output] = {}
+def release_outputs(plan: dict, shards: Iterable[str] | None = None) -> dict[str, list[Output]]:
+    """Shard -> the release's tensors in it, in file order (dtype size descending, then name); of all shards, or of these.
+
+    UserError where two tensors of the release would have one name.
+    """
+    found: dict[str, list[Output]] = {shard: [] for shard in shards or plan["shards"]}
+    made_of: dict[str, tuple[str, str]] = {}
     for name, entry in plan["tensors"].items():
-        if entry["shard"] != shard:
+        if entry["shard"] not in found:
             continue
         for output in outputs_of(name, entry, plan["layout"]):
-            if output.name in found:
-                raise UserError(f"{shard}: {name} and {found[output.name].source} would both become {output.name}")
-            found[output.name] = output
-    order = sorted_specs([(o.name, o.dtype, o.shape) for o in found.values()])
-    return [found[name] for name, _, _ in order]
+            if output.name in made_of:
+                shard, other = made_of[output.name]
+                raise UserError(f"{entry['shard']}: {name} would become {output.name}, as {other} of {shard} does; the source repeats a tensor")
+            made_of[output.name] = entry["shard"], name
+            found[entry["shard"]].append(output)
+    for shard, outputs in found.items():
+        by_name = {output.name: output for output in outputs}
+        found[shard] = [by_name[name] for name, _, _ in sorted_specs(specs_of(outputs))]
+    return found
+
+
+def weight_map(plan: dict) -> dict[str, str]:
+    """Tensor of the release -> its shard."""
+    names = {output.name: shard for shard, outputs in release_outputs(plan).items() for output in outputs}
+    return names | dict.fromkeys(plan["draft_scales"], draft_scales.SHARD)
 
 
 def specs_of(outputs: list[Output]) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -43,9 +58,9 @@ def specs_of(outputs: list[Output]) -> list[tuple[str, str, tuple[int, ...]]]:
     return [(output.name, output.dtype, output.shape) for output in outputs]
 
 
-def index_json(weight_map: dict[str, str], total_size: int) -> str:
-    """Text of model.safetensors.index.json: every name, and the true number of tensor bytes."""
-    return render_json({"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})
+def index_json(names: dict[str, str], total_size: int) -> str:
+    """Text of model.safetensors.index.json: every name with its shard, and the true number of tensor bytes."""
+    return render_json({"metadata": {"total_size": total_size}, "weight_map": dict(sorted(names.items()))})
 
 
 def release_config(source_config: dict, section: dict) -> dict:
@@ -59,18 +74,13 @@ def release_config(source_config: dict, section: dict) -> dict:
 def shard_sizes(plan: dict, files: dict[str, dict]) -> dict[str, dict]:
     """Shard -> bytes of its file in the source and in the release, number and bytes of the release's tensors in it.
 
-    files: of the census. UserError where two shards would hold a tensor of the same name.
+    files: of the census.
     """
-    sizes, seen = {}, set()
-    for shard, file in files.items():
-        outputs = outputs_of_shard(plan, shard)
+    sizes = {}
+    for shard, outputs in release_outputs(plan, files).items():
         size = sum(math.prod(output.shape) * DTYPE_BYTES[output.dtype] for output in outputs)
-        sizes[shard] = {"source_bytes": file["file_size"], "tensors": len(outputs), "tensor_bytes": size,
+        sizes[shard] = {"source_bytes": files[shard]["file_size"], "tensors": len(outputs), "tensor_bytes": size,
                         "file_bytes": size + len(render_header(specs_of(outputs), SHARD_METADATA))}
-        names = {output.name for output in outputs}
-        if twice := sorted(seen & names):
-            raise UserError(f"{shard}: {twice[0]} would be in another shard, too; the source repeats a tensor")
-        seen |= names
     return sizes
 
 
@@ -78,12 +88,12 @@ def release_sizes(plan: dict, source_config: dict) -> dict[str, int]:
     """Bytes of the release exactly as they will lie on the disk, and the number of its tensors."""
     scales = plan["draft_scales"]
     header = len(render_header(draft_scales.specs_of_scales(scales), SHARD_METADATA)) if scales else 0
-    weight_map = {output.name: shard for shard in plan["shards"] for output in outputs_of_shard(plan, shard)} | dict.fromkeys(scales, draft_scales.SHARD)
+    names = weight_map(plan)
     tensor_bytes = sum(shard["tensor_bytes"] for shard in plan["shards"].values()) + draft_scales.BYTES * len(scales)
     return {
         "release_tensor_bytes": tensor_bytes,
         "release_shard_file_bytes": sum(shard["file_bytes"] for shard in plan["shards"].values()) + header + draft_scales.BYTES * len(scales),
-        "release_index_bytes": len(index_json(weight_map, tensor_bytes).encode()),
+        "release_index_bytes": len(index_json(names, tensor_bytes).encode()),
         "release_config_bytes": len(render_json(release_config(source_config, plan["quantization_config"])).encode()),
-        "release_tensors": len(weight_map),
+        "release_tensors": len(names),
     }

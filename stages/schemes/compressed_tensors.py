@@ -4,7 +4,7 @@ Targets are regular expressions over vLLM's runtime names (which merge q, k, v a
 anchored at both ends so that they hit nothing else; the names of the parts go along for engines that do not merge. They are
 derived from the very modules that they must hit: a layer's number becomes `\\d+` where all layers agree. `ignore` names what
 stays as it is, for engines that want every linear module explained. Both are checked against a simulation of vLLM's matching
-(vllm_rules) by the plan, when the release is assembled, and again when it is verified.
+(vllm_rules) by the plan, and again when the release is verified.
 """
 
 from __future__ import annotations

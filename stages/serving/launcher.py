@@ -153,7 +153,7 @@ def _alive(group: int) -> bool:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ends the server and every process of its session."""
+    """Ends the server and every process of its group."""
     if process.poll() is None:
         process.terminate()
         try:

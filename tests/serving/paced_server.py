@@ -14,9 +14,9 @@ import time
 class PacedServer:
     """`with PacedServer(rate=100) as server:` serves on server.url until the block ends."""
 
-    def __init__(self, rate=200.0, chunks=(1, 2, 3, 4), fault=None, stall=None, counter_factor=1.0, metrics=True, after=0):
+    def __init__(self, rate=200.0, chunks=(1, 2, 3, 4), fault=None, stall=None, counter_factor=1.0, metrics=True):
         self.rate, self.chunks, self.fault, self.stall = rate, chunks, fault, stall  # tokens/s of each stream; stall: (at, for)
-        self.counter_factor, self.metrics, self.after = counter_factor, metrics, after  # the fault begins after so many requests
+        self.counter_factor, self.metrics = counter_factor, metrics
         self.emitted, self.prompts, self.running, self.requests = [], [], 0, 0
         self.ready, self.started_at = threading.Event(), None
 
@@ -78,7 +78,7 @@ class PacedServer:
     async def _completion(self, writer, body):
         self.prompts.append(body["prompt"])
         self.requests += 1
-        fault = self.fault if self.requests > self.after else None
+        fault = self.fault
         if fault == "500":
             return self._plain(writer, 500, "out of memory in layer 7")
         if fault == "404":
