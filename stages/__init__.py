@@ -2,7 +2,7 @@
 
 download, inspect_format, plan, quantize_experts, validate_gemm, assemble_release, verify_release, evaluate,
 serve_bench, report. Each is a plain function plus a `main()`, so that it runs alone, under pytest and in the DAG.
-They share settings, provenance, errors, receipts, current (which results are of other settings) and plots.
+They share settings, provenance, errors, receipts and plots; workflow and current are what the Snakefile asks before it runs them.
 Imports run one way, from the Snakefile through these to the rooms beside them and to kernels: tests/test_imports.py has the order.
 """
 

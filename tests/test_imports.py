@@ -19,7 +19,7 @@ LAYERS = (  # each imports from itself and from those before it only
     ("stages.sources", "stages.receipts"),
     ("stages.planning",),
     ("stages.conversion", "stages.models", "stages.serving", "stages.plots", "stages.current"),
-    ("stages.checkup",),
+    ("stages.checkup", "stages.workflow"),
     ("nodes",),
     ("stages.command_line",),
 )

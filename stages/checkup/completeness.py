@@ -79,7 +79,7 @@ def layers(checkpoint: Checkpoint) -> Iterator[str]:
     yield from some([f"layer {layer}" for layer in range(min(expected, MOST_LAYERS)) if layer not in held],
                     "no shard holds anything of", counted)
     yield from some([f"layer {layer}" for layer in sorted(held) if layer >= count + drafts], "there are tensors of", counted)
-    for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}, shared_indexers(checkpoint.config, count)):
+    for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}, shared_indexers(checkpoint.config, held)):
         yield from some([f"layer {layer}: {tail}" for tail in lacking], "there is no", "other layers of its kind have it")
     if architecture_of(checkpoint.architecture) is not None:  # others may name their ends as they like
         try:

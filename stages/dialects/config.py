@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from stages.checkpoint.files import read_json
@@ -88,16 +89,16 @@ def changes_weights(section: dict) -> list[str]:
             if section.get(key) and not (isinstance(section[key], dict) and section[key].get("format") == "dense")]
 
 
-def shared_indexers(config: dict, layers: int) -> list[int]:
-    """Layers that have no indexer of their own but use an earlier layer's choice of tokens (GLM-5.2), by whichever key says so."""
+def shared_indexers(config: dict, layers: Iterable[int]) -> list[int]:
+    """Of these layers, those that have no indexer of their own but use an earlier layer's choice of tokens (GLM-5.2), by whichever key says so."""
     text = text_part(config)
     kinds = text.get("indexer_types") or text.get("index_topk_pattern")
     if isinstance(kinds, list | str):
-        return [layer for layer, kind in enumerate(kinds[:layers]) if kind in ("shared", "S")]
+        return [layer for layer in layers if layer < len(kinds) and kinds[layer] in ("shared", "S")]
     period, first = (whole_number(config, "index_topk_freq") or 1), text.get("index_skip_topk_offset", 2)
     if type(first) is not int:
         raise UserError(f"config.json: index_skip_topk_offset is {_shown(first)}, expected a whole number; restore the original")
-    return [layer for layer in range(layers) if max(layer - first + 1, 0) % period]
+    return [layer for layer in layers if max(layer - first + 1, 0) % period]
 
 
 def is_tied(config: dict) -> bool:

@@ -1,0 +1,83 @@
+"""What the Snakefile must know before it can name its rules: settings, shards, files to watch, and what each result was made with."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from stages.current import of_other_settings
+from stages.errors import UserError
+from stages.provenance import CONVERTING, code_of
+from stages.serving.environment import marker_inputs
+from stages.serving.plugin import PLUGIN, plugin_files
+from stages.settings import as_json, load, scoring, text_path
+from stages.settings.commands import overrides_from
+from stages.sources import shards_of
+from stages.sources.hub import resolve
+from stages.sources.local import identities, local_files
+
+RESULTS = ("report.html", "card.md", "metrics.json", "settings.yaml", "verify.json", "sqnr.json", "perplexity.json", "gemm.json", "serving.json")
+
+
+class Workflow:
+    """Of one `--config`; UserError for what no run could begin with."""
+
+    def __init__(self, config: Mapping):
+        overrides = overrides_from(dict(config))
+        self.settings = settings = load(overrides, resolve=resolve)
+        self.shards = [name.removesuffix(".safetensors") for name in shards_of(settings.source)]
+        self.files = local_files(settings.source)  # of a local source, which may change
+        self.text = str(text_path(settings))
+        self.server = marker_inputs(settings.serving)
+        serving = settings.serving
+        if settings.evaluation.via == "vllm" and serving.if_installed and serving.makes_environment and not self.server:
+            raise UserError("evaluation.via=vllm needs a server: run make serve-env, or choose serving=vllm_cpu, vllm_cuda or endpoint")
+        self.watched = dict(identities([*self.files, self.text]))  # by size and time: an older file in the place of another is new, too
+        self.plugin = [str(PLUGIN / path) for path in plugin_files()]
+        self.source, self.run = str(settings.source_directory), str(settings.run_directory)
+        self.python, self.overrides = shlex.quote(sys.executable), shlex.join(overrides)
+        self.converting = code_of(*CONVERTING)
+
+    @property
+    def served(self) -> bool:
+        """Whether perplexity is measured through the server."""
+        return self.settings.evaluation.via == "vllm"
+
+    def params(self, result: str) -> dict:
+        """The settings that a result was made with: it is made again when they change."""
+        source, recipe, release = self.settings.source, self.settings.recipe, self.settings.release
+        made_from = [source.path, source.repository, source.revision]
+        plan = {"recipe": as_json(recipe), "draft_scales": release.draft_scales}
+        return {
+            "listing.json": {"source": made_from},
+            "plan.json": plan,
+            # a refused run leaves no plan behind, so that what is made of one must name its settings, too
+            "shards": {"made_from": [*plan.values(), *made_from]},
+            "verify.json": {"release": as_json(release)},
+            "perplexity.json": {"evaluation": as_json(scoring(self.settings.evaluation))},
+        }.get(result, {})
+
+    def refuse_foreign_results(self, record_of: Callable[[Path], Mapping | None]) -> None:
+        """Ends the run where results of other settings would be taken for these.
+
+        record_of: Snakemake's record of how a file was made. Where it has none, or one of other parameters than the file shows, somebody ran
+        a stage by hand.
+        """
+        for stale in of_other_settings(self.settings):
+            record, made_with = record_of(stale), self.params(stale.name)
+            if record is None or (made_with and {repr(value) for value in made_with.values()} <= set(record["params"])):
+                sys.exit(f"error: {stale} was made for other settings, and not by a run that this working directory knows of: remove it, or choose "
+                         "other results=")
+
+
+def stage(name: str, arguments: str = "") -> str:
+    """A rule's command: the stage's output goes to its log and, marked, to the terminal. What is in braces Snakemake fills in late, so that it
+    is no part of the rule's code."""
+    return f"{{W.python}} -m stages.{name} {{W.overrides}} {arguments} 2>&1 | tee {{log:q}} | sed -u 's/^/{name:16} | /'"
+
+
+def serving_code(*names: str) -> list[str]:
+    """Files of stages/serving, for `code_of`."""
+    return [f"stages/serving/{name}.py" for name in names]
