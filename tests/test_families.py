@@ -141,7 +141,7 @@ def test_an_indexer_in_fp8_is_left_to_the_loader_that_decodes_it(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "recipe", "words"), [
-    ("gpt_oss", "mxfp4_experts", ["GptOssForCausalLM is not converted", "MXFP4 layout only", "serve that as it is"]),
+    ("gpt_oss", "mxfp4_experts", ["GptOssForCausalLM is not converted", "MXFP4 layout only", "is served as it is"]),
     ("qwen3_dense", "mxfp4_experts", ["'routed_experts' matches no weight", "dense_mlp"]),
 ])
 def test_a_family_that_cannot_become_a_release_that_loads_is_refused(tmp_path, name, recipe, words):
