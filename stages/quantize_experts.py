@@ -1,8 +1,8 @@
 """Converts one shard: quantizes what the plan says, passes everything else through byte for byte, writes a receipt.
 
 A shard is streamed in the order of the output file, one expert's matrix (or a panel of rows) at a time, so that resident
-memory does not grow with the shard, but for MXFP8's scales, a byte per 32 weights, which the file has behind all codes. One thread converts; others hash the source (which also reads it ahead), hash the output
-and write it (stages/checkpoint/writer.py). Bytes depend on the source and the recipe only: not on the backend, the number of
+memory does not grow with the shard, but for MXFP8's scales, a byte per 32 weights, which the file has behind all codes. One thread
+converts; others hash the source (which also reads it ahead), hash the output and write it (stages/checkpoint/writer.py). Bytes depend on the source and the recipe only: not on the backend, the number of
 workers, or how often the run was interrupted. Converting itself stays in one thread: one process per shard keeps cores busier
 than threads inside one.
 

@@ -26,6 +26,7 @@ from stages.planning.record import read_plan
 from stages.planning.view import by_role, where_it_runs
 from stages.plots import expert_plot, layer_plot
 from stages.receipts import read_receipts, zeros_note
+from stages.schemes import SCHEMES
 from stages.serving.commands import client_example, engine_name, serve_commands
 from stages.serving.plots import serving_plot
 from stages.settings import PROJECT, Settings, load, stage_parser
@@ -58,7 +59,6 @@ def _own_version() -> str:
     return metadata.version("mxforge") + (f" (commit {commit})" if commit else "")
 
 
-FORMATS = {"mxfp4": "MXFP4 (E2M1 values, one E8M0 scale per 32 inputs)", "mxfp8": "MXFP8 (E4M3 values, one E8M0 scale per 32 inputs)"}
 
 
 def role_rows(plan: dict) -> list[dict]:
@@ -95,7 +95,7 @@ def facts(settings: Settings) -> dict:
     notes = [*read_json(run_directory / "inspect.json", "inspect_format")["anomalies"], *plan["notes"], *([zeros_note(zeros)] if zeros else [])]
     schemes = sorted({entry["scheme"] for entry in plan["tensors"].values() if entry["scheme"]})
     return {
-        "schemes": schemes, "formats": " and ".join(FORMATS[scheme] for scheme in schemes),
+        "schemes": schemes, "formats": " and ".join(SCHEMES[scheme].LABEL for scheme in schemes),
         "commands": serve_commands(plan, config, serving.get("engine", {})), "client": client_example(config),
         "engine": engine_name(serving["engine"]) if serving.get("engine") else None,
         "origin": settings.source.repository or settings.source.origin,

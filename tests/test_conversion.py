@@ -36,6 +36,7 @@ from stages.settings import load
 from stages.settings.schema import FEWEST_TOKENS
 from tests.conftest import PROJECT, TINY, convert
 from tests.hub_server import HubServer
+from tests.small_models import save
 
 
 def release_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -294,6 +295,22 @@ def test_every_token_is_scored_exactly_once():
 
 def manifest_hash(settings) -> str:
     return hashlib.sha256((settings.run_directory / "release" / "manifest.json").read_bytes()).hexdigest()
+
+
+def test_a_shard_converted_by_the_triton_kernel_has_the_bytes_of_the_cpu(tmp_path):
+    """device=cuda through the whole stage, in Triton's interpreter where there is no GPU; of one layer, which takes seconds there."""
+    source = save("qwen3_moe", tmp_path / "model", fp8=True)
+    made = []
+    for backend in ("cpu", "cuda"):
+        overrides = ["source=local", f"source.path={source}", f"results={tmp_path / backend}", f"device={backend}",
+                     "recipe.groups=[{scheme: mxfp4, patterns: ['.*layers.0.mlp.experts.*weight']}]"]
+        settings, _ = prepared(overrides)
+        run = subprocess.run([sys.executable, "-m", "stages.quantize_experts", "--shard", "model.safetensors", *overrides], cwd=PROJECT, text=True,
+                             capture_output=True, env=os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}))
+        assert run.returncode == 0, run.stderr
+        receipt = read_json(settings.run_directory / "shards" / "model.json", "quantize_experts")
+        made.append((receipt["output"]["sha256"], {name: [sums[0] for sums in found] for name, found in receipt["quantized"].items()}))
+    assert made[0] == made[1] and made[0][1]
 
 
 def test_bytes_do_not_depend_on_the_backend(converted, tmp_path):

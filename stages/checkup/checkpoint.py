@@ -14,10 +14,10 @@ from stages.checkpoint.shards import Shards
 from stages.checkup.form import checked_section, json_object
 from stages.dialects.config import text_part
 from stages.errors import UserError
+from stages.schemes import SCHEMES
 from stages.schemes.kept import stored_as
 from stages.schemes.modules import is_weight, module_of
 
-BLOCKS = {"mxfp4": 2, "mxfp8": 1}  # stored with a byte per 32 weights: how many weights an element of the codes holds
 SAMPLED_ROWS = 32  # of each matrix, where not all are looked at
 
 
@@ -47,7 +47,7 @@ class Pair(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """Of one matrix, decoded."""
-        return self.info.shape[-2], BLOCKS[self.stored] * self.info.shape[-1]
+        return self.info.shape[-2], SCHEMES[self.stored].WEIGHTS_PER_CODE * self.info.shape[-1]
 
 
 class Checkpoint(Shards):
@@ -95,12 +95,12 @@ class Checkpoint(Shards):
         """Every MXFP4 or MXFP8 pair that fits."""
         for module, (stored, info, name, scale) in self.modules.items():
             found = self.tensors.get(scale)
-            if (stored in BLOCKS and len(info.shape) in (2, 3) and math.prod(info.shape) and found
-                    and info.dtype == ("U8" if stored == "mxfp4" else "F8_E4M3")
-                    and (found.dtype, found.shape) == ("U8", scale_shape(info, BLOCKS[stored]))):
+            if (stored in SCHEMES and len(info.shape) in (2, 3) and math.prod(info.shape) and found
+                    and info.dtype == SCHEMES[stored].CODES_DTYPE and (found.dtype, found.shape) == ("U8", scale_shape(info, stored))):
                 yield Pair(module, stored, info, name, scale)
 
 
-def scale_shape(info: TensorInfo, weights_per_element: int) -> tuple[int, ...]:
-    """Shape of the block scales of a stored weight; a width that is no multiple of 32 gets one too many, which fits nothing."""
-    return (*info.shape[:-1], -(-info.shape[-1] * weights_per_element // 32)) if info.shape else ()
+def scale_shape(info: TensorInfo, stored: str) -> tuple[int, ...]:
+    """Shape of the block scales of codes stored as mxfp4 or mxfp8; a width that is no multiple of a block gets one too many, which fits nothing."""
+    scheme = SCHEMES[stored]
+    return (*info.shape[:-1], -(-info.shape[-1] * scheme.WEIGHTS_PER_CODE // scheme.BLOCK)) if info.shape else ()

@@ -8,15 +8,13 @@ from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.form import is_count
 from stages.dialects.config import changes_weights
 from stages.dialects.roles import is_routed_expert
-from stages.schemes import vllm_rules
+from stages.schemes import SCHEMES, kept, vllm_rules
 from stages.schemes.architectures import UNKNOWN, architecture_of
 
 SCALE_DTYPE = "torch.uint8"
-ARGUMENTS = {  # format -> what its group's `weights` must say
-    "mxfp4-pack-quantized": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True},
-    "mxfp8-quantized": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True},
-    "float-quantized": {"num_bits": 8, "type": "float", "symmetric": True},
-}
+NEEDED = ("num_bits", "type", "strategy", "group_size", "symmetric")
+ARGUMENTS = {kept.FORMAT: {"num_bits": 8, "type": "float", "symmetric": True}} | {  # format -> what its group's `weights` must say
+    scheme.FORMAT: {key: scheme.WEIGHTS[key] for key in NEEDED} for scheme in SCHEMES.values()}
 
 
 def scheme_arguments(checkpoint: Checkpoint) -> Iterator[str]:

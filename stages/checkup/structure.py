@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterator
 
 from stages.checkpoint.files import read_json
 from stages.checkpoint.header import INDEX, TensorInfo
-from stages.checkup.checkpoint import BLOCKS, Checkpoint, Module, scale_shape
+from stages.checkup.checkpoint import Checkpoint, Module, scale_shape
 from stages.checkup.faults import some
 from stages.checkup.form import json_object
 from stages.errors import UserError
+from stages.schemes import SCHEMES
 
 
 def containers(checkpoint: Checkpoint) -> Iterator[str]:
@@ -78,7 +79,7 @@ def _unscaled(module: str, info: TensorInfo) -> Iterator[str]:
 def _scaled(checkpoint: Checkpoint, module: str, parts: Module) -> Iterator[str]:
     """What is wrong with a quantized weight and its scale."""
     (stored, info, name, scale), where = parts, checkpoint.where
-    if info.dtype != ("U8" if stored == "mxfp4" else "F8_E4M3"):
+    if info.dtype != (SCHEMES[stored].CODES_DTYPE if stored in SCHEMES else "F8_E4M3"):
         yield f"{where[name]}: {name} is {info.dtype}; only MXFP4 (U8) and MXFP8 are verified here"
         return
     if len(info.shape) not in (2, 3) or not math.prod(info.shape):
@@ -93,7 +94,7 @@ def _scaled(checkpoint: Checkpoint, module: str, parts: Module) -> Iterator[str]
             yield (f"{where[scale]}: {scale} is {found.dtype} {list(found.shape)}, which is no scale "
                    f"per tensor, per channel or per 128x128 of {name} {list(info.shape)}")
         return
-    expected = scale_shape(info, BLOCKS[stored])
+    expected = scale_shape(info, stored)
     if (found.dtype, found.shape) != ("U8", expected):
         yield (f"{where[scale]}: {scale} is {found.dtype} {list(found.shape)}, expected U8 "
                f"{list(expected)} for {name} {list(info.shape)}")

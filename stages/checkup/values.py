@@ -20,7 +20,6 @@ from stages.schemes.modules import EXPERT
 if TYPE_CHECKING:
     import torch
 
-HIGH_CODES = {"mxfp4": (5, "3"), "mxfp8": (0x70, "128")}  # every rule puts a block's largest element at this code or above
 UNUSED_BLOCKS = 0.02  # share of blocks whose largest code may be lower; 0 under the rules, some for clipped weights
 APART = 0.75  # |log2| of a matrix's root mean square over its siblings' median, from which it is called apart ...
 SPREADS = 8  # ... and a fault where it is so many times the median distance of its siblings, too
@@ -45,7 +44,7 @@ def numbers(checkpoint: Checkpoint, source: Source | None) -> Iterator[str]:
             digest = hashlib.sha256(raw.numpy().tobytes() + scales.numpy().tobytes()).digest()
             if bool(raw.any()) and seen.setdefault((siblings, digest), label) != label:
                 yield f"{label}: holds the bytes of {seen[siblings, digest]}; one expert was written twice"
-            low, (_, high) = _unused(raw, pair.stored), HIGH_CODES[pair.stored]
+            low, (_, high) = _unused(raw, pair.stored), SCHEMES[pair.stored].HIGH_CODE
             if low > UNUSED_BLOCKS:
                 yield (f"{checkpoint.where[pair.codes]}: {label}: {100 * low:.1f} % of its blocks have no value of {high} or above; "
                        "exponents are too high, or the bytes are of another format")
@@ -79,13 +78,13 @@ def _sample(checkpoint: Checkpoint, pair: Pair, expert: int | None) -> tuple[tor
 
 
 def _unused(codes: torch.Tensor, stored: str) -> float:
-    """Share of the blocks with any value that hold none of HIGH_CODES or above; codes uint8 [rows, bytes]."""
+    """Share of the blocks with any value that hold nothing of HIGH_CODE or above; codes uint8 [rows, bytes]."""
     import torch
 
     values = codes & 0x7F if stored == "mxfp8" else torch.stack((codes & 7, (codes >> 4) & 7), -1).flatten(-2)
-    largest = values.unflatten(-1, (-1, 32)).amax(-1)
+    largest = values.unflatten(-1, (-1, SCHEMES[stored].BLOCK)).amax(-1)
     used = largest[largest > 0]
-    return float((used < HIGH_CODES[stored][0]).double().mean()) if used.numel() else 0.0
+    return float((used < SCHEMES[stored].HIGH_CODE[0]).double().mean()) if used.numel() else 0.0
 
 
 def _size(checkpoint: Checkpoint, pair: Pair, label: str, codes: torch.Tensor, scales: torch.Tensor,

@@ -42,7 +42,7 @@ def by_role(plan: dict) -> list[dict]:
         key = (entry["role"], entry["scheme"] or entry["decision"])
         row = rows.setdefault(key, {"role": key[0], "decision": key[1], "tensors": 0, "parameters": 0, "before": 0, "after": 0})
         if entry["decision"] == "quantize":
-            row["after"] += math.prod(entry["matrix"]) * SCHEMES[entry["scheme"]].BYTES_PER_BLOCK // 32
+            row["after"] += math.prod(entry["matrix"]) * SCHEMES[entry["scheme"]].BYTES_PER_BLOCK // SCHEMES[entry["scheme"]].BLOCK
         elif entry["decision"] != "drop":
             row["after"] += entry["bytes"]
         row["tensors"] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stages.dialects.roles import QUANTIZABLE
+from stages.schemes import SCHEMES
 from stages.schemes.architectures import TRANSFORMERS, VLLM, architecture_of
 
 PARTS = {"routed_experts": "experts", "mtp": "drafts"} | {role: "rest" for role in QUANTIZABLE if role != "routed_experts"}
@@ -30,12 +31,9 @@ def engines(plan: dict) -> list[dict]:
     was_run = row.tried if plan["architecture"] == row.names[0] else ()
     tried = {entry.engine: (entry.loads, entry.how) for entry in was_run if form in entry.forms}
     loads, known = tried.get(VLLM, ("expected", None))
-    lines = [*([] if known else ["not run in this form"]), f"each of its {plan['runtime_modules']} modules is claimed in the format it is stored in", *([known] if known else []), *row.cautions]
-    if "mxfp4" in formats:
-        lines.append("MXFP4 needs compute capability 8.0; weights stay 4 bits with BF16 activations (Marlin) but for B200 and B300, where "
-                     "activations become 4 bits, too")
-    if "mxfp8" in formats:
-        lines.append("MXFP8 needs compute capability 7.5")
+    lines = [*([] if known else ["not run in this form"]), f"each of its {plan['runtime_modules']} modules is claimed in the format it is stored in",
+             *([known] if known else []), *row.cautions]
+    lines += [scheme.NEEDS for name, scheme in SCHEMES.items() if name in formats]
     if any(stored.startswith("fp8") for stored in formats):
         lines.append("FP8 activations need compute capability 8.9; below, FP8 experts do not run")
     result = [{"engine": VLLM, "loads": loads, "how": lines}]

@@ -5,8 +5,12 @@ from __future__ import annotations
 from stages.schemes.modules import Output, pair
 
 NAME = "mxfp4"
+LABEL = "MXFP4 (E2M1 values, one E8M0 scale per 32 inputs)"
+NEEDS = ("MXFP4 needs compute capability 8.0; weights stay 4 bits with BF16 activations (Marlin) but for B200 and B300, where activations become "
+         "4 bits, too")
 FORMAT = "mxfp4-pack-quantized"
-CODES = "weight_packed"
+CODES, CODES_DTYPE, WEIGHTS_PER_CODE = "weight_packed", "U8", 2
+HIGH_CODE = (5, "3")  # and its value: every rule puts a block's largest element at this code or above
 BLOCK = 32
 BYTES_PER_BLOCK = 16 + 1
 WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": BLOCK, "symmetric": True,
@@ -16,7 +20,7 @@ ACTIVATIONS = None  # weight-only
 
 def outputs(name: str, shape: tuple[int, ...], layout: str) -> list[Output]:
     """The release's tensors made from source weight `name` of shape [out, in] or [experts, out, in]."""
-    return pair(name, shape, layout, (CODES, "weight_scale"), ("U8", "U8"), (shape[-1] // 2, shape[-1] // BLOCK))
+    return pair(name, shape, layout, (CODES, "weight_scale"), (CODES_DTYPE, "U8"), (shape[-1] // WEIGHTS_PER_CODE, shape[-1] // BLOCK))
 
 
 def quantize(weight, tile_scale, tile, rule, backend, memory=None):

@@ -9,8 +9,11 @@ from __future__ import annotations
 from stages.schemes.modules import Output, pair
 
 NAME = "mxfp8"
+LABEL = "MXFP8 (E4M3 values, one E8M0 scale per 32 inputs)"
+NEEDS = "MXFP8 needs compute capability 7.5"
 FORMAT = "mxfp8-quantized"
-CODES = "weight"
+CODES, CODES_DTYPE, WEIGHTS_PER_CODE = "weight", "F8_E4M3", 1
+HIGH_CODE = (0x70, "128")  # and its value: a block's largest element is at this code or above
 BLOCK = 32
 BYTES_PER_BLOCK = 32 + 1
 WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": BLOCK, "symmetric": True,
@@ -20,7 +23,7 @@ ACTIVATIONS = None
 
 def outputs(name: str, shape: tuple[int, ...], layout: str) -> list[Output]:
     """The release's tensors made from source weight `name` of shape [out, in] or [experts, out, in]."""
-    return pair(name, shape, layout, (CODES, "weight_scale"), ("F8_E4M3", "U8"), (shape[-1], shape[-1] // BLOCK))
+    return pair(name, shape, layout, (CODES, "weight_scale"), (CODES_DTYPE, "U8"), (shape[-1] // WEIGHTS_PER_CODE, shape[-1] // BLOCK))
 
 
 def quantize(weight, tile_scale, tile, rule, backend, memory=None):
