@@ -151,7 +151,7 @@ def test_a_dialect_becomes_the_mxfp4_of_its_decoded_values(tmp_path, store, quan
 
 
 @pytest.mark.parametrize(("store", "quantization_config", "words"), [
-    (channel, None, ["quant_method None", "15 FP8 weights and scales"]),
+    (channel, None, ["quant_method None", "15 FP8 weights with a scale"]),
     (channel, {"quant_method": "fp8"}, ["quant_method 'fp8'"]),
     (channel, {"quant_method": "auto-round"}, ["weight first", "'auto-round' is not read here, get the checkpoint in another format"]),
     (microscaled, {"quant_method": "fp8"}, ["quant_method 'fp8'"]),

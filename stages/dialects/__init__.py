@@ -103,8 +103,8 @@ def _check_config(dialect, names: list[str], config: dict) -> None:
     """config.json must declare a method that stores the dialect."""
     method = declared(config).get("quant_method")
     if names and dialect.METHODS is not None and method not in dialect.METHODS:
-        label = {"block_fp8": "block-FP8 tensors", "channel_fp8": "FP8 weights and scales (per channel or tensor)"}.get(
-            dialect.NAME, f"{dialect.NAME.upper()} weights and scales")
+        label = {"block_fp8": "block-FP8 weights", "channel_fp8": "FP8 weights with a scale per channel or tensor"}.get(
+            dialect.NAME, f"{dialect.NAME.upper()} weights")
         remedy = "restore the original config.json"
         if method not in {known for other in DIALECTS for known in other.METHODS or ()} | {None}:
             remedy = f"{method!r} is not read here, get the checkpoint in another format"
