@@ -61,6 +61,12 @@ def test_the_whole_workflow_makes_a_proven_release_and_a_report(finished):
     assert {row["backend"] for row in json.loads((run_directory / "gemm.json").read_text())["rows"]} >= {"cpu"}
 
 
+def test_the_plan_counts_the_jobs_of_a_whole_run(finished):
+    shown = snakemake(finished, "-n", "--forceall", "--cores", "2")
+    made = json.loads((finished / "results/step37_tiny/mxfp4_experts/plan.json").read_text())
+    assert made["jobs"] == int(re.search(r"^total +(\d+)", shown.stdout + shown.stderr, re.M)[1])
+
+
 def test_source_shards_are_temporary(finished):
     assert not list((finished / "results/step37_tiny/mxfp4_experts/source").glob("*"))
 
