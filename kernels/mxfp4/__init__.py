@@ -35,6 +35,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from kernels.errors import NonFiniteError
+from kernels.mxfp4.rules import RULES
 
 if TYPE_CHECKING:  # who converts arrays by kernels.mxfp4.cpu does without torch
     import torch
@@ -42,7 +43,6 @@ if TYPE_CHECKING:  # who converts arrays by kernels.mxfp4.cpu does without torch
 __all__ = ["BLOCK", "RULES", "NonFiniteError", "Quantized", "available", "backends", "dequantize", "quantize"]
 
 BLOCK = 32
-RULES = ("mse", "ocp_floor", "even", "rceil")
 MODULES = {"reference": "kernels.mxfp4.reference", "cpu": "kernels.mxfp4.cpu", "cuda": "kernels.mxfp4.cuda"}
 FLOATS = ("torch.float32", "torch.bfloat16", "torch.float16")
 

@@ -41,7 +41,6 @@ from numba.extending import intrinsic, models, overload, register_model
 from kernels.panels import jit
 
 BLOCK = 32
-RULE_NUMBER = {"mse": 0, "ocp_floor": 1, "even": 2, "rceil": 3}
 MSE, FLOOR, EVEN, RCEIL = range(4)
 SPAN = 4  # blocks of one tile whose squares are added in float32 before float64 takes over
 OCTAVES = 24  # e4m3 spans 18 octaves of e0, and e runs one past either end

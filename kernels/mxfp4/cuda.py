@@ -35,9 +35,9 @@ import triton
 import triton.language as tl
 
 from kernels.fp8 import NonFiniteError, check_finite, decode_block_fp8
+from kernels.mxfp4.rules import RULE_NUMBER
 
 BLOCK = 32
-RULE_NUMBER = {"mse": 0, "ocp_floor": 1, "even": 2, "rceil": 3}
 BLOCKS_PER_STEP, STEPS = 64, 8
 BLOCKS_PER_PROGRAM = BLOCKS_PER_STEP * STEPS
 BYTES_PER_PROGRAM = 2048

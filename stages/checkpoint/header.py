@@ -19,6 +19,7 @@ from pathlib import Path
 from stages.errors import UserError
 
 # bytes per element, listed as the format's own writer ranks dtypes: it lays tensors out from the last row to the first
+FLOATS = ("F32", "BF16", "F16")  # of weights that are not quantized, and of scales
 DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
                "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8}
 DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}

@@ -14,6 +14,7 @@ import numpy as np
 from kernels.decibels import decibels
 from kernels.difference import difference
 from kernels.errors import NonFiniteError
+from stages.checkpoint.header import FLOATS
 from stages.checkpoint.reader import as_tensor
 from stages.checkup.checkpoint import SAMPLED_ROWS, Checkpoint, Pair
 from stages.checkup.source import Source
@@ -114,7 +115,7 @@ def compare_decoded(checkpoint: Checkpoint, source: Source, name: str, origin: s
     """A tensor of another dtype or shape than the source's is a fault, unless it is FP8 that whatever made it has decoded."""
     info, found, claim = checkpoint.tensors[name], source.tensors[origin], source.claims[origin]
     line = f"{name}: is {info.dtype} {list(info.shape)}, the source's is {found.dtype} {list(found.shape)}"
-    if not claim.scale or claim.matrix != info.shape or len(info.shape) != 2 or info.dtype not in ("BF16", "F16", "F32"):
+    if not claim.scale or claim.matrix != info.shape or len(info.shape) != 2 or info.dtype not in FLOATS:
         yield line
         return
     ours = checkpoint.reader(name).tensor(name).double()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 
 from stages.checkpoint.files import read_json
-from stages.checkpoint.header import INDEX, TensorInfo
+from stages.checkpoint.header import FLOATS, INDEX, TensorInfo
 from stages.checkup.checkpoint import Checkpoint, Module, scale_shape
 from stages.checkup.faults import some
 from stages.checkup.form import json_object
@@ -72,7 +72,7 @@ def _unscaled(module: str, info: TensorInfo) -> Iterator[str]:
     """What is wrong with a weight that has no scale."""
     if info.dtype.startswith("F8"):
         yield f"{module}: its weight is {info.dtype}, but has no weight_scale; its values are lost"
-    elif info.dtype not in ("BF16", "F16", "F32"):
+    elif info.dtype not in FLOATS:
         yield f"{module}: its weight is {info.dtype}, but has no scale; an engine takes the numbers as they are"
 
 

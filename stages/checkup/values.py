@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 from kernels.errors import NonFiniteError
+from stages.checkpoint.header import FLOATS
 from stages.checkpoint.reader import as_array, as_tensor
 from stages.checkup.checkpoint import SAMPLED_ROWS, Checkpoint, Pair
 from stages.checkup.source import Source
@@ -147,7 +148,7 @@ def _plain_numbers(checkpoint: Checkpoint) -> Iterator[str]:
     import torch
 
     for name, info in checkpoint.tensors.items():
-        if checkpoint.quick or info.dtype not in ("BF16", "F16", "F32") or not name.endswith("weight"):
+        if checkpoint.quick or info.dtype not in FLOATS or not name.endswith("weight"):
             continue
         largest = torch.zeros(())
         for chunk in checkpoint.reader(name).chunks(name):

@@ -13,13 +13,13 @@ disagreement names both instead of guessing.
 
 from __future__ import annotations
 
+from stages.checkpoint.header import FLOATS
 from stages.dialects.claim import Claim
 from stages.dialects.config import declared
 from stages.errors import UserError
 
 NAME = "block_fp8"
 METHODS = ("fp8", "compressed-tensors")
-FLOATS = ("F32", "BF16", "F16")
 SCALE_DTYPES = (*FLOATS, "F8_E8M0")
 DEFAULT_TILE = (128, 128)
 

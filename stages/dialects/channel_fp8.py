@@ -9,8 +9,9 @@ quant_method fp8 and has one scale per tensor.
 
 from __future__ import annotations
 
+from stages.checkpoint.header import FLOATS
 from stages.dialects import block_fp8
-from stages.dialects.block_fp8 import FLOATS, static_scale
+from stages.dialects.block_fp8 import static_scale
 from stages.dialects.claim import Claim
 from stages.dialects.config import declared
 from stages.errors import UserError

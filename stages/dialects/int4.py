@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 
-from stages.dialects.block_fp8 import FLOATS, declared_weights
+from stages.checkpoint.header import FLOATS
+from stages.dialects.block_fp8 import declared_weights
 from stages.dialects.claim import Claim
 from stages.errors import UserError
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import re
 
+from stages.checkpoint.header import FLOATS
 from stages.dialects.claim import Claim
 
 NAME = "plain"
 METHODS = None  # plain tensors occur in every checkpoint
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
-PASS_DTYPES = (*WEIGHT_DTYPES, "F64", "BOOL", "I8", "I16", "I32", "I64")
+PASS_DTYPES = (*FLOATS, "F64", "BOOL", "I8", "I16", "I32", "I64")
 FUSED_EXPERTS = re.compile(r".*\.experts\.(gate_up|gate|up|down)_proj")
 
 
 def claim(name, info, tensors, where, config):
     """Claims every tensor that stores its own values; matrices named as weights can be quantized."""
-    if info.dtype not in PASS_DTYPES or (len(info.shape) > 1 and name.endswith("weight") and info.dtype not in (*WEIGHT_DTYPES, "F64")):
+    if info.dtype not in PASS_DTYPES or (len(info.shape) > 1 and name.endswith("weight") and info.dtype not in (*FLOATS, "F64")):
         return None  # integers under a weight's name are codes, not values
     is_matrix = len(info.shape) in (2, 3) and (name.endswith("weight") or FUSED_EXPERTS.fullmatch(name))
-    return Claim(NAME, matrix=info.shape if is_matrix and info.dtype in WEIGHT_DTYPES else None)
+    return Claim(NAME, matrix=info.shape if is_matrix and info.dtype in FLOATS else None)
 
 
 def rows(tensors, name, claim, expert, begin, end, buffer=None):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+from stages.checkpoint.header import FLOATS
 from stages.dialects.completeness import check_ends, check_layers
-from stages.dialects.plain import WEIGHT_DTYPES
 from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, projection_of
 from stages.errors import UserError
 from stages.planning.experts import check_experts
@@ -51,7 +51,7 @@ def _is_meant(kind: str, text: str, name: str, entry: dict, chosen: dict[str, st
 def _check_weight(name: str, entry: dict, recipe: str, layout: str) -> None:
     """UserError for a weight that cannot become what the recipe makes of it."""
     where = f"{entry['shard']}: {name}"
-    if entry["dialect"] == "plain" and entry["dtype"] not in WEIGHT_DTYPES:
+    if entry["dialect"] == "plain" and entry["dtype"] not in FLOATS:
         raise UserError(f"{where} has dtype {entry['dtype']}, which is no floating-point weight; take it out of "
                         f"recipe {recipe}")
     if entry["role"] not in QUANTIZABLE or not entry["matrix"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from stages.checkpoint.header import FLOATS
 from stages.schemes import SCHEMES
 
 FORMAT = "float-quantized"
@@ -26,7 +27,7 @@ def stored_as(shape: tuple[int, ...], scale_dtype: str, scale_shape: tuple[int, 
     """
     if scale_dtype == "U8":
         return "mxfp8" if shape[-1] % 32 == 0 and scale_shape == (*shape[:-1], shape[-1] // 32) else None
-    if scale_dtype not in ("F32", "BF16", "F16"):
+    if scale_dtype not in FLOATS:
         return None
     if scale_shape == (*shape[:-1], 1) and shape[-2] > 1:
         return "fp8 per channel"
