@@ -34,6 +34,8 @@ FAMILIES = {  # family -> (class of transformers, configuration)
     "glm4_moe": ("Glm4Moe", HEADS | SHARED | {"n_group": 1, "topk_group": 1}),
     "minimax_m2": ("MiniMaxM2", HEADS | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128, "rotary_dim": 32,
                                          "scoring_func": "sigmoid", "use_routing_bias": True}),
+    "ernie4_5_moe": ("Ernie4_5_Moe", HEADS | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 128,
+                                              "intermediate_size": 512, "moe_layer_start_index": 1, "moe_layer_end_index": 2, "use_bias": False}),
     # engines take latent attention in its published sizes only
     "deepseek_v3": ("DeepseekV3", LATENT | {"n_group": 2}),
     "moonlight": ("DeepseekV3", LATENT | {"n_group": 1, "q_lora_rank": None}),

@@ -47,7 +47,7 @@ ROLES = (
     Role("lm_head", r"(?:language_model\.)?(?:model\.)?(?:lm_)?head\.weight"),
     Role("vision", r"(?:model\.)?(?:vision_model|vision_tower|visual|encoder)\..*"),
     Role("projector", r"(?:model\.)?(?:vit_large_projector|multi_modal_projector|mm_projector|patch_merge_mlp)\..*"),
-    Role("mtp", r"(?:model\.|language_model\.)*mtp(?:_layers)?\..*"),
+    Role("mtp", r"(?:model\.|language_model\.)*mtp(?:_[a-z]+)*\..*"),
     Role("other", r".*"),
 )
 ROLE_NAMES = tuple(dict.fromkeys(role.name for role in ROLES))

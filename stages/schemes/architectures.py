@@ -117,6 +117,7 @@ ARCHITECTURES = (
                  (r"^patch_merge_mlp\.", "vision_tower.patch_merge_mlp."), (r"\.mlp\.fc(\d)$", r".fc\1")),
         never=_NEVER.replace(r".*\.eh_proj$|", ""),
         cautions=("its experts limit their activations; whether vLLM passes the limits on to MXFP4 experts is open (vllm#51028)",)),
+    Architecture(("Ernie4_5_MoeForCausalLM",), never=_NEVER, tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8")),
     Architecture(("MixtralForCausalLM",), visible=("qkv_proj",), never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,
                  tried=_run("experts mxfp4", transformers=("experts mxfp4",))),
     Architecture(("Qwen3ForCausalLM",), tried=_run("rest mxfp4")),

@@ -21,7 +21,8 @@ from tests.small_models import expanded, save
 
 CASES = [("qwen3", False, "mxfp4_all_linear"), ("qwen3_moe", True, "mxfp4_experts"), ("qwen3_moe", False, "mxfp8_experts"),
          ("qwen3_moe", False, "mxfp4_all_linear"), ("mixtral", False, "mxfp4_experts"), ("glm4_moe", False, "mxfp4_experts"),
-         ("glm4_moe", True, "mxfp4_experts_mxfp8_rest"), ("minimax_m2", True, "mxfp4_experts"), ("deepseek_v3", True, "mxfp4_experts"),
+         ("glm4_moe", True, "mxfp4_experts_mxfp8_rest"), ("minimax_m2", True, "mxfp4_experts"), ("ernie4_5_moe", False, "mxfp4_experts"),
+         ("ernie4_5_moe", False, "mxfp4_experts_mxfp8_rest"), ("deepseek_v3", True, "mxfp4_experts"),
          ("moonlight", True, "mxfp4_experts"), ("moonlight", False, "mxfp4_all_linear"),
          ("kimi_k25", False, "mxfp4_experts"), ("qwen3_5_moe", False, "mxfp4_experts"), ("qwen3_5_moe", True, "mxfp4_experts"),
          ("qwen3_5_moe", False, "mxfp4_experts_mxfp8_rest"), ("qwen3_5_moe", False, "mxfp4_all_linear")]
