@@ -70,7 +70,7 @@ rule quantize_experts:
 rule validate_gemm:
     input: f"{RUN}/plan.json", expand(f"{RUN}/shards/{{shard}}.json", shard=W.shards)
     output: f"{RUN}/gemm.json"
-    params: tensors=S.evaluation.gemm_tensors, tokens=S.evaluation.gemm_tokens, code=code_of("stages/validate_gemm.py", "kernels/gemm")
+    params: tensors=S.evaluation.gemm_tensors, tokens=S.evaluation.gemm_tokens, code=code_of("stages/validate_gemm.py", "kernels/gemm", "kernels/decibels.py")
     log: f"{RUN}/logs/validate_gemm.log"
     shell: stage("validate_gemm")
 
@@ -118,6 +118,7 @@ rule serve_bench:
 rule report:
     input: f"{RUN}/plan.json", f"{RUN}/verify.json", f"{RUN}/gemm.json", f"{RUN}/sqnr.json", f"{RUN}/perplexity.json", f"{RUN}/serving.json"
     output: f"{RUN}/report.html", f"{RUN}/card.md", f"{RUN}/metrics.json", f"{RUN}/settings.yaml"
-    params: settings=[as_json(part) for part in (S.source, S.recipe, S.release)], code=code_of("stages/report.py", "stages/plots.py", *serving_code("commands", "plots"), "stages/templates/card.md.j2", "stages/templates/report.html.j2")
+    params: settings=[as_json(part) for part in (S.source, S.recipe, S.release)],
+        code=code_of("stages/report.py", "stages/plots.py", *serving_code("commands", "plots"), "stages/templates/card.md.j2", "stages/templates/report.html.j2")
     log: f"{RUN}/logs/report.log"
     shell: stage("report")

@@ -2,9 +2,9 @@
 
 A shard is streamed in the order of the output file, one expert's matrix (or a panel of rows) at a time, so that resident
 memory does not grow with the shard, but for MXFP8's scales, a byte per 32 weights, which the file has behind all codes. One thread
-converts; others hash the source (which also reads it ahead), hash the output and write it (stages/checkpoint/writer.py). Bytes depend on the source and the recipe only: not on the backend, the number of
-workers, or how often the run was interrupted. Converting itself stays in one thread: one process per shard keeps cores busier
-than threads inside one.
+converts; others hash the source (which also reads it ahead), hash the output and write it (stages/checkpoint/writer.py). Bytes depend on
+the source and the recipe only: not on the backend, the number of workers, or how often the run was interrupted. Converting itself stays
+in one thread: one process per shard keeps cores busier than threads inside one.
 
 The receipt is what later stages trust: sha256 of the source and of the output, of every tensor that passed through, of scales that one shard
 lends to another, and for every quantized matrix the sums of squares of the signal, of the error and of what it decodes to.
@@ -150,7 +150,7 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
     seconds, size = time.monotonic() - start, original.path.stat().st_size
     receipt = {
         "shard": shard,
-        "plan_sha256": plan_hashes(plan)[shard],
+        "plan_sha256": plan_hashes(plan, [shard])[shard],
         "source": {"bytes": size, "sha256": digest},
         "output": {"bytes": writer.size, "sha256": writer.sha256},
         "tensors": writer.tensor_sha256,

@@ -1,14 +1,15 @@
 """Receipts: what converting a shard found out, and for which plan it holds.
 
-`quantize_experts` writes one beside each converted shard. It names the sha256 of the source and of the output and of every tensor that
-passed through and of what one shard lent to another, and for every quantized matrix the sums of squares of the signal, of the error and of what it decodes to; later stages
-trust it instead of reading the weights again.
+`quantize_experts` writes one beside each converted shard. It names the sha256 of the source and of the output, of every tensor that
+passed through and of what one shard lent to another, and for every quantized matrix the sums of squares of the signal, of the error and
+of what it decodes to; later stages trust it instead of reading the weights again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 from stages.checkpoint.files import read_json
 from stages.dialects import Claim
@@ -19,10 +20,13 @@ from stages.settings import Settings
 DECISIVE = ("shard", "dtype", "shape", "decision", "scheme")  # of a plan's entry, beside the fields of its Claim
 
 
-def plan_hashes(plan: dict) -> dict[str, str]:
-    """Shard -> sha256 over everything in the plan that determines its bytes, scales in other shards among it; the rest is prose."""
-    entries: dict[str, dict[str, dict]] = {shard: {} for shard in plan["shards"]}
+def plan_hashes(plan: dict, shards: Iterable[str] | None = None) -> dict[str, str]:
+    """Shard -> sha256 over everything in the plan that determines its bytes, scales in other shards among it; the rest is prose. Of all shards,
+    or of these."""
+    entries: dict[str, dict[str, dict]] = {shard: {} for shard in shards or plan["shards"]}
     for name, entry in plan["tensors"].items():
+        if entry["shard"] not in entries:
+            continue
         needed = Claim.from_entry(entry).companions().values() if entry["scheme"] else ()
         entries[entry["shard"]].update({part: plan["tensors"][part] for part in (name, *needed)})
     common = {"format": RESULTS_FORMAT, "layout": plan["layout"], "exponent_rule": plan["exponent_rule"]}

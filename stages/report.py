@@ -59,8 +59,6 @@ def _own_version() -> str:
     return metadata.version("mxforge") + (f" (commit {commit})" if commit else "")
 
 
-
-
 def role_rows(plan: dict) -> list[dict]:
     """What happened to each role: decision, tensors, bytes before and after."""
     words = {"drop": "folded into the block scales", "pass through": "unchanged", "keep": "kept in its own FP8"}

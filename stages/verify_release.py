@@ -287,7 +287,7 @@ class Verification:
         try:
             for shard in sorted(self.shards, key=self._size, reverse=True):  # the largest first, so that none is left over at the end
                 local = Path(self.settings.source.path) / shard if self.settings.source.path else None
-                self.readings[shard] = pool.submit(read_shard, self.release / shard, self.planned_in[shard], self.schemes, local, stop)
+                self.readings[shard] = pool.submit(read_shard, self.release / shard, self.planned_in.get(shard, {}), self.schemes, local, stop)
             return self._checked()
         finally:  # at an interruption, too, which must not wait for the rest of the release
             stop.set()

@@ -557,6 +557,13 @@ def test_a_scale_that_one_shard_lent_and_another_used_must_be_the_same_bytes(tmp
         receipts.read_receipts(settings, made)
 
 
+def test_a_shard_of_which_nothing_goes_into_the_release_is_proven_too(tmp_path):
+    settings = convert(*scales_apart(tmp_path / "model"), "serving=none")
+    made = read_plan(settings)
+    assert made["shards"]["model-00002-of-00002.safetensors"]["tensors"] == 0
+    assert verify_release.run(settings)["passed"]
+
+
 def prepared(overrides):
     """Settings and plan of a source whose shards are there, ready to be converted."""
     settings = load(overrides)

@@ -48,6 +48,10 @@ def test_rest_is_what_no_other_role_or_pattern_names(tmp_path):
     _, _, made = planned(tmp_path, "source=step37_fp8", f"recipe.groups=[{', '.join(groups)}]")
     schemes = {name: entry["scheme"] for name, entry in made["tensors"].items() if "self_attn" in name and entry["matrix"]}
     assert schemes["model.layers.4.self_attn.o_proj.weight"] == "mxfp4" and schemes["model.layers.5.self_attn.o_proj.weight"] == "mxfp8"
+    for roles, words in ((["linear", "rest"], "name every weight .* nothing is left for 'rest'"), (["rest"], "given two schemes")):
+        groups = [f"{{scheme: mxfp8, roles: [{role}]}}" for role in roles] + ["{scheme: mxfp4, roles: [rest]}"] * (len(roles) == 1)
+        with pytest.raises(UserError, match=words):
+            planned(tmp_path / "_".join(roles), "source=step37_fp8", f"recipe.groups=[{', '.join(groups)}]")
 
 
 @pytest.mark.parametrize(("projection", "stored", "rows", "inputs", "ranks", "kind"), [

@@ -65,7 +65,7 @@ def _gathered(faults: Iterator[str]) -> list[str]:
             result.append(fault)
     except (UserError, OSError) as error:
         result.append(str(error))
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # a stranger's file of a form that nobody foresaw is a fault of the file, and must not hide the other checks
         result.append(f"could not be checked, something has a form that it cannot have ({type(error).__name__}: {str(error)[:120]})")
     return result

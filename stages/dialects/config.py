@@ -95,9 +95,12 @@ def shared_indexers(config: dict, layers: Iterable[int]) -> list[int]:
     kinds = text.get("indexer_types") or text.get("index_topk_pattern")
     if isinstance(kinds, list | str):
         return [layer for layer in layers if layer < len(kinds) and kinds[layer] in ("shared", "S")]
-    period, first = (whole_number(config, "index_topk_freq") or 1), text.get("index_skip_topk_offset", 2)
-    if type(first) is not int:
+    if text.get("index_topk_freq") in (None, 0, 1):
+        return []
+    period, first = whole_number(config, "index_topk_freq"), text.get("index_skip_topk_offset")
+    if type(first) not in (int, type(None)):
         raise UserError(f"config.json: index_skip_topk_offset is {_shown(first)}, expected a whole number; restore the original")
+    first = 2 if first is None else first
     return [layer for layer in layers if max(layer - first + 1, 0) % period]
 
 

@@ -29,23 +29,28 @@ def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
             if role not in (*ROLE_NAMES, LINEAR, REST):
                 raise UserError(f"recipe {recipe.name}: role {role!r} is unknown; choose from {', '.join((*QUANTIZABLE, LINEAR, REST))}")
         rules += [(group.scheme, "role", role) for role in group.roles] + [(group.scheme, "pattern", pattern) for pattern in group.patterns]
-    for scheme, kind, text in sorted(rules, key=lambda rule: rule[1:] == ("role", REST)):  # that one last
-        names = [name for name, entry in tensors.items() if not entry["belongs_to"] and _is_meant(kind, text, name, entry, chosen)]
+    taken: set[str] = set()  # by all rules but REST, which comes last
+    for scheme, kind, text in sorted(rules, key=lambda rule: rule[1:] == ("role", REST)):
+        names = [name for name, entry in tensors.items() if not entry["belongs_to"] and _is_meant(kind, text, name, entry, taken)]
+        if not names and (kind, text) == ("role", REST):
+            raise UserError(f"recipe {recipe.name}: its other roles and patterns name every weight of {settings.source.name} already, nothing is left "
+                            f"for {REST!r}")
         if not names:
             raise UserError(f"recipe {recipe.name}: {kind} {text!r} matches no weight of {settings.source.name}; its roles are "
                             f"{', '.join(sorted({entry['role'] for entry in tensors.values()}))}")
         for name in names:
             if chosen.setdefault(name, scheme) != scheme:
                 raise UserError(f"recipe {recipe.name}: {name} is given two schemes, {chosen[name]} and {scheme}")
+        taken |= set(names) if (kind, text) != ("role", REST) else set()
     return chosen
 
 
-def _is_meant(kind: str, text: str, name: str, entry: dict, chosen: dict[str, str]) -> bool:
-    """Whether a role or a pattern of a recipe means this tensor; `chosen` is what other rules took."""
+def _is_meant(kind: str, text: str, name: str, entry: dict, taken: set[str]) -> bool:
+    """Whether a role or a pattern of a recipe means this tensor; `taken` is what other rules took."""
     if kind == "pattern":
         return re.fullmatch(text, name) is not None
     roles = QUANTIZABLE if text in (LINEAR, REST) else (text,)
-    return entry["role"] in roles and bool(entry["matrix"] or name.endswith(".weight")) and not (text == REST and name in chosen)
+    return entry["role"] in roles and bool(entry["matrix"] or name.endswith(".weight")) and not (text == REST and name in taken)
 
 
 def _check_weight(name: str, entry: dict, recipe: str, layout: str) -> None:

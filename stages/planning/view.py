@@ -63,7 +63,8 @@ def print_plan(plan: dict) -> None:
                human_bytes(plan["source_tensor_bytes"]), human_bytes(plan["release_tensor_bytes"])))
     print(f"release: {plan['release_tensors']} tensors in {len(plan['shards'])} shards, "
           f"{human_bytes(plan['release_shard_file_bytes'])} of shard files; disk peak about "
-          f"{human_bytes(plan['disk_peak_bytes'])} with {plan['lane']} shards at a time, {plan['jobs']} jobs; config.json gives all {plan['runtime_modules']} vLLM modules their format")
+          f"{human_bytes(plan['disk_peak_bytes'])} with {plan['lane']} shards at a time, {plan['jobs']} jobs; "
+          f"config.json gives all {plan['runtime_modules']} vLLM modules their format")
     for note in plan["notes"]:
         print(f"note: {note}")
     print("\n".join(where_it_runs(plan)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -68,15 +69,15 @@ def _one_line(error: Exception) -> str:
     return "conf: " + (f"{key.group(1)}: " if key else "") + " ".join(keep[:2])
 
 
-def composed(overrides) -> Settings:
+def composed(overrides: Iterable[str]) -> Settings:
     """conf/ with overrides, not yet checked beyond keys and types."""
     overrides = ["++" + item.lstrip("+") if OPEN_DICTIONARY.match(item) else item for item in overrides]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="mxforge"):
-            composed = compose(config_name="config", overrides=overrides)
+            made = compose(config_name="config", overrides=overrides)
         # merged once more because Hydra's `+key=value` may add keys that the schema does not have
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.to_container(composed)))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.to_container(made)))
     except ValueError as error:
         if "Config group override" not in str(error):
             raise

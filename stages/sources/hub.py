@@ -245,8 +245,9 @@ def resolve(repository: str, revision: str | None) -> tuple[str, list[str]]:
 class HashedFile(io.FileIO):
     """A file that is written at its end only, whatever is sought, and the sha256 of all that is in it.
 
-    One process writes it at a time: UserError for a second. What is there is read once; what comes is hashed as far as the system took it, so that the hash is the file's behind a failed
-    write, too. A file that is cut, as the hub's client does when a server ignores ranges, is read again.
+    One process writes it at a time: UserError for a second. What is there is read once; what comes is hashed as far as the system took it, so
+    that the hash is the file's behind a failed write, too. A file that is cut, as the hub's client does when a server ignores ranges, is read
+    again.
     """
 
     def __init__(self, path: Path):
