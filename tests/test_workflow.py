@@ -242,10 +242,11 @@ def clone(tmp_path_factory):
 
 
 def test_dvc_rebuilds_the_pinned_releases_to_the_committed_hashes_and_then_does_nothing(clone):
-    committed = release_hashes(clone / "dvc.lock")
+    committed, lock = release_hashes(clone / "dvc.lock"), (clone / "dvc.lock").read_text()
     assert committed and "step37_tiny" in " ".join(committed)
     run(["dvc", "repro"], clone)
     assert release_hashes(clone / "dvc.lock") == committed
+    assert (clone / "dvc.lock").read_text() == lock, "code that dvc.yaml names has changed: run dvc repro and commit dvc.lock"
     again = run(["dvc", "repro"], clone)
     assert "Running stage" not in again and "up to date" in again
     assert "Nothing to be done" in run(["snakemake", "--cores", "2", "--config", "serving=none"], clone)
