@@ -260,6 +260,34 @@ def test_commands_are_said_to_have_run_only_as_they_ran(converted):
     assert rows(drafting | {"command": ["vllm", "serve", "."]})["vllm serve ."] == "not run", "without drafting"
 
 
+def test_fewer_stacked_experts_than_the_gemm_check_samples(tmp_path):
+    """It would read into the next tensor."""
+    source = tmp_path / "model"
+    source.mkdir()
+    tensors = {name: tensor[:4].clone() if ".moe." in name and tensor.dim() == 3 or name.endswith("router_bias") else
+               tensor[:4].clone() if name.endswith("moe.gate.weight") else tensor for name, tensor in tiny_tensors().items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(TINY / "tokenizer.json", source)
+    config = json.loads((TINY / "config.json").read_text())
+    config["text_config"]["moe_num_experts"] = 4
+    (source / "config.json").write_text(json.dumps(config))
+    settings = convert("source=local", f"source.path={source}", f"results={tmp_path / 'results'}", "recipe=mxfp4_experts_stacked", "serving=none")
+    rows = validate_gemm.run(settings)["rows"]
+    assert rows and all(row["arithmetic_db"] > 45 for row in rows)
+
+
+def test_a_config_without_a_vocabulary_is_one_line_to_the_serving_benchmark(converted, tmp_path):
+    settings = load([f"results={tmp_path}", f"source.path={TINY}", "serving=endpoint", "serving.url=http://127.0.0.1:9"])
+    release = settings.run_directory / "release"
+    release.mkdir(parents=True)
+    config = json.loads((converted.run_directory / "release" / "config.json").read_text())
+    for value, words in ((None, "has no vocab_size"), ("512", "vocab_size is '512', expected a whole number")):
+        config["text_config"]["vocab_size"] = value
+        (release / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=words):
+            serve_bench.run(settings)
+
+
 def test_a_model_too_large_for_this_machine_is_reported_as_not_measured(converted, tmp_path):
     settings = load([f"results={tmp_path}", f"source.path={TINY}", "evaluation.memory_gb=0.01", "serving=none"])
     shutil.copytree(converted.source_directory, settings.source_directory)
