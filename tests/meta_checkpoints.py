@@ -262,6 +262,76 @@ biased 2048x4608 model.visual.merger.linear_fc2""" + (
     + experts("mtp.layers.0.mlp.experts.[0-255]", 2048, 512, "bf16")
 )
 
+# Linear attention has q, k, v and z in one tensor, b and a in another. A draft layer lies under mtp; config.json does not count it.
+QWEN3_NEXT_FULL = f"model.layers.[{','.join(str(layer) for layer in range(3, 48, 4))}]"
+QWEN3_NEXT_LINEAR = f"model.layers.[{','.join(str(layer) for layer in range(48) if layer % 4 != 3)}].linear_attn"
+
+
+def qwen3_next_shared(layer: str, full: str) -> str:
+    """Rows that a layer of Qwen3-Next and its MTP layer have in common; `full` names layers of full attention."""
+    return f"""
+BF16 512x2048 {layer}.mlp.gate.weight
+BF16 1x2048 {layer}.mlp.shared_expert_gate.weight
+BF16 256 {full}.self_attn.[q_norm,k_norm].weight""" + (
+        experts(f"{layer}.mlp.shared_expert", 2048, 512, "bf16")
+        + experts(f"{layer}.mlp.experts.[0-511]", 2048, 512, "bf16")
+        + attention(f"{full}.self_attn", 2048, 4096, 512, "bf16", gated=True)
+    )
+
+
+QWEN3_NEXT_ROWS = f"""
+BF16 12288x2048 {QWEN3_NEXT_LINEAR}.in_proj_qkvz.weight
+BF16 64x2048 {QWEN3_NEXT_LINEAR}.in_proj_ba.weight
+BF16 2048x4096 {QWEN3_NEXT_LINEAR}.out_proj.weight
+BF16 8192x1x4 {QWEN3_NEXT_LINEAR}.conv1d.weight
+BF16 32 {QWEN3_NEXT_LINEAR}.[dt_bias,A_log]
+BF16 128 {QWEN3_NEXT_LINEAR}.norm.weight
+BF16 2048 mtp.[norm,pre_fc_norm_embedding,pre_fc_norm_hidden].weight
+BF16 2048 mtp.layers.0.[input_layernorm,post_attention_layernorm].weight
+BF16 2048x4096 mtp.fc.weight""" + (  # unconfirmed: BF16 for A_log and the norm in it
+    body("model", 2048, 151936, "0-47")
+    + qwen3_next_shared("model.layers.[0-47]", QWEN3_NEXT_FULL)
+    + qwen3_next_shared("mtp.layers.0", "mtp.layers.0")
+)
+
+LING_MINI_ROWS = """
+BF16 157184x2048 [model.word_embeddings,lm_head].weight
+BF16 2048 model.norm.weight
+BF16 2048 model.layers.[0-19].[input_layernorm,post_attention_layernorm].weight
+BF16 3072x2048 model.layers.[0-19].attention.query_key_value.weight
+BF16 2048x2048 model.layers.[0-19].attention.dense.weight
+BF16 128 model.layers.[0-19].attention.[query_layernorm,key_layernorm].weight
+BF16 256x2048 model.layers.[1-19].mlp.gate.weight
+F32 256 model.layers.[1-19].mlp.gate.expert_bias""" + (  # unconfirmed: F32
+    experts("model.layers.[0-0].mlp", 2048, 5120, "bf16")
+    + experts("model.layers.[1-19].mlp.experts.[0-255]", 2048, 512, "bf16")
+    + experts("model.layers.[1-19].mlp.shared_experts", 2048, 512, "bf16")
+)
+
+GLM45V_LAYERS = "model.language_model.layers"
+GLM45V_ROWS = f"""
+BF16 12288 {GLM45V_LAYERS}.[0-45].self_attn.q_proj.bias
+BF16 1024 {GLM45V_LAYERS}.[0-45].self_attn.[k_proj,v_proj].bias
+BF16 128x4096 {GLM45V_LAYERS}.[1-45].mlp.gate.weight
+F32 128 {GLM45V_LAYERS}.[1-45].mlp.gate.e_score_correction_bias
+biased 1536x3x2x14x14 model.visual.patch_embed.proj
+BF16 576x1536 model.visual.embeddings.position_embedding.weight
+BF16 1536 model.visual.[post_conv_layernorm,post_layernorm].weight
+BF16 1536 model.visual.blocks.[0-23].[norm1,norm2].weight
+BF16 4608x1536 model.visual.blocks.[0-23].attn.qkv.weight
+BF16 1536x1536 model.visual.blocks.[0-23].attn.proj.weight
+biased 4096x1536x2x2 model.visual.downsample
+biased 4096 model.visual.merger.post_projection_norm
+BF16 4096x4096 model.visual.merger.proj.weight""" + (
+    body("model.language_model", 4096, 151552, "0-45")
+    + attention(f"{GLM45V_LAYERS}.[0-45].self_attn", 4096, 12288, 1024, "bf16")
+    + experts(f"{GLM45V_LAYERS}.[0-0].mlp", 4096, 10944, "bf16")
+    + experts(f"{GLM45V_LAYERS}.[1-45].mlp.experts.[0-127]", 4096, 1408, "bf16")
+    + experts(f"{GLM45V_LAYERS}.[1-45].mlp.shared_experts", 4096, 1408, "bf16")
+    + experts("model.visual.blocks.[0-23].mlp", 1536, 4096, "bf16")
+    + experts("model.visual.merger", 4096, 10944, "bf16")
+)
+
 # The config announces three MTP modules, but their tensors are not published.
 MINIMAX_M2_ROWS = """
 BF16 6144 model.layers.[0-61].self_attn.q_norm.weight
@@ -372,6 +442,34 @@ QWEN35 = fields(
     vision_config=QWEN35_VISION,
 )
 
+QWEN3_NEXT = fields(
+    """model_type=qwen3_next num_hidden_layers=48 full_attention_interval=4 hidden_size=2048 intermediate_size=5120
+    moe_intermediate_size=512 shared_expert_intermediate_size=512 num_experts=512 num_experts_per_tok=10 decoder_sparse_step=1
+    mlp_only_layers=[] num_attention_heads=16 num_key_value_heads=2 head_dim=256 linear_conv_kernel_dim=4 linear_key_head_dim=128
+    linear_num_key_heads=16 linear_num_value_heads=32 linear_value_head_dim=128 vocab_size=151936 tie_word_embeddings=false""",
+    architectures=["Qwen3NextForCausalLM"],
+)
+LING_MINI = fields(
+    """model_type=bailing_moe num_hidden_layers=20 num_nextn_predict_layers=0 hidden_size=2048 intermediate_size=5120
+    moe_intermediate_size=512 moe_shared_expert_intermediate_size=512 num_experts=256 num_shared_experts=1 num_experts_per_tok=8
+    first_k_dense_replace=1 n_group=8 topk_group=4 num_attention_heads=16 num_key_value_heads=4 head_dim=128 use_qk_norm=true
+    score_function=sigmoid moe_router_enable_expert_bias=true vocab_size=157184 tie_word_embeddings=false""",
+    architectures=["BailingMoeV2ForCausalLM"],
+)
+GLM45V = fields(
+    "model_type=glm4v_moe tie_word_embeddings=false",
+    architectures=["Glm4vMoeForConditionalGeneration"],
+    text_config=fields(
+        """model_type=glm4v_moe_text num_hidden_layers=46 hidden_size=4096 intermediate_size=10944 moe_intermediate_size=1408
+        n_routed_experts=128 n_shared_experts=1 num_experts_per_tok=8 first_k_dense_replace=1 num_attention_heads=96
+        num_key_value_heads=8 head_dim=128 attention_bias=true use_qk_norm=false vocab_size=151552"""
+    ),
+    vision_config=fields(
+        """depth=24 hidden_size=1536 num_heads=12 in_channels=3 image_size=336 patch_size=14 intermediate_size=10944
+        out_hidden_size=4096 spatial_merge_size=2 temporal_patch_size=2"""  # unconfirmed: intermediate_size
+    ),
+)
+
 MINIMAX_M2 = fields(
     """model_type=minimax_m2 num_hidden_layers=62 use_mtp=true num_mtp_modules=3 mtp_transformer_layers=1 hidden_size=3072
     intermediate_size=1536 shared_intermediate_size=0 num_local_experts=256 num_experts_per_tok=8 num_attention_heads=48
@@ -439,6 +537,9 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": family("deepseek-ai/DeepSeek-V3", DEEPSEEK_V3, DEEPSEEK_V3_ROWS),
     "qwen3_moe_fp8": family("Qwen/Qwen3-30B-A3B-FP8", QWEN3_MOE, qwen3_moe(48, 2048, 4096, 768)),
     "qwen35_moe_bf16": family("Qwen/Qwen3.5-35B-A3B", QWEN35, QWEN35_ROWS),
+    "qwen3_next": family("Qwen/Qwen3-Next-80B-A3B-Instruct", QWEN3_NEXT, QWEN3_NEXT_ROWS),
+    "ling_mini": family("inclusionAI/Ling-mini-2.0", LING_MINI, LING_MINI_ROWS),
+    "glm45v": family("zai-org/GLM-4.5V", GLM45V, GLM45V_ROWS),
     "glm46_fp8": family("zai-org/GLM-4.6-FP8", GLM46, GLM46_ROWS),
     "minimax_m2": family("MiniMaxAI/MiniMax-M2", MINIMAX_M2, MINIMAX_M2_ROWS),
     "minimax_m3": family("MiniMaxAI/MiniMax-M3-MXFP8", MINIMAX_M3, minimax_m3("mxfp8")),

@@ -26,37 +26,67 @@ SHARED = {**SPARSE, "n_routed_experts": 8, "n_shared_experts": 1, "intermediate_
           "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 1}
 LATENT = SHARED | {"num_attention_heads": 2, "num_key_value_heads": 2, "topk_group": 1, "q_lora_rank": 128, "kv_lora_rank": 512,
                    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+LINEAR = {"num_hidden_layers": 4, "full_attention_interval": 4, "shared_expert_intermediate_size": 128, "linear_num_key_heads": 2,
+          "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64}  # linear attention in all layers but the last
 IMAGES = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
 FAMILIES = {  # family -> (class of transformers, configuration)
     "qwen3": ("Qwen3", HEADS | {"intermediate_size": 512}),
     "qwen3_moe": ("Qwen3Moe", HEADS | SPARSE | {"num_experts": 8, "intermediate_size": 512, "norm_topk_prob": True}),
+    "qwen3_next": ("Qwen3Next", HEADS | SPARSE | LINEAR | {"num_experts": 8, "intermediate_size": 512, "norm_topk_prob": True}),
     "mixtral": ("Mixtral", HEADS | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128, "sliding_window": None}),
     "glm4_moe": ("Glm4Moe", HEADS | SHARED | {"n_group": 1, "topk_group": 1}),
     "minimax_m2": ("MiniMaxM2", HEADS | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128, "rotary_dim": 32,
                                          "scoring_func": "sigmoid", "use_routing_bias": True}),
     "ernie4_5_moe": ("Ernie4_5_Moe", HEADS | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 128,
                                               "intermediate_size": 512, "moe_layer_start_index": 1, "moe_layer_end_index": 2, "use_bias": False}),
+    "bailing_moe_v2": ("Glm4Moe", HEADS | SHARED | {"n_group": 2, "topk_group": 1, "use_qk_norm": True, "num_nextn_predict_layers": 0}),
+    "bailing_moe": ("Glm4Moe", HEADS | SHARED | {"n_shared_experts": 2, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}),
     # engines take latent attention in its published sizes only
     "deepseek_v3": ("DeepseekV3", LATENT | {"n_group": 2}),
     "moonlight": ("DeepseekV3", LATENT | {"n_group": 1, "q_lora_rank": None}),
     "kimi_k25": ("Kimi_K25", IMAGES | {
         "text_config": COMMON | LATENT | {"model_type": "deepseek_v3", "n_group": 1, "num_nextn_predict_layers": 0}, "projection_hidden_size": 64,
         "vision_config": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}}),
+    "glm4v_moe": ("Glm4vMoe", {
+        "image_token_id": 500, "video_token_id": 501, "image_start_token_id": 502, "image_end_token_id": 503, "video_start_token_id": 504,
+        "video_end_token_id": 505, "text_config": COMMON | HEADS | SHARED | {
+            "num_nextn_predict_layers": 0, "n_group": 1, "topk_group": 1, "use_qk_norm": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [4, 6, 6]}},
+        "vision_config": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 256}}),
     "qwen3_5_moe": ("Qwen3_5Moe", IMAGES | {
-        "text_config": COMMON | HEADS | SPARSE | {
-            "num_hidden_layers": 4, "full_attention_interval": 4, "num_experts": 8, "shared_expert_intermediate_size": 128,
-            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+        "text_config": COMMON | HEADS | SPARSE | LINEAR | {"num_experts": 8},
         "vision_config": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 256,
                           "num_position_embeddings": 64}}),
 }
-# how a family is published where transformers writes other names: pattern -> replacement
+# how a family is published where transformers writes other names (or has only a class that is like it): pattern -> replacement
+LING = ((r"embed_tokens", "word_embeddings"), (r"\.self_attn\.", ".attention."), (r"\.o_proj\.", ".dense."), (r"\.q_norm\.", ".query_layernorm."),
+        (r"\.k_norm\.", ".key_layernorm."), (r"e_score_correction_bias", "expert_bias"))
 PUBLISHED = {"kimi_k25": ((r"^language_model\.model\.blocks\.", "language_model.model.layers."), (r"^model\.mm_projector\.", "mm_projector."),
-                          (r"^vision_tower\.encoder\.patch_embed", "vision_tower.patch_embed"))}
+                          (r"^vision_tower\.encoder\.patch_embed", "vision_tower.patch_embed")),
+             "bailing_moe": LING, "bailing_moe_v2": LING}
 CONFIG = {"kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"]}}
+LING_CONFIG = COMMON | HEADS | SPARSE | {
+    "model_type": "bailing_moe", "num_experts": 8, "norm_topk_prob": True, "use_bias": False, "use_qkv_bias": False, "hidden_act": "silu",
+    "rms_norm_eps": 1e-6, "embedding_dropout": 0.0, "output_dropout": 0.0, "rope_theta": 10000.0}
+REMOTE = {  # config.json of families that transformers has no class of; auto_map names one that comes along
+    "bailing_moe": LING_CONFIG | {
+        "architectures": ["BailingMoeForCausalLM"], "auto_map": {"AutoConfig": "configuration_bailing_moe.BailingMoeConfig"},
+        "intermediate_size": 128, "num_shared_experts": 2, "first_k_dense_replace": 0, "norm_head": False},
+    "bailing_moe_v2": LING_CONFIG | {
+        "architectures": ["BailingMoeV2ForCausalLM"], "auto_map": {"AutoConfig": "configuration_bailing_moe_v2.BailingMoeV2Config"},
+        "intermediate_size": 512, "num_shared_experts": 1, "moe_shared_expert_intermediate_size": 128, "first_k_dense_replace": 1, "n_group": 2,
+        "topk_group": 1, "routed_scaling_factor": 1.5, "score_function": "sigmoid", "router_dtype": "fp32", "moe_router_enable_expert_bias": True,
+        "use_qk_norm": True, "use_rmsnorm": True, "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 0}}
+REMOTE_CLASS = """from transformers import PreTrainedConfig
+
+
+class {name}(PreTrainedConfig):
+    model_type = "{model_type}"
+"""
 IMAGE_PROCESSOR = {"kimi_k25": {"media_proc_cfg": {
     "patch_size": 14, "merge_kernel_size": 2, "temporal_merge_kernel_size": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "in_patch_limit": 64,
     "in_patch_limit_each_frame": 64, "in_patch_limit_video": 256, "patch_limit_on_one_side": 16, "fixed_output_tokens": None}}}
-UNQUANTIZED = re.compile(r"embed|head|eh_proj|\.gate\.|shared_expert_gate|in_proj_[ab]\.|visual|vision|mm_projector|mtp\.fc|norm")
+UNQUANTIZED = re.compile(r"embed|head|eh_proj|\.gate\.|shared_expert_gate|in_proj_(?:a|b|ba)\.|visual|vision|mm_projector|mtp\.fc|norm")
 
 
 def block_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,9 +118,18 @@ def stack_experts(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{prefix}down_proj"] = torch.stack(taken["down"])
 
 
-def add_qwen35_drafts(tensors: dict[str, torch.Tensor]) -> None:
-    """A draft layer as Qwen3.5 publishes it: the layer of full attention again, and what joins it to the model."""
-    hidden, layer = COMMON["hidden_size"], "model.language_model.layers.3."
+def as_ling(tensors: dict[str, torch.Tensor], config: dict) -> None:
+    """q, k and v of a layer in one tensor, as Ling is published; a bias of the router only where config.json has one."""
+    if not config.get("moe_router_enable_expert_bias"):
+        for key in [key for key in tensors if key.endswith("expert_bias")]:
+            del tensors[key]
+    for prefix in sorted({match[1] for key in tensors if (match := re.match(r"(.*\.attention\.)q_proj\.", key))}):
+        tensors[f"{prefix}query_key_value.weight"] = torch.cat([tensors.pop(f"{prefix}{name}_proj.weight") for name in "qkv"])
+
+
+def add_qwen_drafts(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    """A draft layer as Qwen3-Next and Qwen3.5 publish it: the layer of full attention again, and what joins it to the model."""
+    hidden = COMMON["hidden_size"]
     tensors |= {key.replace(layer, "mtp.layers.0."): tensor.clone() for key, tensor in tensors.items() if key.startswith(layer)}
     tensors |= {f"mtp.{name}.weight": torch.zeros(hidden, dtype=torch.bfloat16) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
     tensors["mtp.fc.weight"] = torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], dim=1).bfloat16()
@@ -103,7 +142,7 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
     name, fields = FAMILIES[family]
     nested = "text_config" in fields
     torch.manual_seed(0)
-    configuration = getattr(transformers, f"{name}Config")(**({"tie_word_embeddings": False} if nested else COMMON), **fields)
+    configuration = getattr(transformers, f"{name}Config")(**({"tie_word_embeddings": False} if nested else COMMON) | fields)
     model = getattr(transformers, f"{name}For{'ConditionalGeneration' if nested else 'CausalLM'}")(configuration).to(torch.bfloat16)
     with torch.no_grad():
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -117,12 +156,16 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
     tensors = load_file(directory / "model.safetensors")
     for pattern, replacement in PUBLISHED.get(family, ()):
         tensors = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
-    config = json.loads((directory / "config.json").read_text()) | CONFIG.get(family, {})
+    config = dict(REMOTE[family]) if family in REMOTE else json.loads((directory / "config.json").read_text()) | CONFIG.get(family, {})
     if fields.get("num_nextn_predict_layers"):
         add_draft_layer(tensors)
     if family == "qwen3_5_moe":
-        add_qwen35_drafts(tensors)
+        add_qwen_drafts(tensors, "model.language_model.layers.3.")
         config["text_config"] |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    if config["model_type"] == "bailing_moe":
+        as_ling(tensors, config)
+    if family == "qwen3_next":
+        add_qwen_drafts(tensors, "model.layers.3.")
     if fp8:
         for key, tensor in list(tensors.items()):
             if tensor.ndim == 2 and not UNQUANTIZED.search(key):
@@ -131,6 +174,9 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
     elif family == "qwen3_5_moe":
         stack_experts(tensors)
     (directory / "config.json").write_text(json.dumps(config))
+    if family in REMOTE:
+        module, name = config["auto_map"]["AutoConfig"].split(".")
+        (directory / f"{module}.py").write_text(REMOTE_CLASS.format(name=name, model_type=config["model_type"]))
     if family in IMAGE_PROCESSOR:
         (directory / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR[family]))
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})

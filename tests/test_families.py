@@ -84,6 +84,7 @@ def test_the_tensors_of_a_family_have_the_published_bytes(name):
     ("qwen35_moe_bf16", {"mxfp4-pack-quantized"}), ("glm46_fp8", {"mxfp4-pack-quantized", "float-quantized"}),
     ("minimax_m2", {"mxfp4-pack-quantized", "float-quantized"}), ("minimax_m3", {"mxfp4-pack-quantized", "mxfp8-quantized"}),
     ("kimi_k2", {"mxfp4-pack-quantized", "float-quantized"}), ("kimi_k2_thinking", {"mxfp4-pack-quantized"}),
+    ("qwen3_next", {"mxfp4-pack-quantized"}), ("ling_mini", {"mxfp4-pack-quantized"}), ("glm45v", {"mxfp4-pack-quantized"}),
 ])
 def test_a_family_is_planned_with_its_experts_in_mxfp4_and_the_rest_as_it_was(tmp_path, name, formats):
     family = few_experts(FAMILIES[name])
@@ -148,6 +149,15 @@ def test_a_family_that_cannot_become_a_release_that_loads_is_refused(tmp_path, n
     with pytest.raises(UserError) as caught:
         planned(tmp_path, FAMILIES[name], recipe)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_draft_layers_that_vllm_would_stop_at_are_refused(tmp_path):
+    family = few_experts(FAMILIES["ling_mini"])
+    tensors = family.tensors()
+    tensors |= {name.replace(".layers.19.", ".layers.20."): entry for name, entry in tensors.items() if ".layers.19." in name}
+    drafting = dataclasses.replace(family, tensors=lambda: tensors, config={**family.config, "num_nextn_predict_layers": 1})
+    with pytest.raises(UserError, match=r"model\.layers\.20\..* belongs to a draft layer.*take the layers .* num_nextn_predict_layers"):
+        planned(tmp_path, drafting)
 
 
 def test_an_architecture_whose_names_nobody_knows_is_refused(tmp_path):

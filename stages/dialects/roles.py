@@ -36,14 +36,15 @@ ROLES = (
     Role("routed_experts", _LAYER + _BLOCK + r"experts\.(?:\d+\.)?" + _MLP),
     Role("routed_experts", _LAYER + r"moe\." + _MLP),  # Step-3.7 stacks them without `experts`
     Role("shared_experts", _LAYER + rf"(?:{_BLOCK})?share(?:d)?_experts?\." + _MLP),
-    Role("router", _LAYER + _BLOCK + r"(?:gate|router|shared_expert_gate)\.(?:weight|bias|e_score_correction_bias|tid2eid)"),
+    Role("router", _LAYER + _BLOCK + r"(?:gate|router|shared_expert_gate)\.(?:weight|bias|expert_bias|e_score_correction_bias|tid2eid)"),
     Role("router", _LAYER + _BLOCK + r"(?:router_bias|e_score_correction_bias)"),
     Role("dense_mlp", _LAYER + r"mlp\." + _MLP),
-    Role("attention", _LAYER + r"(?:self_attn|attn)\.(?P<projection>[a-z_]+_proj(?:_with_mqa)?|w[qkvo]\w*)" + _STORED),
+    Role("attention", _LAYER + r"(?:self_attn|attn|attention)\.(?P<projection>[a-z_]+_proj(?:_with_mqa)?|w[qkvo]\w*|query_key_value|dense)"
+         + _STORED),
     Role("linear_attention", _LAYER + r"linear_attn\.(?P<projection>in_proj_\w+?|out_proj)" + _STORED),
     Role("norms", _LAYER + r"(?:[a-z_]+\.)?[a-z_]*norm\.(?:weight|bias)"),
     Role("norms", _TEXT + r"norm\.weight"),
-    Role("embeddings", _TEXT + r"embed(?:_tokens)?\.weight"),
+    Role("embeddings", _TEXT + r"(?:embed(?:_tokens)?|word_embeddings)\.weight"),
     Role("lm_head", r"(?:language_model\.)?(?:model\.)?(?:lm_)?head\.weight"),
     Role("vision", r"(?:model\.)?(?:vision_model|vision_tower|visual|encoder)\..*"),
     Role("projector", r"(?:model\.)?(?:vit_large_projector|multi_modal_projector|mm_projector|patch_merge_mlp)\..*"),

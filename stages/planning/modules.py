@@ -55,6 +55,10 @@ def _expert_names(tensors: dict, layout: str) -> set[str]:
 def proven_config(plan: dict) -> tuple[dict, int]:
     """(quantization_config of the release, number of vLLM's modules); UserError where vLLM could not load the planned tensors by it."""
     row = known_architecture(plan["architecture"])
+    draft = next((name for name, entry in plan["tensors"].items() if entry["role"] == "mtp"), None)
+    if draft and row.draftless:
+        raise UserError(f"{draft} belongs to a draft layer; vLLM has none for {plan['architecture']} and stops at this tensor: take the layers past "
+                        "num_hidden_layers out of the checkpoint and set num_nextn_predict_layers to 0")
     experts = _expert_names(plan["tensors"], plan["layout"])
     if missing := experts - set(row.experts):
         raise UserError(f"{plan['architecture']}: vLLM loads its experts as {', '.join(row.experts)}, the release would have "

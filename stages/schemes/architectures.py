@@ -24,9 +24,10 @@ DRAFT_LAYER = re.compile(rf"{TEXT_ROOT}\.layers\.(\d+)\.(.*)")
 # leaf of a runtime name -> the class that vLLM builds, which class-name targets are compared with
 CLASSES = (
     (r".*(embed_tokens|word_embeddings|\.embeddings)$", EMBEDDING), (r".*(lm_head|shared_head\.head|\.head)$", "ParallelLMHead"),
-    (r".*(qkv_proj|qkv)$", "QKVParallelLinear"), (r".*(gate_up_proj|in_proj_qkvz|in_proj_ba)$", "MergedColumnParallelLinear"),
+    (r".*(qkv_proj|qkv|query_key_value)$", "QKVParallelLinear"), (r".*(gate_up_proj|in_proj_qkvz|in_proj_ba)$", "MergedColumnParallelLinear"),
     (r".*fused_qkv_a_proj$", "DeepSeekV2FusedQkvAProjLinear"), (r".*(kv_a_proj_with_mqa|shared_expert_gate)$", "ReplicatedLinear"),
-    (r".*\.gate$", "GateLinear"), (r".*(o_proj|out_proj|down_proj|fc2)$", "RowParallelLinear"), (r".*", "ColumnParallelLinear"),
+    (r".*\.gate$", "GateLinear"), (r".*(o_proj|out_proj|down_proj|fc2|attention\.dense)$", "RowParallelLinear"),
+    (r".*", "ColumnParallelLinear"),
 )
 
 
@@ -52,6 +53,7 @@ class Architecture:
     never: str = r"(?!)"  # modules that no quantization config reaches
     expanded: str = r"(?!)"  # of these, those that the loader decodes from FP8 itself
     draft: tuple[tuple[str, str], ...] = ()  # renames of what follows `layers.N.` in layers past num_hidden_layers
+    draftless: bool = False  # vLLM stops at draft layers that a checkpoint has
     probes: tuple[str, ...] = SWIGLU  # projections of expert 0 whose targets decide for all experts
     experts: tuple[str, ...] = SWIGLU  # projections under which the checkpoint must store experts to be loaded
     plugin: bool = False  # a release bundles the plugin that vLLM needs for its draft layers
@@ -65,6 +67,7 @@ _NEVER = r".*\.(mlp|moe|block_sparse_moe)\.(gate|router|shared_expert_gate)$|.*\
 _DEEPSEEK = {**GATE_UP, "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
 _QWEN_LINEAR = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
 _MINIMAX = {"qkv_proj": ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"), **GATE_UP}
+_LING = {"merged": GATE_UP, "visible": ("gate_up_proj",), "never": _NEVER, "draftless": True}  # q, k and v are stored merged, as query_key_value
 
 
 def _run(*forms: str, transformers: tuple[str, ...] = ()) -> tuple[Tried, ...]:
@@ -106,8 +109,16 @@ ARCHITECTURES = (
         never=_NEVER + r"|visual\.(pos_embed|patch_embed).*",
         tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain, drafts fp8 128x128", "experts mxfp4, rest mxfp8",
                    "experts mxfp4, rest mxfp4")),
+    # its in_proj_qkvz and in_proj_ba are stored merged, rows interleaved by head; embedding and head never see the config
+    Architecture(("Qwen3NextForCausalLM",), never=_NEVER + r"|lm_head$|model\.embed_tokens$",
+                 tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain, drafts fp8 128x128", "experts mxfp4, rest mxfp8")),
     Architecture(("Glm4MoeForCausalLM",), never=_NEVER, draft=((r"^shared_head\.head$", "head"),),
                  tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8, drafts fp8 128x128", transformers=("experts mxfp4",))),
+    Architecture(
+        ("Glm4vMoeForConditionalGeneration",), never=_NEVER + r"|visual\.(patch_embed|embeddings|downsample).*",
+        renames=((r"^model\.visual\.", "visual."), (r"^(visual\..*\.attn\.qkv)$", r"\1_proj"), (r"^lm_head", "language_model.lm_head"),
+                 (r"^model\.language_model\.", "language_model.model.")),
+        tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128", "experts mxfp4, rest mxfp8")),
     Architecture(("MiniMaxM2ForCausalLM",), renames=((r"\.block_sparse_moe\.experts\.", ".mlp.experts."),), visible=("qkv_proj",),
                  never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,
                  tried=_run("experts mxfp4, rest fp8 128x128", transformers=("experts mxfp4",))),
@@ -118,6 +129,8 @@ ARCHITECTURES = (
         never=_NEVER.replace(r".*\.eh_proj$|", ""),
         cautions=("its experts limit their activations; whether vLLM passes the limits on to MXFP4 experts is open (vllm#51028)",)),
     Architecture(("Ernie4_5_MoeForCausalLM",), never=_NEVER, tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8")),
+    Architecture(("BailingMoeV2ForCausalLM",), **_LING, tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128", "experts mxfp4, rest mxfp8")),
+    Architecture(("BailingMoeForCausalLM",), **_LING, tried=_run("experts mxfp4")),
     Architecture(("MixtralForCausalLM",), visible=("qkv_proj",), never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,
                  tried=_run("experts mxfp4", transformers=("experts mxfp4",))),
     Architecture(("Qwen3ForCausalLM",), tried=_run("rest mxfp4")),

@@ -14,7 +14,7 @@ from stages.schemes.kept import BLOCK
 SIZES = (1, 2, 4, 8, 16)
 WHOLE = ("q_a", "kv_a_proj_with_mqa")  # every rank has all of them
 FIRST = ("q", "k", "gate", "w1", "q_a", "in_proj_qkv", "in_proj_b")  # lie before others in a merged module: whole blocks even unsplit
-BY_INPUTS = ("down", "w2", "o", "out")  # row-parallel: each rank has a part of the inputs; all others split their outputs
+BY_INPUTS = ("down", "w2", "o", "out", "dense")  # row-parallel: each rank has a part of the inputs; all others split their outputs
 
 
 def _fault(name: str, entry: dict, size: int, heads: int | None) -> tuple[str, str] | None:
@@ -23,7 +23,7 @@ def _fault(name: str, entry: dict, size: int, heads: int | None) -> tuple[str, s
     by_inputs = projection_of(name) in BY_INPUTS
     if projection_of(name) in WHOLE:
         size = 1
-    if projection_of(name) in ("k", "v") and heads:
+    if projection_of(name) in ("k", "v", "query_key_value") and heads:
         size = min(size, heads)  # ranks beyond them hold copies
     split = inputs if by_inputs else rows
     side = "inputs" if by_inputs else "outputs"

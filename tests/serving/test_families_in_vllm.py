@@ -20,13 +20,18 @@ from tests.conftest import PROJECT, TINY, convert
 from tests.small_models import expanded, save
 
 CASES = [("qwen3", False, "mxfp4_all_linear"), ("qwen3_moe", True, "mxfp4_experts"), ("qwen3_moe", False, "mxfp8_experts"),
-         ("qwen3_moe", False, "mxfp4_all_linear"), ("mixtral", False, "mxfp4_experts"), ("glm4_moe", False, "mxfp4_experts"),
+         ("qwen3_moe", False, "mxfp4_all_linear"), ("qwen3_next", False, "mxfp4_experts"), ("qwen3_next", True, "mxfp4_experts"),
+         ("qwen3_next", False, "mxfp4_experts_mxfp8_rest"), ("mixtral", False, "mxfp4_experts"), ("glm4_moe", False, "mxfp4_experts"),
          ("glm4_moe", True, "mxfp4_experts_mxfp8_rest"), ("minimax_m2", True, "mxfp4_experts"), ("ernie4_5_moe", False, "mxfp4_experts"),
-         ("ernie4_5_moe", False, "mxfp4_experts_mxfp8_rest"), ("deepseek_v3", True, "mxfp4_experts"),
-         ("moonlight", True, "mxfp4_experts"), ("moonlight", False, "mxfp4_all_linear"),
-         ("kimi_k25", False, "mxfp4_experts"), ("qwen3_5_moe", False, "mxfp4_experts"), ("qwen3_5_moe", True, "mxfp4_experts"),
-         ("qwen3_5_moe", False, "mxfp4_experts_mxfp8_rest"), ("qwen3_5_moe", False, "mxfp4_all_linear")]
-WITHOUT_IMAGES = {"qwen3_5_moe"}  # these have no image processor here
+         ("ernie4_5_moe", False, "mxfp4_experts_mxfp8_rest"), ("bailing_moe_v2", False, "mxfp4_experts"),
+         ("bailing_moe_v2", True, "mxfp4_experts"), ("bailing_moe_v2", False, "mxfp4_experts_mxfp8_rest"),
+         ("bailing_moe", False, "mxfp4_experts"), ("glm4v_moe", False, "mxfp4_experts"), ("glm4v_moe", True, "mxfp4_experts"),
+         ("glm4v_moe", False, "mxfp4_experts_mxfp8_rest"), ("deepseek_v3", True, "mxfp4_experts"), ("moonlight", True, "mxfp4_experts"),
+         ("moonlight", False, "mxfp4_all_linear"), ("kimi_k25", False, "mxfp4_experts"), ("qwen3_5_moe", False, "mxfp4_experts"),
+         ("qwen3_5_moe", True, "mxfp4_experts"), ("qwen3_5_moe", False, "mxfp4_experts_mxfp8_rest"),
+         ("qwen3_5_moe", False, "mxfp4_all_linear")]
+FLAGS = {**dict.fromkeys(("qwen3_5_moe", "glm4v_moe"), ["--language-model-only"]),  # these have no image processor here
+         **dict.fromkeys(("bailing_moe", "bailing_moe_v2"), ["--trust-remote-code"])}  # transformers has no class for their config.json
 OF_THE_TINY_MODEL = ["mxfp4_experts", "mxfp4_experts_stacked", "mxfp4_experts_mxfp8_rest"]
 needs_vllm = pytest.mark.skipif(not is_current(PROJECT / ".venv-serve"), reason="needs the serving environment: make serve-env")
 TOKENS = torch.randint(16, 512, (257,), generator=torch.Generator().manual_seed(3))
@@ -64,7 +69,7 @@ def test_every_form_that_is_said_to_load_in_vllm_has_a_case_here(tmp_path):
 def test_a_family_says_the_same_in_both_forms(family, fp8, recipe, tmp_path):
     settings = converted(family, fp8, recipe, tmp_path)
     release = settings.run_directory / "release"
-    flags = ["--language-model-only"] if family in WITHOUT_IMAGES else []
+    flags = FLAGS.get(family, [])
     found = log_probabilities(settings, release, *flags)
     assert torch.equal(found, log_probabilities(settings, expanded(release, tmp_path / "bf16"), *flags))
     assert found.std() > 0.5  # it says something
