@@ -139,7 +139,7 @@ def _assemble(settings: Settings) -> dict:
         _link_shards(settings, receipts, building)
         files = _copy_auxiliary(settings, building) | _copy_plugin(plan, building) | _write_draft_scales(plan, building)
         write_json(building / "config.json", release_config(read_config(settings), plan["quantization_config"]))
-        write_text(building / INDEX, index_json(weight_map(plan), plan["release_tensor_bytes"]))
+        write_text(building / INDEX, index_json(weight_map(plan, release_outputs(plan)), plan["release_tensor_bytes"]))
         files |= {name: _entry(building / name) for name in ("config.json", INDEX)}
         manifest = manifest_of(settings, plan, receipts, files)
         write_json(building / "manifest.json", manifest)

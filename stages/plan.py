@@ -16,7 +16,7 @@ from stages.dialects.roles import draft_layers
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.decisions import decide
 from stages.planning.modules import known_architecture, proven_config
-from stages.planning.outputs import release_sizes, shard_sizes
+from stages.planning.outputs import release_outputs, release_sizes, shard_sizes
 from stages.planning.record import current
 from stages.planning.view import notes, print_plan
 from stages.provenance import RESULTS_FORMAT
@@ -44,12 +44,13 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
     plan["quantization_config"], plan["runtime_modules"] = proven_config(plan)
     plan["draft_layers"] = drafts = draft_layers(source_config, tensors)
     plan["draft_scales"] = draft_scales.draft_scales(drafts, census["text_layers"]) if settings.release.draft_scales else {}
-    plan["shards"] = shards = shard_sizes(plan, census["shards"])
+    made = release_outputs(plan, census["shards"])
+    plan["shards"] = shards = shard_sizes(made, census["shards"])
     plan |= {
         "decisions": dict(Counter(entry["decision"] for entry in tensors.values())),
         "quantized_weights": sum(math.prod(entry["matrix"]) for entry in tensors.values() if entry["decision"] == "quantize"),
         "source_tensor_bytes": census["tensor_bytes"],
-        **release_sizes(plan, source_config),
+        **release_sizes(plan, made, source_config),
         "jobs": JOBS_OF_A_SHARD * len(shards) + JOBS_OF_A_RUN,
         "lane": settings.device.lane,
         "disk_peak_bytes": _disk_peak(settings, shards),

@@ -26,6 +26,7 @@ from stages.errors import UserError, exit_with_one_line
 from stages.planning.outputs import release_outputs
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
+from stages.schemes.modules import Output
 from stages.settings import Settings, load, stage_parser
 
 MINIMUM_ARITHMETIC_DB = 45.0
@@ -41,10 +42,10 @@ def signal_to_noise_db(measured: torch.Tensor, truth: torch.Tensor) -> float:
     return max(-300.0, min(300.0, decibels(signal, noise)))
 
 
-def _samples(settings: Settings, plan: dict, shard: str) -> list[dict]:
-    """MXFP4 weights of the shard to multiply with: {"group", "members": [(number, codes, scale, Output)]} each."""
+def _samples(settings: Settings, plan: dict, made: list[Output]) -> list[dict]:
+    """MXFP4 weights among the tensors of a shard to multiply with: {"group", "members": [(number, codes, scale, Output)]} each."""
     groups: dict[str, list] = {}
-    outputs = [output for output in release_outputs(plan, [shard])[shard] if output.matrix and plan["tensors"][output.source]["scheme"] == "mxfp4"]
+    outputs = [output for output in made if output.matrix and plan["tensors"][output.source]["scheme"] == "mxfp4"]
     scales = {output.matrix: output.name for output in outputs if output.part == "scale"}
     for output in outputs:
         if output.part == "codes":
@@ -154,8 +155,8 @@ def run(settings: Settings) -> dict:
     read_receipts(settings, plan)
     backends = [backend for backend in mxfp4.backends() if backend != "reference"]
     rows, shapes = [], set()
-    for shard in plan["shards"]:
-        for sample in _samples(settings, plan, shard):
+    for shard, made in release_outputs(plan).items():
+        for sample in _samples(settings, plan, made):
             shape = sample["members"][0][3].shape[-2:]
             skipped = {"cuda"} if _interpreted() and shape in shapes else set()
             rows += check_tensor(settings, plan, shard, sample, [backend for backend in backends if backend not in skipped])

@@ -13,6 +13,7 @@ from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.shards import Shards
 from stages.checkup.form import checked_section, json_object
 from stages.dialects.config import text_part
+from stages.dialects.roles import is_routed_expert
 from stages.errors import UserError
 from stages.schemes import SCHEMES
 from stages.schemes.kept import stored_as
@@ -90,6 +91,21 @@ class Checkpoint(Shards):
                 kind = "plain" if scale is None else "mxfp8" if scale.dtype == "U8" else stored_as(info.shape, scale.dtype, scale.shape) or "fp8"
                 found[module_of(name)] = Module(kind, info, name, None if scale is None else f"{name}_scale")
         return found
+
+    def engine_modules(self, layers: int, known: bool = True) -> tuple[list[str], list[str], dict[str, str]]:
+        """(linear modules, those of routed experts, module -> format of what is quantized), as `vllm_rules.runtime_modules` takes them.
+
+        layers: text layers. known: whether the architecture has a row; of others a 3D weight that is no expert's says nothing.
+        """
+        linears, experts, formats = [], [], {}
+        for module, (stored, info, _, _) in self.modules.items():
+            if is_routed_expert(module, layers):
+                experts.append(module)
+            elif len(info.shape) == 2 or known:
+                linears.append(module)
+            if stored != "plain":
+                formats[module] = stored
+        return linears, experts, formats
 
     def decodable(self) -> Iterator[Pair]:
         """Every MXFP4 or MXFP8 pair that fits."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from stages.checkpoint.files import read_json, render_json, sha256_file, write_text
 from stages.checkup import completeness, structure
 from stages.checkup.checkpoint import Checkpoint
-from stages.dialects.roles import hidden_layers, is_routed_expert
+from stages.dialects.roles import hidden_layers
 from stages.errors import UserError
 from stages.planning.outputs import release_config
 from stages.schemes import compressed_tensors, vllm_rules
@@ -27,11 +27,9 @@ def section_for(checkpoint: Checkpoint) -> tuple[dict, int]:
         for fault in check(checkpoint):
             raise UserError(f"{fault}; mend that first")
     layers = hidden_layers(checkpoint.config)
-    stored = {module: parts.stored for module, parts in checkpoint.modules.items() if parts.stored != "plain"}
+    linears, experts, stored = checkpoint.engine_modules(layers)
     if not stored:
         raise UserError(f"{checkpoint.directory}: holds no quantized weight; nothing to configure")
-    experts = [module for module in checkpoint.modules if is_routed_expert(module, layers)]
-    linears = [module for module in checkpoint.modules if not is_routed_expert(module, layers)]
     runtime = vllm_rules.runtime_modules(linears, experts, layers, row)
     names = {module.rpartition(".")[2] for module in experts if module in stored}
     section = compressed_tensors.quantization_config(runtime, stored, tuple(sorted(names)))

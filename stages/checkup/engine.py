@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.form import is_count
 from stages.dialects.config import changes_weights
-from stages.dialects.roles import is_routed_expert
 from stages.schemes import SCHEMES, kept, vllm_rules
 from stages.schemes.architectures import UNKNOWN, architecture_of
 
@@ -76,14 +75,7 @@ def coverage(checkpoint: Checkpoint) -> Iterator[str]:
     if not known:
         checkpoint.notes.append(f"config.json: the runtime names of {checkpoint.architecture} are not known here; they are taken to be the "
                                 "checkpoint's")
-    linears, experts, formats = [], [], {}
-    for module, (stored, info, _, _) in checkpoint.modules.items():
-        if is_routed_expert(module, layers):
-            experts.append(module)
-        elif len(info.shape) == 2 or known:
-            linears.append(module)
-        if stored != "plain":
-            formats[module] = stored
+    linears, experts, formats = checkpoint.engine_modules(layers, known)
     modules = vllm_rules.runtime_modules(linears, experts, layers, row or UNKNOWN)
     unused = {f"{entry}: matches no module of the model" for entry in checkpoint.section.get("ignore") or []}
     for fault in vllm_rules.coverage_faults(modules, checkpoint.section, formats):

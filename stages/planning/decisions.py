@@ -32,7 +32,8 @@ def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
     taken: set[str] = set()  # by all rules but REST, which comes last
     for scheme, kind, text in sorted(rules, key=lambda rule: rule[1:] == ("role", REST)):
         names = [name for name, entry in tensors.items() if not entry["belongs_to"] and _is_meant(kind, text, name, entry, taken)]
-        if not names and (kind, text) == ("role", REST):
+        is_rest = (kind, text) == ("role", REST)
+        if not names and is_rest:
             raise UserError(f"recipe {recipe.name}: its other roles and patterns name every weight of {settings.source.name} already, nothing is left "
                             f"for {REST!r}")
         if not names:
@@ -41,7 +42,8 @@ def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
         for name in names:
             if chosen.setdefault(name, scheme) != scheme:
                 raise UserError(f"recipe {recipe.name}: {name} is given two schemes, {chosen[name]} and {scheme}")
-        taken |= set(names) if (kind, text) != ("role", REST) else set()
+        if not is_rest:
+            taken.update(names)
     return chosen
 
 

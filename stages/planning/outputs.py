@@ -47,9 +47,9 @@ def release_outputs(plan: dict, shards: Iterable[str] | None = None) -> dict[str
     return found
 
 
-def weight_map(plan: dict) -> dict[str, str]:
-    """Tensor of the release -> its shard."""
-    names = {output.name: shard for shard, outputs in release_outputs(plan).items() for output in outputs}
+def weight_map(plan: dict, made: dict[str, list[Output]]) -> dict[str, str]:
+    """Tensor of the release -> its shard; `made` by `release_outputs`."""
+    names = {output.name: shard for shard, outputs in made.items() for output in outputs}
     return names | dict.fromkeys(plan["draft_scales"], draft_scales.SHARD)
 
 
@@ -71,24 +71,24 @@ def release_config(source_config: dict, section: dict) -> dict:
     return {**config, "quantization_config": section}
 
 
-def shard_sizes(plan: dict, files: dict[str, dict]) -> dict[str, dict]:
+def shard_sizes(made: dict[str, list[Output]], files: dict[str, dict]) -> dict[str, dict]:
     """Shard -> bytes of its file in the source and in the release, number and bytes of the release's tensors in it.
 
-    files: of the census.
+    made: by `release_outputs`; files: of the census.
     """
     sizes = {}
-    for shard, outputs in release_outputs(plan, files).items():
+    for shard, outputs in made.items():
         size = sum(math.prod(output.shape) * DTYPE_BYTES[output.dtype] for output in outputs)
         sizes[shard] = {"source_bytes": files[shard]["file_size"], "tensors": len(outputs), "tensor_bytes": size,
                         "file_bytes": size + len(render_header(specs_of(outputs), SHARD_METADATA))}
     return sizes
 
 
-def release_sizes(plan: dict, source_config: dict) -> dict[str, int]:
-    """Bytes of the release exactly as they will lie on the disk, and the number of its tensors."""
+def release_sizes(plan: dict, made: dict[str, list[Output]], source_config: dict) -> dict[str, int]:
+    """Bytes of the release exactly as they will lie on the disk, and the number of its tensors; `made` by `release_outputs`."""
     scales = plan["draft_scales"]
     header = len(render_header(draft_scales.specs_of_scales(scales), SHARD_METADATA)) if scales else 0
-    names = weight_map(plan)
+    names = weight_map(plan, made)
     tensor_bytes = sum(shard["tensor_bytes"] for shard in plan["shards"].values()) + draft_scales.BYTES * len(scales)
     return {
         "release_tensor_bytes": tensor_bytes,
