@@ -1,29 +1,39 @@
 """MXFP4 on NVIDIA GPUs with Triton: one read of the weights, one write of the result.
 
-A tile is NB blocks of 32 weights, [NB, 32], one block per row of the tile, so every decision of a block is a reduction over
-the tile's second axis. FP8 is decoded by placing the code's seven bits over float32's last exponent bits, where subnormals
-stay subnormals: one exact product with 2^120, one rounding in the product with the scale, as in kernels.fp8; the same in
-Triton's interpreter and on GPUs without FP8 conversion. u = w * 2^-e0 is exact wherever a code can be other than zero.
+A thread has whole blocks of 32 weights, so that every decision of a block stays in its registers. The weights of NB blocks are a tuple
+of 16 tensors [NB, 2]: tensor 8 * half + i has column 16 * half + 8 * lane + i of each block, for the two lanes that it is wide. Of FP8 the
+eight weights of a half and a lane are one 64-bit word, which shifts and masks take apart, and their codes one 32-bit word.
 
-Rule `mse` without `importance` decides by two integers per block. An element's least error is u^2 - T(u), where T is convex and
-piecewise linear, T(u) = sum over neighbours p < q of E2M1 of 2 (q - p) max(0, u - (p + q) / 2). Take x = |w| 2^-b; with r its
-distance from the nearest integer, going from exponent b to b + 1 costs the block
+FP8 is decoded by placing the code's seven bits over float32's last exponent bits, where subnormals stay subnormals: one exact
+product with 2^120, one rounding in the product with the scale, as in kernels.fp8; the same in Triton's interpreter and on GPUs
+without FP8 conversion. All that is needed is x = |w| 2^-b for an exponent b of the block, so the scale is multiplied by 2^-b first. That
+rounds alike unless w is subnormal: sources with scales below LEAST_SCALE are decoded before. x is exact wherever its code can be other
+than zero.
+
+Rule `mse` without `importance` decides by two sums per block. An element's least error is u^2 - T(u), where T is convex and
+piecewise linear, T(u) = sum over neighbours p < q of E2M1 of 2 (q - p) max(0, u - (p + q) / 2). With r the distance of x from the
+nearest integer, going from exponent b to b + 1 costs the block
 
     sum of max(0, r - 1/4) over x < 2   less   4 sum of max(0, x - 7)         x <= 10
 
-At b = e0, x < 8; both sums are of multiples of 2^-25 and 2^-21, exact in int32 as read from float32's bits. Only one comparison
-is needed: b + 1 can win only if amax > 7 * 2^b, and e0 - 1 only if amax < 4.46875 * 2^e0, where the second sum for b = e0 - 1
-is smaller than 31/4, the most the first can be. So b = e0 - 1 for such blocks (x < 8.9375) and b = e0 for all others.
+The first is a sum of multiples of 2^-25, exact in int32 as read from float32's bits. In the second, (x - 7) / 2 is a multiple of 2^-22, of
+which float32 adds up to 4 exactly; more than that outweighs the first sum however it was rounded. Only one comparison is needed:
+b + 1 can win only if amax > 7 * 2^b, and e0 - 1 only if amax < 4.46875 * 2^e0, where the second sum for b = e0 - 1 is smaller
+than 31/4, the most the first can be. So b = e0 - 1 for such blocks (x < 8.9375) and b = e0 for all others (x < 8).
 
 With `importance` errors are summed in float64, the columns added one by one; its launch forbids fused multiply-adds, which
 would skip the rounding of a product. Elsewhere every product that one could absorb is exact, so it cannot change a byte.
 
-Statistics: the 32 squares of a block are added in float32, in units of 4^e, blocks in float64: the decoded energy is exact, the
+Statistics: the 32 squares of a block are added in float32, in units of 4^b, blocks in float64: the decoded energy is exact, the
 other two sums are right to 1e-6, which is 4e-6 dB; converting each weight to float64 would take as many cycles as all the rest.
 A program reduces its blocks' to three sums, torch adds the programs'; no atomics, so that a run repeats to the last bit.
 
+Instructions are what limits it, not memory: an H100 has time for about 20 per weight while it moves the bytes; the loop has 28
+for rule mse and 20 for the others (tests/kernels/test_triton_compile.py counts them). Hence sums that round and products that saturate
+where comparisons and shifts would do: a multiprocessor does twice as many of the former.
+
 Roads not taken: tables per tile as in cpu_kernels.py (shared-memory lookups cost more here than the arithmetic); a hardware
-cvt.e2m1x2, which only Blackwell has and which cannot choose the exponent.
+cvt.e2m1x2, which only Blackwell has and which cannot choose the exponent; half precision to decode FP8 (as many instructions).
 
 With TRITON_INTERPRET=1, set before the first import of triton, the same kernels run on CPU tensors; for tests, slow.
 """
@@ -38,16 +48,28 @@ from kernels.fp8 import NonFiniteError, check_finite, decode_block_fp8
 from kernels.mxfp4.rules import RULE_NUMBER
 
 BLOCK = 32
-BLOCKS_PER_STEP, STEPS = 64, 8
-BLOCKS_PER_PROGRAM = BLOCKS_PER_STEP * STEPS
+TALL, WIDE, MOST_STEPS = 16, 8, 8  # a program takes TALL rows, WIDE blocks of each in a step
+LEAST_SCALE = 2.0**-117  # of a tile: from here on all weights other than 0 are normal float32
 BYTES_PER_PROGRAM = 2048
-TWO_TO_120, TWO_TO_126, TWO_TO_MINUS_126 = tl.constexpr(2.0**120), tl.constexpr(2.0**126), tl.constexpr(2.0**-126)
+TWO_TO_120, TWO_TO_126 = tl.constexpr(2.0**120), tl.constexpr(2.0**126)
+
+
+@triton.jit
+def bits_of(x):
+    """int32 bits of float32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def float_of(bits):
+    """float32 of int32 bits."""
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def power32(e):
     """2^e in float32 for int32 e in -126..127."""
-    return ((e + 127) << 23).to(tl.float32, bitcast=True)
+    return float_of((e + 127) << 23)
 
 
 @triton.jit
@@ -57,143 +79,212 @@ def power64(e):
 
 
 @triton.jit
-def round_to_e2m1(u):
-    """Tile function: nearest E2M1 value (float32) of float32 u >= 0; ties to even; saturates.
-
-    E2M1 steps by p / 2, p the power of two below u or 1: just the ulp that the float32 sum u + 2^22 p has.
-    """
-    clamped = tl.minimum(u, 6.0)
-    p = tl.maximum(clamped.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000).to(tl.float32, bitcast=True)
-    large = p * 4194304.0
-    return (clamped + large) - large
+def saturate(x):
+    """x between 0 and 1; costs nothing where x is a product or a sum."""
+    return tl.minimum(tl.maximum(x, 0.0), 1.0)
 
 
 @triton.jit
-def decode_fp8(code, scale):
-    """Tile function: float32 |w| of e4m3fn codes (int32); 480 * scale for the NaN codes."""
-    return (((code & 127) << 20).to(tl.float32, bitcast=True) * TWO_TO_120) * scale
+def largest(parts):
+    """Tile function: the largest of a block's 32 int32, [NB]."""
+    top = parts[0]
+    for i in tl.static_range(1, 16):
+        top = tl.maximum(top, parts[i])
+    return tl.max(top, axis=1)
+
+
+@triton.jit
+def load_fp8(weight, block, lane, mask):
+    """Tile function: float32 bits of 2^-120 |code|, and the signs of 8 codes at bits 3, 7, ..., 31; weight points to int64."""
+    bits, signs = (), ()
+    for half in tl.static_range(2):
+        word = tl.load(weight + block * 4 + 2 * half + lane, mask=mask, other=0)
+        packed = tl.zeros_like(word.to(tl.int32))
+        for part in tl.static_range(2):
+            four = (word >> (32 * part)).to(tl.int32)
+            bits = bits + ((four << 20) & 0x07F00000, (four << 12) & 0x07F00000, (four << 4) & 0x07F00000, (four >> 4) & 0x07F00000)
+            sign = (four >> 4) & 0x08080808
+            sign = (sign | (sign >> 4)) & 0x00FF00FF
+            packed |= ((sign | (sign >> 8)) & 0xFFFF) << (16 * part)
+        signs = signs + (packed,)
+    return bits, signs
+
+
+@triton.jit
+def load_floats(weight, block, lane, mask, INPUT: tl.constexpr):
+    """Tile function: float32 bits of |w|, and signs as `load_fp8` has them; weight points to int64 (bf16, f16) or int32 (f32)."""
+    bits, signs = (), ()
+    for half in tl.static_range(2):
+        packed = tl.zeros_like(mask.to(tl.int32))
+        for i in tl.static_range(8):
+            if INPUT == "f32":
+                one = tl.load(weight + block * 32 + 16 * half + 8 * lane + i, mask=mask, other=0)
+            else:
+                four = tl.load(weight + block * 8 + 4 * half + 2 * lane + i // 4, mask=mask, other=0)
+                one = (four >> (16 * (i % 4))).to(tl.int32)
+                if INPUT == "bf16":  # by its bits: the interpreter's own conversion loses subnormals
+                    one = one << 16
+                else:
+                    one = bits_of(one.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
+            bits = bits + (one & 0x7FFFFFFF,)
+            packed |= ((one >> 28) & 8) << (4 * i)
+        signs = signs + (packed,)
+    return bits, signs
+
+
+@triton.jit
+def round_to_e2m1(x, change):
+    """Tile function: nearest E2M1 value times 2^change (float32) to x >= 0, ties to even, saturating, and int32 that has its code in bits
+    0 to 3, zeros in bits 4 to 22.
+
+    In units of 2^change E2M1 steps by p / 2, p the power of two below x, at least 1: just the ulp of the float32 sum x + 2^22 p. The sum's
+    last bits count the steps from 0 to x, n, and code = n + 2 log2 p, where bits >> 22 is twice the sum's exponent, 298 + 2 log2 p + 2 change.
+    With 3 - change in place of 0 behind 2^22 there are 6 - 2 change steps more, and all constants add up to 304.
+    """
+    clamped = tl.minimum(x, 6.0 * power32(change))
+    p = float_of(tl.maximum(bits_of(clamped) & 0x7F800000, (127 + change) << 23))
+    large = 4194307.0 - change.to(tl.float32)
+    total = clamped + p * large
+    return total - p * large, bits_of(total) + (bits_of(total) >> 22) - 304
+
+
+@triton.jit
+def eight_codes(codes):
+    """Tile function: one int32 of eight nibbles from the int32 of `round_to_e2m1`."""
+    high = codes[7]
+    for i in tl.static_range(4):
+        high = (high << 4) + codes[6 - i]
+    return (high << 12) | ((codes[2] & 15) << 8) | ((codes[1] & 15) << 4) | (codes[0] & 15)  # bits from 23 on leave with the shift
 
 
 @triton.jit
 def block_error(x, change: tl.constexpr, factor):
-    """Tile function: weighted D(e0 + change) per block, [NB] float64; x = |u| float32 and factor float64 [NB, 32]."""
+    """Tile function: weighted D(e0 + change) per block, [NB] float64; x = |u|."""
     step: tl.constexpr = 2.0**change
-    inverse: tl.constexpr = 2.0 ** (-change)
-    q = round_to_e2m1(x * inverse).to(tl.float64) * step
-    term = factor * (q * (q - 2.0 * x.to(tl.float64)))  # q - 2x has at most 29 bits: one rounding, that of factor * term
-    column = tl.arange(0, 32)[None, :]
-    total = tl.zeros([x.shape[0]], tl.float64)
-    for j in tl.static_range(32):
-        total += tl.sum(tl.where(column == j, term, 0.0), axis=1)  # one term and 31 zeros: picks column j
+    first = tl.arange(0, 2)[None, :] == 0
+    total = tl.zeros([x[0].shape[0]], tl.float64)
+    for half in tl.static_range(2):
+        for lane in tl.static_range(2):
+            for i in tl.static_range(8 * half, 8 * half + 8):
+                q, _ = round_to_e2m1(x[i], tl.full([1, 1], change, tl.int32))
+                term = factor[i] * (q.to(tl.float64) * (q.to(tl.float64) - 2.0 * x[i].to(tl.float64)))  # q (q - 2x) is exact: one rounding
+                total += tl.sum(tl.where(first == (lane == 0), term, 0.0), axis=1)  # one term and a zero
     return total
 
 
 @triton.jit
-def least_weighted_error(magnitude, e, factor):
-    """Tile function: the exponent of least weighted error beside e, int32 [NB]."""
-    x = magnitude * power32(-e)[:, None]
-    least = block_error(x, 0, factor)
-    up = block_error(x, 1, factor)
-    down = block_error(x, -1, factor)
+def weighted_change(x, e, factor):
+    """Tile function: -1, 0 or 1, the step from e to the exponent of least weighted error, int32 [NB]; x = |w| 2^-e."""
+    least, up, down = block_error(x, 0, factor), block_error(x, 1, factor), block_error(x, -1, factor)
     change = tl.where(up < least, 1, 0)
     least = tl.minimum(up, least)
-    return e + tl.where((down < least) & (e > -127), -1, change)
+    return tl.where((down < least) & (e > -127), -1, change)
 
 
 @triton.jit
-def least_error(magnitude, e, fraction):
-    """Tile function: the exponent of least error beside e = e0, int32 [NB]; the two comparisons are in the module docstring."""
-    low = (fraction < 0xF0000) & (e > -127)
-    base = e - low.to(tl.int32)
-    x = magnitude * power32(-base)[:, None]
-    near = tl.minimum(x, 2.0)
-    loss = tl.maximum(tl.abs(near - ((near + 8388608.0) - 8388608.0)), 0.25)  # adding 2^23 rounds to an integer
-    gain = tl.maximum(x - 3.0, 4.0)
-    lost = tl.sum(loss.to(tl.int32, bitcast=True) - 0x3E800000, axis=1)  # in 2^-25: the bits of .25 to .5 count their ulps
-    gained = tl.sum(gain.to(tl.int32, bitcast=True) - 0x40800000, axis=1)  # in 2^-21: those of 4 to 8
-    difference = lost.to(tl.int64) - 64 * gained.to(tl.int64)
-    return base + ((difference < 0) | ((difference == 0) & low)).to(tl.int32)
-
-
-@triton.jit
-def choose_exponent(magnitude, amax, factor, RULE: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Tile function: exponents int32 [NB] of |w| float32 [NB, 32], amax int32 [NB] the bits of each block's largest."""
-    fraction = amax & 0x7FFFFF
-    e = (amax >> 23) - 129  # f - 2; of a subnormal amax some number below -127, as it should be
-    if RULE == 2:  # amax / 2^f >= 1.75
-        e += (fraction >= 0x600000).to(tl.int32)
-    if RULE == 3:  # amax > 6 * 2^(f - 2), that is amax / 2^f > 1.5
-        e += (fraction > 0x400000).to(tl.int32)
-    e = tl.maximum(e, -127)
-    if RULE == 0:
-        if WEIGHTED:
-            e = least_weighted_error(magnitude, e, factor)
-        else:
-            e = least_error(magnitude, e, fraction)
-    return e
+def unweighted_change(x, low):
+    """Tile function: 1 where exponent b + 1 is better than b, else 0, int32 [NB]; x = |w| 2^-b. Where `low`, b + 1 is e0, which wins a tie."""
+    lost = tl.zeros_like(bits_of(x[0]))
+    gained = tl.zeros_like(x[0])
+    for i in tl.static_range(16):
+        near = saturate(x[i] * 0.5)
+        distance = tl.abs(near - ((near + 4194304.0) - 4194304.0))  # r / 2: adding 2^22 rounds to a multiple of 1/2
+        lost += bits_of(tl.maximum(distance, 0.125)) - 0x3E000000  # in 2^-25 of r: the bits of 1/8 to 1/4 count their ulps
+        gained += saturate(x[i] * 0.5 - 3.5)
+    gain = (tl.minimum(tl.sum(gained, axis=1), 4.0) * 268435456.0).to(tl.int64)  # 8 of 2^25 each
+    difference = tl.sum(lost, axis=1).to(tl.int64) - gain
+    return ((difference < 0) | ((difference == 0) & low)).to(tl.int32)
 
 
 @triton.jit
 def quantize_kernel(
     weight, tile_scale, importance, packed, scale, sums, bad, out, columns, scale_rows, scale_columns,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FP8: tl.constexpr, BF16: tl.constexpr, RULE: tl.constexpr,
-    WEIGHTED: tl.constexpr, NB: tl.constexpr, STEPS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, INPUT: tl.constexpr, RULE: tl.constexpr, WEIGHTED: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Pointer kernel. Grid (programs per matrix, E); a program converts STEPS * NB consecutive blocks of matrix program_id(1)."""
-    expert = tl.program_id(1).to(tl.int64)
+    """Pointer kernel. Grid (programs over rows, programs over columns, E); a program converts TALL rows by STEPS * WIDE blocks of a matrix."""
+    expert = tl.program_id(2).to(tl.int64)
     per_row = columns // 32
     blocks = out * per_row
-    weight += expert * out * columns
-    packed += expert * blocks * 16
+    weight += expert * blocks * (4 if INPUT == "fp8" else 32 if INPUT == "f32" else 8)
+    packed += expert * blocks * 4
     scale += expert * blocks
+    NB: tl.constexpr = TALL * WIDE
     signal = tl.zeros([NB], tl.float64)
     error = tl.zeros([NB], tl.float64)
     decoded = tl.zeros([NB], tl.float64)
     refused = tl.zeros([NB], tl.int32)
-    j = tl.arange(0, 32)
+    lane = tl.arange(0, 2)[None, :]
+    row = tl.program_id(0) * TALL + tl.arange(0, NB) // WIDE
     for step in range(STEPS):
-        block = (tl.program_id(0) * STEPS + step) * NB + tl.arange(0, NB)
-        inside = block < blocks
-        mask = inside[:, None] & (j[None, :] >= 0)
-        element = block[:, None] * 32 + j[None, :]
-        limit = tl.full([NB], 0x7F800000, tl.int32)  # NaN or infinite from here on
-        factor = 0.0
-        if FP8:
-            fp8 = tl.load(weight + element, mask=mask, other=0).to(tl.int32)
-            row = block // per_row
-            tile = (expert * scale_rows + row // TILE_ROWS) * scale_columns + (block - row * per_row) * 32 // TILE_COLUMNS
+        position = (tl.program_id(1) * STEPS + step) * WIDE + tl.arange(0, NB) % WIDE
+        inside = (row < out) & (position < per_row)
+        block = row * per_row + position
+        mask = inside[:, None] & (lane >= 0)
+        if INPUT == "fp8":
+            bits, signs = load_fp8(weight, block[:, None], lane, mask)
+            tile = (expert * scale_rows + row // TILE_ROWS) * scale_columns + position * 32 // TILE_COLUMNS
             s = tl.load(tile_scale + tile, mask=inside, other=1.0)
-            magnitude = decode_fp8(fp8, s[:, None])
-            limit = (480.0 * s).to(tl.int32, bitcast=True)  # also where it overflows
-            sign = (fp8 >> 4) & 8
+            top = largest(bits)
+            amax = bits_of((float_of(top) * TWO_TO_120) * s)
+            refused |= (top == 0x07F00000).to(tl.int32)  # NaN
         else:
-            if BF16:  # by its bits: the interpreter's own conversion loses subnormals
-                bits = tl.load(weight + element, mask=mask, other=0).to(tl.int32) << 16
+            bits, signs = load_floats(weight, block[:, None], lane, mask, INPUT)
+            amax = largest(bits)
+        refused |= (amax >= 0x7F800000).to(tl.int32)
+
+        fraction = amax & 0x7FFFFF
+        e = (amax >> 23) - 129  # f - 2; of a subnormal amax some number below -127, as it should be
+        if RULE == 2:  # amax / 2^f >= 1.75
+            e += (fraction >= 0x600000).to(tl.int32)
+        if RULE == 3:  # amax > 6 * 2^(f - 2), that is amax / 2^f > 1.5
+            e += (fraction > 0x400000).to(tl.int32)
+        e = tl.maximum(e, -127)
+        low = (fraction < 0xF0000) & (e > -127)
+        if RULE == 0 and not WEIGHTED:
+            e -= low.to(tl.int32)
+        x = ()
+        if INPUT == "fp8":
+            unit = tl.where(top > 0, s * power32(-e), 0.0)[:, None]  # of zeros it could be infinite
+            for i in tl.static_range(16):
+                x = x + ((float_of(bits[i]) * TWO_TO_120) * unit,)
+        else:
+            for i in tl.static_range(16):
+                x = x + (float_of(bits[i]) * power32(-e)[:, None],)
+        change = tl.zeros([NB], tl.int32)
+        if RULE == 0:
+            if WEIGHTED:
+                factor = ()
+                for i in tl.static_range(16):
+                    column = position[:, None] * 32 + 16 * (i // 8) + 8 * lane + i % 8
+                    factor = factor + (tl.load(importance + column, mask=mask, other=0.0).to(tl.float64),)
+                change = weighted_change(x, e, factor)
             else:
-                bits = tl.load(weight + element, mask=mask, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
-            magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-            sign = (bits >> 28) & 8
-        if WEIGHTED:
-            first = (block % per_row) * 32
-            factor = tl.load(importance + first[:, None] + j[None, :], mask=mask, other=0.0).to(tl.float64)
-        amax = tl.max(magnitude.to(tl.int32, bitcast=True), axis=1)
-        refused |= (amax >= limit).to(tl.int32)
-        e = choose_exponent(magnitude, amax, factor, RULE, WEIGHTED)
-        u = magnitude * power32(-e)[:, None]
-        q = round_to_e2m1(u)
+                change = unweighted_change(x, low)
 
-        noise = u - q  # exact
-        unit = power64(2 * e)
-        signal += tl.sum(u * u, axis=1).to(tl.float64) * unit
-        error += tl.sum(noise * noise, axis=1).to(tl.float64) * unit
-        decoded += tl.sum(q * q, axis=1).to(tl.float64) * unit  # exact: multiples of 1/4 up to 1152
-
-        code = (q * TWO_TO_MINUS_126).to(tl.int32, bitcast=True) >> 22  # E2M1 is float32's least numbers without 22 bits
-        low, high = tl.split(tl.reshape(code | sign, [NB, 16, 2]))
-        half = tl.arange(0, 16)
-        tl.store(packed + block[:, None] * 16 + half[None, :], (low | (high << 4)).to(tl.uint8), mask=inside[:, None])
-        tl.store(scale + block, (e + 127).to(tl.uint8), mask=inside)
-    program = expert * tl.num_programs(0) + tl.program_id(0)
+        squares = tl.zeros_like(x[0])
+        noises = tl.zeros_like(x[0])
+        values = tl.zeros_like(x[0])
+        words = ()
+        for half in tl.static_range(2):
+            codes = ()
+            for i in tl.static_range(8 * half, 8 * half + 8):
+                q, code = round_to_e2m1(x[i], change[:, None])
+                noise = x[i] - q  # exact
+                squares += x[i] * x[i]
+                noises += noise * noise
+                values += q * q  # exact: multiples of 1/4 up to 1152, of 1 up to 4608
+                codes = codes + (code,)
+            words = words + (eight_codes(codes) | signs[half],)
+        quarter = tl.arange(0, 4)[None, :]
+        word = tl.reshape(tl.permute(tl.join(words[0], words[1]), (0, 2, 1)), (TALL * WIDE, 4))  # a thread's own: nothing moves
+        tl.store(packed + block[:, None] * 4 + quarter, word, mask=inside[:, None] & (quarter >= 0))
+        tl.store(scale + block, (e + change + 127).to(tl.uint8), mask=inside)
+        square = power64(2 * e)
+        signal += tl.sum(squares, axis=1).to(tl.float64) * square
+        error += tl.sum(noises, axis=1).to(tl.float64) * square
+        decoded += tl.sum(values, axis=1).to(tl.float64) * square
+    program = (expert * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(sums + program * 3, tl.sum(signal, axis=0))
     tl.store(sums + program * 3 + 1, tl.sum(error, axis=0))
     tl.store(sums + program * 3 + 2, tl.sum(decoded, axis=0))
@@ -270,32 +361,34 @@ def on_its_device(function):
     return wrapper
 
 
+INPUTS = {torch.float8_e4m3fn: ("fp8", torch.int64), torch.bfloat16: ("bf16", torch.int64), torch.float16: ("f16", torch.int64),
+          torch.float32: ("f32", torch.int32)}  # fmt: skip  # what the kernel calls a dtype, and as what it reads it
+
+
 def launch_quantize(weight, tile_scale, rule, tile, importance):
     """[E, out, in] -> packed, scale, float64 sums [E, programs, 3] and int32 [E, programs], not 0 where a weight is not finite; does not
-    wait for the GPU."""
+    wait for the GPU. Scales from LEAST_SCALE on, tiles of whole blocks."""
     experts, out, columns = weight.shape
     assert columns % BLOCK == 0, f"in = {columns}"
-    assert out * columns < 2**31 - BLOCK * BLOCKS_PER_PROGRAM, f"matrix of {out} x {columns} weights: indices in it are int32"
-    assert experts < 2**16, f"{experts} matrices: the grid's second axis ends at 65535"
-    device = weight.device
+    assert (out + TALL) * (columns + MOST_STEPS * WIDE * BLOCK) < 2**31, f"matrix of {out} x {columns} weights: indices in it are int32"
+    assert experts < 2**16, f"{experts} matrices: the grid's third axis ends at 65535"
+    device, (kind, words) = weight.device, INPUTS[weight.dtype]
     weight = weight.contiguous()
-    source, source_scale = weight, tile_scale
-    if tile_scale is not None and tile[1] % BLOCK:  # a block would lie across tiles: no source of interest does this
-        source, source_scale = decode_block_fp8(weight, tile_scale, tile), None
-    fp8, bf16 = source_scale is not None, source.dtype == torch.bfloat16
+    if weight.data_ptr() % 16:  # part of other memory
+        weight = weight.clone()
     packed = torch.empty(experts, out, columns // 2, dtype=torch.uint8, device=device)
     scale = torch.empty(experts, out, columns // BLOCK, dtype=torch.uint8, device=device)
-    programs = triton.cdiv(out * columns // BLOCK, BLOCKS_PER_PROGRAM)
-    sums = torch.empty(experts, programs, 3, dtype=torch.float64, device=device)  # every program writes its own
-    bad = torch.zeros(experts, programs, dtype=torch.int32, device=device)
-    if experts and programs:
-        quantize_kernel[(programs, experts)](
-            source.view(torch.uint8) if fp8 else source.view(torch.int16) if bf16 else source,
-            source_scale.contiguous() if fp8 else sums,  # unused pointers still need a tensor
+    steps = triton.cdiv(columns // BLOCK, WIDE)
+    grid = triton.cdiv(out, TALL), triton.cdiv(steps, MOST_STEPS), experts
+    sums = torch.empty(experts, grid[0] * grid[1], 3, dtype=torch.float64, device=device)  # every program writes its own
+    bad = torch.zeros(experts, grid[0] * grid[1], dtype=torch.int32, device=device)
+    if bad.numel():
+        quantize_kernel[grid](
+            weight.view(words), tile_scale.contiguous() if kind == "fp8" else sums,  # unused pointers still need a tensor
             importance.contiguous() if importance is not None else sums,
-            packed, scale, sums, bad, out, columns, *(source_scale.shape[1:] if fp8 else (0, 0)),
-            TILE_ROWS=tile[0], TILE_COLUMNS=tile[1], FP8=fp8, BF16=bf16, RULE=RULE_NUMBER[rule],
-            WEIGHTED=importance is not None, NB=BLOCKS_PER_STEP, STEPS=STEPS, num_warps=4, enable_fp_fusion=importance is None,
+            packed.view(torch.int32), scale, sums, bad, out, columns, *(tile_scale.shape[1:] if kind == "fp8" else (0, 0)),
+            TILE_ROWS=tile[0], TILE_COLUMNS=tile[1], INPUT=kind, RULE=RULE_NUMBER[rule], WEIGHTED=importance is not None,
+            TALL=TALL, WIDE=WIDE, STEPS=triton.cdiv(steps, max(grid[1], 1)), num_warps=4, enable_fp_fusion=importance is None,
         )  # fmt: skip
     return packed, scale, sums, bad
 
@@ -303,7 +396,10 @@ def launch_quantize(weight, tile_scale, rule, tile, importance):
 @on_its_device
 def quantize(weight, tile_scale, rule, tile, importance):
     """[E, out, in] -> packed, scale, signal, error, decoded; arguments checked by kernels.mxfp4.quantize."""
-    packed, scale, sums, bad = launch_quantize(weight, tile_scale, rule, tile, importance)
+    source, source_scale = weight, tile_scale
+    if tile_scale is not None and (tile[1] % BLOCK or bool((tile_scale < LEAST_SCALE).any())):  # no source of interest is like that
+        source, source_scale = decode_block_fp8(weight, tile_scale, tile), None
+    packed, scale, sums, bad = launch_quantize(source, source_scale, rule, tile, importance)
     if bool(bad.any()):
         refuse(weight, tile_scale, tile)
     return packed, scale, *sums.sum(1).unbind(-1)

@@ -24,6 +24,22 @@ def waits_in_loop(ttgir: str) -> list[int]:
     return [int(number) for number in re.findall(r"async_wait [^\n]*\{num = (\d+)", loop.partition("scf.yield")[0])]
 
 
+def opcodes(code: str) -> list[str]:
+    """The instructions of a disassembly, in their order."""
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
+
+
+def longest_loop(code: str) -> str:
+    """What lies between a label and the last branch back to it, where most does; nothing without loops."""
+    lines, begin, loops = code.splitlines(), {}, [""]
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            begin[label[1]] = number
+        elif (branch := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and branch[1] in begin:
+            loops.append("\n".join(lines[begin[branch[1]]:number + 1]))
+    return max(loops, key=len)
+
+
 def compile_all(target: int) -> dict[str, dict]:
     """Call the backends for sm_<target>; name -> stack bytes per thread, PTX, number of machine instructions by opcode."""
     import torch
@@ -53,9 +69,9 @@ def compile_all(target: int) -> dict[str, dict]:
     launch, JITFunction.run = JITFunction.run, compile_only
     tools, result = Path(triton.__file__).parent / "backends" / "nvidia" / "bin", {}
 
-    def quantize(importance=None):
-        weight = torch.zeros(2, 128, 256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-        mxfp4.quantize(weight, torch.ones(2, 1, 2), "mse", (128, 128), importance)
+    def quantize(rule="mse", importance=None):
+        weight = torch.zeros(2, 128, 1280, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        mxfp4.quantize(weight, torch.ones(2, 1, 10), rule, (128, 128), importance)
 
     def multiply(tokens, experts, dtype=torch.bfloat16):
         packed, scale = torch.zeros(experts, 256, 256, dtype=torch.uint8), torch.zeros(experts, 256, 16, dtype=torch.uint8)
@@ -64,7 +80,9 @@ def compile_all(target: int) -> dict[str, dict]:
 
     cases = {
         "quantize FP8": quantize,
-        "quantize with importance": lambda: quantize(torch.ones(256)),
+        "quantize FP8, even": lambda: quantize("even"),
+        "quantize BF16": lambda: mxfp4.quantize(torch.zeros(2, 128, 1280, dtype=torch.bfloat16), None, "mse", (128, 128), None),
+        "quantize with importance": lambda: quantize(importance=torch.ones(1280)),
         "dequantize": lambda: mxfp4.dequantize(torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(64, 4, dtype=torch.uint8), torch.bfloat16),
         "gemm grouped": lambda: multiply(24, 8),
         "gemm 64 rows": lambda: multiply(64, 1),
@@ -81,11 +99,11 @@ def compile_all(target: int) -> dict[str, dict]:
                 file.flush()
                 usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
                 code = subprocess.run([tools / "nvdisasm", "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
-            names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
+            names = opcodes(code)
             result[f"{name}: {kernel}"] = {
                 "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "ptx": compiled.asm["ptx"], "ttir": compiled.asm["ttir"],
                 "waits": waits_in_loop(compiled.asm["ttgir"]),
-                "code": {n: names.count(n) for n in sorted(set(names))},
+                "code": {n: names.count(n) for n in sorted(set(names))}, "loop": len(opcodes(longest_loop(code))),
             }  # fmt: skip
     return result
 
@@ -110,7 +128,7 @@ def count(kernel: dict, start: str) -> int:
 
 
 def test_no_kernel_spills_registers_or_flushes_subnormals(compiled):
-    assert len(compiled) == 10  # the grouped cases launch two
+    assert len(compiled) == 12  # the grouped cases launch two
     for name, kernel in compiled.items():
         assert kernel["stack"] == 0 and count(kernel, "LDL") + count(kernel, "STL") == 0, f"{name} spills: {kernel['stack']} bytes of stack"
         assert ".ftz" not in kernel["ptx"], name
@@ -122,8 +140,14 @@ def test_sums_that_choose_exponents_have_no_contracted_float64_products(compiled
     assert count(kernel, "DMUL") and count(kernel, "DADD") and not count(kernel, "DFMA") and not count(kernel, "FFMA")
 
 
-def test_large_loads_are_vectors(compiled):
-    assert count(compiled["quantize FP8: quantize_kernel"], "LDG.E.128")
+@pytest.mark.parametrize("name, budget", [("quantize FP8", 30), ("quantize FP8, even", 22), ("quantize BF16", 32)])
+def test_quantizing_takes_few_instructions_per_weight(compiled, name, budget):
+    """A thread converts 32 weights in a step; while an H100 moves the bytes of a weight, it has time for about 20 (FP8) or 33 (BF16) instructions."""
+    assert 10 * 32 < compiled[f"{name}: quantize_kernel"]["loop"] <= budget * 32
+
+
+def test_large_loads_and_stores_are_vectors(compiled):
+    assert count(compiled["quantize FP8: quantize_kernel"], "LDG.E.128") and count(compiled["quantize FP8: quantize_kernel"], "STG.E.128")
     assert count(compiled["dequantize: dequantize_kernel"], "LDG.E.128") and count(compiled["dequantize: dequantize_kernel"], "STG.E.128")
 
 
