@@ -14,7 +14,8 @@ return at once. `linear` is the case E = 1 and needs no groups.
 Tile sizes: for few tokens narrow tiles, two warps and four stages, so that many loads are on their way at once; above, tiles that Hopper
 multiplies with wgmma, in three or four stages where shared memory holds them. A matrix for DENSE_ROWS rows and more is decoded once
 and multiplied by cuBLAS: a row tile of 128 would decode it again and again. The tiles that Step-3.7's shapes take spill no registers on
-sm_90 (tests/kernels/test_triton_compile.py). Float32 activations, which no tensor core multiplies exactly, take small tiles.
+sm_90 (tests/kernels/test_triton_compile.py): with a limit of 255 named the assembler keeps what it otherwise spills to make room for more
+programs than shared memory holds. Float32 activations, which no tensor core multiplies exactly, take small tiles.
 
 Roads not taken: split-k, which would fill a large GPU better at T = 1 but needs atomics (results would vary from run to run)
 or a second pass; tl.dot_scaled, which wants activations in a microscaling format on most hardware; autotuning, because the
@@ -181,6 +182,6 @@ def grouped_linear(x, packed, scale, expert_offsets):
     grouped_kernel[(triton.cdiv(out, bn), tiles)](
         x.contiguous(), packed.contiguous(), scale.contiguous().view(torch.int32 if even else torch.uint8), result,
         offsets, tile_expert, tile_row, tokens, out, experts, columns=columns, GROUPED=grouped, EVEN=even, BT=bt, BN=bn, BK=bk, WIDEN=INTERPRETED,
-        num_warps=warps, num_stages=stages, enable_fp_fusion=False,
+        num_warps=warps, num_stages=stages, maxnreg=255, enable_fp_fusion=False,
     )  # fmt: skip
     return result

@@ -73,8 +73,8 @@ def compile_all(target: int) -> dict[str, dict]:
         weight = torch.zeros(2, 128, 1280, dtype=torch.uint8).view(torch.float8_e4m3fn)
         mxfp4.quantize(weight, torch.ones(2, 1, 10), rule, (128, 128), importance)
 
-    def multiply(tokens, experts, dtype=torch.bfloat16):
-        packed, scale = torch.zeros(experts, 256, 256, dtype=torch.uint8), torch.zeros(experts, 256, 16, dtype=torch.uint8)
+    def multiply(tokens, experts, dtype=torch.bfloat16, out=256):
+        packed, scale = torch.zeros(experts, out, 256, dtype=torch.uint8), torch.zeros(experts, out, 16, dtype=torch.uint8)
         offsets = torch.linspace(0, tokens, experts + 1).long()
         gemm.grouped_linear(torch.zeros(tokens, 512, dtype=dtype), packed, scale, offsets)
 
@@ -85,6 +85,7 @@ def compile_all(target: int) -> dict[str, dict]:
         "quantize with importance": lambda: quantize(importance=torch.ones(1280)),
         "dequantize": lambda: mxfp4.dequantize(torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(64, 4, dtype=torch.uint8), torch.bfloat16),
         "gemm grouped": lambda: multiply(24, 8),
+        "gemm grouped, many programs": lambda: multiply(64, 64, out=1280),
         "gemm 64 rows": lambda: multiply(64, 1),
         "gemm 1024 rows in 4 experts": lambda: multiply(1024, 4),
         "gemm 1024 rows, dense": lambda: multiply(1024, 1),
@@ -128,7 +129,7 @@ def count(kernel: dict, start: str) -> int:
 
 
 def test_no_kernel_spills_registers_or_flushes_subnormals(compiled):
-    assert len(compiled) == 12  # the grouped cases launch two
+    assert len(compiled) == 14  # the grouped cases launch two
     for name, kernel in compiled.items():
         assert kernel["stack"] == 0 and count(kernel, "LDL") + count(kernel, "STL") == 0, f"{name} spills: {kernel['stack']} bytes of stack"
         assert ".ftz" not in kernel["ptx"], name
@@ -151,7 +152,7 @@ def test_large_loads_and_stores_are_vectors(compiled):
     assert count(compiled["dequantize: dequantize_kernel"], "LDG.E.128") and count(compiled["dequantize: dequantize_kernel"], "STG.E.128")
 
 
-@pytest.mark.parametrize("name, instruction", [("grouped", "HMMA"), ("64 rows", "HGMMA"), ("1024 rows in 4 experts", "HGMMA")])
+@pytest.mark.parametrize("name, instruction", [("grouped", "HMMA"), ("grouped, many programs", "HMMA"), ("64 rows", "HGMMA"), ("1024 rows in 4 experts", "HGMMA")])
 def test_bfloat16_gemm_multiplies_on_tensor_cores_loads_ahead_and_decodes_in_pairs(compiled, name, instruction):
     kernel = compiled[f"gemm {name}: grouped_kernel"]
     assert count(kernel, instruction), sorted(kernel["code"])
