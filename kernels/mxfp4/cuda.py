@@ -21,8 +21,8 @@ which float32 adds up to 4 exactly; more than that outweighs the first sum howev
 b + 1 can win only if amax > 7 * 2^b, and e0 - 1 only if amax < 4.46875 * 2^e0, where the second sum for b = e0 - 1 is smaller
 than 31/4, the most the first can be. So b = e0 - 1 for such blocks (x < 8.9375) and b = e0 for all others (x < 8).
 
-With `importance` errors are summed in float64, the columns added one by one; its launch forbids fused multiply-adds, which
-would skip the rounding of a product. Elsewhere every product that one could absorb is exact, so it cannot change a byte.
+With `importance` errors are summed in float64, the columns added one by one. The launch forbids the compiler to fuse multiplications and
+additions, which would skip the rounding of a product there, and that of w in w - w_hat; where fusing changes nothing, it is written down.
 
 Statistics: the 32 squares of a block are added in float32, in units of 4^b, blocks in float64: the decoded energy is exact, the
 other two sums are right to 1e-6, which is 4e-6 dB; converting each weight to float64 would take as many cycles as all the rest.
@@ -144,8 +144,8 @@ def round_to_e2m1(x, change):
     clamped = tl.minimum(x, 6.0 * power32(change))
     p = float_of(tl.maximum(bits_of(clamped) & 0x7F800000, (127 + change) << 23))
     large = 4194307.0 - change.to(tl.float32)
-    total = clamped + p * large
-    return total - p * large, bits_of(total) + (bits_of(total) >> 22) - 304
+    total = tl.fma(p, large, clamped)
+    return tl.fma(-p, large, total), bits_of(total) + (bits_of(total) >> 22) - 304
 
 
 @triton.jit
@@ -160,14 +160,14 @@ def eight_codes(codes):
 @triton.jit
 def block_error(x, change: tl.constexpr, factor):
     """Tile function: weighted D(e0 + change) per block, [NB] float64; x = |u|."""
-    step: tl.constexpr = 2.0**change
     first = tl.arange(0, 2)[None, :] == 0
     total = tl.zeros([x[0].shape[0]], tl.float64)
     for half in tl.static_range(2):
         for lane in tl.static_range(2):
             for i in tl.static_range(8 * half, 8 * half + 8):
                 q, _ = round_to_e2m1(x[i], tl.full([1, 1], change, tl.int32))
-                term = factor[i] * (q.to(tl.float64) * (q.to(tl.float64) - 2.0 * x[i].to(tl.float64)))  # q (q - 2x) is exact: one rounding
+                difference = q.to(tl.float64) * (q.to(tl.float64) - 2.0 * x[i].to(tl.float64))  # exact
+                term = factor[i].to(tl.float64) * difference
                 total += tl.sum(tl.where(first == (lane == 0), term, 0.0), axis=1)  # one term and a zero
     return total
 
@@ -190,7 +190,7 @@ def unweighted_change(x, low):
         near = saturate(x[i] * 0.5)
         distance = tl.abs(near - ((near + 4194304.0) - 4194304.0))  # r / 2: adding 2^22 rounds to a multiple of 1/2
         lost += bits_of(tl.maximum(distance, 0.125)) - 0x3E000000  # in 2^-25 of r: the bits of 1/8 to 1/4 count their ulps
-        gained += saturate(x[i] * 0.5 - 3.5)
+        gained += saturate(tl.fma(x[i], 0.5, -3.5))
     gain = (tl.minimum(tl.sum(gained, axis=1), 4.0) * 268435456.0).to(tl.int64)  # 8 of 2^25 each
     difference = tl.sum(lost, axis=1).to(tl.int64) - gain
     return ((difference < 0) | ((difference == 0) & low)).to(tl.int32)
@@ -257,7 +257,7 @@ def quantize_kernel(
                 factor = ()
                 for i in tl.static_range(16):
                     column = position[:, None] * 32 + 16 * (i // 8) + 8 * lane + i % 8
-                    factor = factor + (tl.load(importance + column, mask=mask, other=0.0).to(tl.float64),)
+                    factor = factor + (tl.load(importance + column, mask=mask, other=0.0),)
                 change = weighted_change(x, e, factor)
             else:
                 change = unweighted_change(x, low)
@@ -271,9 +271,9 @@ def quantize_kernel(
             for i in tl.static_range(8 * half, 8 * half + 8):
                 q, code = round_to_e2m1(x[i], change[:, None])
                 noise = x[i] - q  # exact
-                squares += x[i] * x[i]
-                noises += noise * noise
-                values += q * q  # exact: multiples of 1/4 up to 1152, of 1 up to 4608
+                squares = tl.fma(x[i], x[i], squares)
+                noises = tl.fma(noise, noise, noises)
+                values = tl.fma(q, q, values)  # exact: multiples of 1/4 up to 1152, of 1 up to 4608
                 codes = codes + (code,)
             words = words + (eight_codes(codes) | signs[half],)
         quarter = tl.arange(0, 4)[None, :]
@@ -388,7 +388,7 @@ def launch_quantize(weight, tile_scale, rule, tile, importance):
             importance.contiguous() if importance is not None else sums,
             packed.view(torch.int32), scale, sums, bad, out, columns, *(tile_scale.shape[1:] if kind == "fp8" else (0, 0)),
             TILE_ROWS=tile[0], TILE_COLUMNS=tile[1], INPUT=kind, RULE=RULE_NUMBER[rule], WEIGHTED=importance is not None,
-            TALL=TALL, WIDE=WIDE, STEPS=triton.cdiv(steps, max(grid[1], 1)), num_warps=4, enable_fp_fusion=importance is None,
+            TALL=TALL, WIDE=WIDE, STEPS=triton.cdiv(steps, max(grid[1], 1)), num_warps=4 if importance is None else 8, enable_fp_fusion=False,
         )  # fmt: skip
     return packed, scale, sums, bad
 

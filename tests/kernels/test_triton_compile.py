@@ -138,7 +138,7 @@ def test_no_kernel_spills_registers_or_flushes_subnormals(compiled):
 def test_sums_that_choose_exponents_have_no_contracted_float64_products(compiled):
     """fl64(importance * term) is rounded before it is added; elsewhere the choice is made on integers."""
     kernel = compiled["quantize with importance: quantize_kernel"]
-    assert count(kernel, "DMUL") and count(kernel, "DADD") and not count(kernel, "DFMA") and not count(kernel, "FFMA")
+    assert count(kernel, "DMUL") and count(kernel, "DADD") and not count(kernel, "DFMA")
 
 
 @pytest.mark.parametrize("name, budget", [("quantize FP8", 30), ("quantize FP8, even", 22), ("quantize BF16", 32)])
