@@ -10,10 +10,11 @@ from collections import Counter
 
 from stages.checkpoint.files import human_bytes, read_json, write_json
 from stages.dialects import recognize
-from stages.dialects.config import expert_count, is_tied, shared_indexers, text_part
+from stages.dialects.config import expert_count, has_shared_experts, is_tied, shared_indexers, text_part, tower_blocks
 from stages.dialects.roles import declared_drafts, hidden_layers, layer_of, role_of
 from stages.errors import exit_with_one_line
 from stages.provenance import RESULTS_FORMAT
+from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_config, read_headers
 
@@ -30,18 +31,21 @@ def census(settings: Settings) -> dict:
         info, claim = tensors[name], claims[name]
         entries[name] = {"shard": where[name], "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes,
                          "role": role_of(name, layers), **claim.as_entry()}
-    by_role = Counter()
+    architecture = (config.get("architectures") or [None])[0]
+    row, by_role = architecture_of(architecture), Counter()
     for entry in entries.values():
         by_role[entry["role"]] += entry["bytes"]
     return {
         "format": RESULTS_FORMAT,
         "source": settings.source.name,
-        "architecture": (config.get("architectures") or [None])[0],
+        "architecture": architecture,
         "text_layers": layers,
         "hidden_size": text_part(config).get("hidden_size"),
         "experts": expert_count(config),
         "drafts": declared_drafts(config),
-        "tied": is_tied(config),
+        "tied": is_tied(config, row.tied if row else True),
+        "shared_experts": has_shared_experts(config),
+        "tower_blocks": tower_blocks(config),
         "shared_indexers": shared_indexers(config, sorted({layer for name in tensors if (layer := layer_of(name)) is not None})),
         "shards": files,
         "tensor_bytes": sum(entry["bytes"] for entry in entries.values()),

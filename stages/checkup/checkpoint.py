@@ -107,6 +107,11 @@ class Checkpoint(Shards):
                 formats[module] = stored
         return linears, experts, formats
 
+    def quantized_experts(self, layers: int) -> tuple[set[str], bool]:
+        """(projections under which routed experts are stored quantized, whether some are stacked in 3D); of text layers and draft layers."""
+        found = {module: info for module, (stored, info, _, _) in self.modules.items() if stored != "plain" and is_routed_expert(module, layers)}
+        return {module.rpartition(".")[2] for module in found}, any(len(info.shape) == 3 for info in found.values())
+
     def decodable(self) -> Iterator[Pair]:
         """Every MXFP4 or MXFP8 pair that fits."""
         for module, (stored, info, name, scale) in self.modules.items():

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.faults import some
 from stages.checkup.form import is_count
-from stages.dialects.completeness import check_ends, held_by_layers, unlike_their_kind
-from stages.dialects.config import EXPERT_COUNTS, is_tied, shared_indexers
-from stages.dialects.roles import declared_drafts, hidden_layers
+from stages.dialects.completeness import check_ends, check_tower, held_by_layers, lacking_layers, unlike_their_kind
+from stages.dialects.config import EXPERT_COUNTS, has_shared_experts, is_tied, shared_indexers, tower_blocks
+from stages.dialects.roles import as_numbered_layer, declared_drafts, hidden_layers, layer_of
 from stages.errors import UserError
 from stages.schemes.architectures import architecture_of
 from stages.schemes.modules import EXPERT
@@ -71,19 +71,25 @@ def layers(checkpoint: Checkpoint) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    held = held_by_layers(checkpoint.tensors)
+    held = held_by_layers(as_numbered_layer(name, count) for name in checkpoint.tensors)
     if not held:
         return
     counted = f"config.json has {count} layers and {drafts} draft layers"
     expected = count + (drafts if max(held) >= count else 0)  # a release may leave all draft layers out
     yield from some([f"layer {layer}" for layer in range(min(expected, MOST_LAYERS)) if layer not in held],
                     "no shard holds anything of", counted)
-    yield from some([f"layer {layer}" for layer in sorted(held) if layer >= count + drafts], "there are tensors of", counted)
-    for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}, shared_indexers(checkpoint.config, held)):
-        yield from some([f"layer {layer}: {tail}" for tail in lacking], "there is no", "other layers of its kind have it")
-    if architecture_of(checkpoint.architecture) is not None:  # others may name their ends as they like
-        try:
-            check_ends(checkpoint.tensors, count, is_tied(checkpoint.config))
-        except UserError as error:
-            yield str(error)
+    numbered = {layer for name in checkpoint.tensors if (layer := layer_of(name)) is not None}
+    yield from some([f"layer {layer}" for layer in sorted(numbered) if layer >= count + drafts], "there are tensors of", counted)
+    row, sharing = architecture_of(checkpoint.architecture), shared_indexers(checkpoint.config, held)
+    if row is None:  # its parts and ends may be named otherwise
+        lacking_of = unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}, sharing, alone=False)
+    else:
+        lacking_of = lacking_layers(held, count, sharing, has_shared_experts(checkpoint.config))
+        for check, arguments in ((check_ends, (is_tied(checkpoint.config, row.tied),)), (check_tower, (tower_blocks(checkpoint.config), row.projector))):
+            try:
+                check(checkpoint.tensors, count, *arguments)
+            except UserError as error:
+                yield str(error)
+    for layer, lacking in lacking_of:
+        yield from some([f"layer {layer}: {tail}" for tail in lacking], "there is no", "other layers have it")
     checkpoint.counts["layers"] = len(held)

@@ -31,7 +31,9 @@ def section_for(checkpoint: Checkpoint) -> tuple[dict, int]:
     if not stored:
         raise UserError(f"{checkpoint.directory}: holds no quantized weight; nothing to configure")
     runtime = vllm_rules.runtime_modules(linears, experts, layers, row)
-    names = {module.rpartition(".")[2] for module in experts if module in stored}
+    names, stacked = checkpoint.quantized_experts(layers)
+    for fault in vllm_rules.expert_faults(row, names, stacked):
+        raise UserError(f"{checkpoint.directory}: {fault}; no config makes that right")
     section = compressed_tensors.quantization_config(runtime, stored, tuple(sorted(names)))
     if faults := vllm_rules.coverage_faults(runtime, section, stored):
         raise UserError(f"{checkpoint.directory}: vLLM could not serve these tensors under any config that mxforge can write: {faults[0]}")

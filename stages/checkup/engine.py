@@ -76,6 +76,8 @@ def coverage(checkpoint: Checkpoint) -> Iterator[str]:
         checkpoint.notes.append(f"config.json: the runtime names of {checkpoint.architecture} are not known here; they are taken to be the "
                                 "checkpoint's")
     linears, experts, formats = checkpoint.engine_modules(layers, known)
+    if row is not None:
+        yield from vllm_rules.expert_faults(row, *checkpoint.quantized_experts(layers))
     modules = vllm_rules.runtime_modules(linears, experts, layers, row or UNKNOWN)
     unused = {f"{entry}: matches no module of the model" for entry in checkpoint.section.get("ignore") or []}
     for fault in vllm_rules.coverage_faults(modules, checkpoint.section, formats):

@@ -9,6 +9,8 @@ from stages.checkpoint.files import read_json
 from stages.errors import UserError
 
 EXPERT_COUNTS = ("moe_num_experts", "n_routed_experts", "num_local_experts", "num_experts")  # keys of config.json, by family
+SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "shared_expert_intermediate_size", "share_expert_dim")
+TOWER_DEPTHS = ("depth", "num_hidden_layers", "layers", "vt_num_hidden_layers")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_attention_groups")
 MODELOPT = "hf_quant_config.json"  # older exports of ModelOpt say there, and there alone, how they are quantized; engines read it
 
@@ -104,9 +106,23 @@ def shared_indexers(config: dict, layers: Iterable[int]) -> list[int]:
     return [layer for layer in layers if max(layer - first + 1, 0) % period]
 
 
-def is_tied(config: dict) -> bool:
-    """Whether the head may be the embedding: unless config.json says no, which is the library's default."""
-    return (config.get("text_config") or {}).get("tie_word_embeddings", config.get("tie_word_embeddings")) is not False
+def is_tied(config: dict, default: bool) -> bool:
+    """Whether the head is the embedding, by config.json or, where it does not say, by the architecture's default."""
+    said = (config.get("text_config") or {}).get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    return default if said is None else said is not False
+
+
+def has_shared_experts(config: dict) -> bool:
+    """Whether config.json says that layers of routed experts have shared ones, too."""
+    text = text_part(config)
+    return any(type(text.get(key)) is int and text[key] > 0 for key in SHARED_EXPERTS)
+
+
+def tower_blocks(config: dict) -> int | None:
+    """Blocks of the vision tower by config.json, None where it does not say."""
+    tower = config.get("vision_config")
+    found = [tower[key] for key in TOWER_DEPTHS if type(tower.get(key)) is int] if isinstance(tower, dict) else []
+    return found[0] if found else None
 
 
 def expert_count(config: dict) -> int | None:

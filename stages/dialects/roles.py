@@ -77,12 +77,26 @@ def layer_of(name: str) -> int | None:
     return layer_and_tail(name)[0]
 
 
+def role_in_layer(name: str) -> str:
+    """Role of a tensor name, whether its layer is a draft layer or not."""
+    return next(role for role, pattern in _COMPILED if pattern.fullmatch(name))
+
+
 def role_of(name: str, layers: int) -> str:
     """Role of a tensor name in a model with `layers` text layers."""
     layer = layer_of(name)
     if layer is not None and layer >= layers:
         return "mtp"
-    return next(role for role, pattern in _COMPILED if pattern.fullmatch(name))
+    return role_in_layer(name)
+
+
+def as_numbered_layer(name: str, layers: int) -> str:
+    """The name that a draft layer's tensor would have if draft layers were counted on from the text layers, as most families do; what joins
+    them to the model (Qwen's `mtp.fc`) is in the first of them then."""
+    match = re.fullmatch(r"(?:model\.|language_model\.)*mtp\.(?:layers\.(\d{1,9})|fc)\.(.*)", name, re.S)
+    if match is None:
+        return name
+    return f"model.layers.{layers + int(match[1])}.{match[2]}" if match[1] else f"model.layers.{layers}.eh_proj.{match[2]}"
 
 
 def declared_drafts(config: dict) -> int:

@@ -6,11 +6,12 @@ import math
 import re
 
 from stages.checkpoint.header import FLOATS
-from stages.dialects.completeness import check_ends, check_layers
-from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, projection_of
+from stages.dialects.completeness import check_ends, check_layers, check_tower
+from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, is_routed_expert, projection_of
 from stages.errors import UserError
 from stages.planning.experts import check_experts
 from stages.schemes import SCHEMES, kept
+from stages.schemes.architectures import architecture_of
 from stages.schemes.kept import stored_as
 from stages.schemes.modules import module_of
 from stages.settings import Settings
@@ -113,11 +114,13 @@ def decide(settings: Settings, census: dict) -> dict[str, dict]:
         if entry["role"] == "routed_experts" and not entry["matrix"] and not entry["belongs_to"]:
             raise UserError(f"{entry['shard']}: {name} ({entry['dtype']} {entry['shape']}) is of routed experts, but no weight or scale that is "
                             "known; an engine would not find it beside the converted ones")
-    check_layers(tensors, census["text_layers"], census["drafts"], census["shared_indexers"])
-    check_ends(tensors, census["text_layers"], census["tied"])
+    layers = census["text_layers"]
+    check_layers(tensors, layers, census["drafts"], census["shared_indexers"], census["shared_experts"])
+    check_ends(tensors, layers, census["tied"])
+    check_tower(tensors, layers, census["tower_blocks"], architecture_of(census["architecture"]).projector)
     for name, scheme in chosen.items():
         _check_weight(name, tensors[name], settings.recipe.name, settings.recipe.layout)
-    check_experts({name: entry for name, entry in tensors.items() if entry["role"] == "routed_experts" and entry["matrix"]},
+    check_experts({name: entry for name, entry in tensors.items() if entry["matrix"] and is_routed_expert(module_of(name), layers)},
                   census["experts"], census["hidden_size"])
     for name, entry in tensors.items():
         owner = entry["belongs_to"]

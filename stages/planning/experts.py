@@ -25,6 +25,9 @@ def check_experts(entries: Mapping[str, Mapping], count: int | None, hidden_size
                 raise UserError(f"{entry['shard']}: {name} has the role of routed experts, but its name holds no expert's number")
             layer = experts.rpartition(".")[0]
             layers[layer][projection][matrix.number] = (name, len(range(*matrix.rows)), entry["matrix"][-1])
+    if count and not layers:
+        raise UserError(f"config.json has {count} experts in a layer, but no shard holds a routed expert; the checkpoint is incomplete or of another "
+                        "config")
     usual = set().union(*layers.values()) if layers else set()
     largest = max((max(members) for projections in layers.values() for members in projections.values()), default=0)
     expected = count or 1 + largest  # of all layers: the last expert of one may be what is missing

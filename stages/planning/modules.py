@@ -60,9 +60,8 @@ def proven_config(plan: dict) -> tuple[dict, int]:
         raise UserError(f"{draft} belongs to a draft layer; vLLM has none for {plan['architecture']} and stops at this tensor: take the layers past "
                         "num_hidden_layers out of the checkpoint and set num_nextn_predict_layers to 0")
     experts = _expert_names(plan["tensors"], plan["layout"])
-    if missing := experts - set(row.experts):
-        raise UserError(f"{plan['architecture']}: vLLM loads its experts as {', '.join(row.experts)}, the release would have "
-                        f"{', '.join(sorted(missing))}")
+    for fault in vllm_rules.expert_faults(row, experts, stacked=bool(experts) and plan["layout"] == "stacked"):
+        raise UserError(f"recipe {plan['recipe']}: {fault}" + ("; use recipe.layout=per_expert" if plan["layout"] == "stacked" else ""))
     section = compressed_tensors.quantization_config(runtime_modules(plan), linear_modules(plan)[2], tuple(sorted(experts)))
     modules, faults = coverage(plan, section)
     if faults:

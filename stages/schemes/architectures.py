@@ -56,6 +56,9 @@ class Architecture:
     draftless: bool = False  # vLLM stops at draft layers that a checkpoint has
     probes: tuple[str, ...] = SWIGLU  # projections of expert 0 whose targets decide for all experts
     experts: tuple[str, ...] = SWIGLU  # projections under which the checkpoint must store experts to be loaded
+    stacked: bool = False  # the loader reads quantized experts that are stacked in 3D, too
+    projector: str | None = None  # beginning of the names of what joins the vision tower to the text model
+    tied: bool = False  # whether the head is the embedding where config.json does not say
     plugin: bool = False  # a release bundles the plugin that vLLM needs for its draft layers
     in_process: tuple[str, ...] = ()  # of the names, those that stages/models can run
     tried: tuple[Tried, ...] = ()  # what was really run, with the first of `names`
@@ -86,7 +89,7 @@ ARCHITECTURES = (
                  (r"\.attn\.in_proj$", ".attn.qkv_proj"), (r"\.mlp\.c_fc$", ".mlp.fc1"), (r"\.mlp\.c_proj$", ".mlp.fc2")),
         unseen=r"model\.layers\.|vision_model\.|vit_large_projector",  # drafts and tower are built before the mapping is set
         never=_NEVER + r"|.*embed_tokens$|.*vit_downsampler\d$",
-        plugin=True, in_process=("Step3p7ForConditionalGeneration",),
+        stacked=True, projector=r"(model\.)?vit_large_projector\.", plugin=True, in_process=("Step3p7ForConditionalGeneration",),
         tried=(Tried(VLLM, "yes", "run on a CPU with the plugin that the release bundles; without it the draft layers do not load",
                      ("experts mxfp4", "stacked experts mxfp4", "experts mxfp4, rest mxfp8")),
                Tried(TRANSFORMERS, "no", "5.19 leaves the experts of this model at random values, with only a warning; evaluate here expands "
@@ -97,7 +100,7 @@ ARCHITECTURES = (
         visible=("gate_up_proj", "fused_qkv_a_proj"), never=_NEVER + r"|.*\.indexer\.(wk|weights_proj)$", expanded=r".*\.indexer\.wk$",
         draft=((r"^shared_head\.head$", "head"),),
         tried=_run("experts mxfp4, rest fp8 128x128, drafts fp8 128x128", "experts mxfp4, rest mxfp4", transformers=("experts mxfp4",))),
-    Architecture(("KimiK25ForConditionalGeneration",), merged=_DEEPSEEK, visible=("gate_up_proj", "fused_qkv_a_proj"),
+    Architecture(("KimiK25ForConditionalGeneration",), merged=_DEEPSEEK, projector=r"mm_projector\.", visible=("gate_up_proj", "fused_qkv_a_proj"),
                  never=_NEVER + r"|(vision_tower|mm_projector)\..*", tried=_run("experts mxfp4")),
     Architecture(("Qwen3MoeForCausalLM",), visible=("qkv_proj",), never=r".*\.shared_expert_gate$",  # its router sees the config
                  tried=_run("experts mxfp4, rest fp8 128x128", "experts mxfp8", "experts mxfp4, rest mxfp4", transformers=("experts mxfp4",))),
@@ -106,7 +109,7 @@ ARCHITECTURES = (
         renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),
                  (r"^model\.language_model\.", "language_model.model.")),
         visible=("qkv_proj", "gate_up_proj", "in_proj_qkvz", "in_proj_ba"),
-        never=_NEVER + r"|visual\.(pos_embed|patch_embed).*",
+        never=_NEVER + r"|visual\.(pos_embed|patch_embed).*", projector=r"model\.visual\.merger\.",
         tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain, drafts fp8 128x128", "experts mxfp4, rest mxfp8",
                    "experts mxfp4, rest mxfp4")),
     # its in_proj_qkvz and in_proj_ba are stored merged, rows interleaved by head; embedding and head never see the config
@@ -115,7 +118,7 @@ ARCHITECTURES = (
     Architecture(("Glm4MoeForCausalLM",), never=_NEVER, draft=((r"^shared_head\.head$", "head"),),
                  tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8, drafts fp8 128x128", transformers=("experts mxfp4",))),
     Architecture(
-        ("Glm4vMoeForConditionalGeneration",), never=_NEVER + r"|visual\.(patch_embed|embeddings|downsample).*",
+        ("Glm4vMoeForConditionalGeneration",), never=_NEVER + r"|visual\.(patch_embed|embeddings|downsample).*", projector=r"model\.visual\.merger\.",
         renames=((r"^model\.visual\.", "visual."), (r"^(visual\..*\.attn\.qkv)$", r"\1_proj"), (r"^lm_head", "language_model.lm_head"),
                  (r"^model\.language_model\.", "language_model.model.")),
         tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128", "experts mxfp4, rest mxfp8")),
@@ -123,12 +126,12 @@ ARCHITECTURES = (
                  never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,
                  tried=_run("experts mxfp4, rest fp8 128x128", transformers=("experts mxfp4",))),
     Architecture(
-        ("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM"), merged=_MINIMAX, experts=MIXTRAL,
+        ("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM"), merged=_MINIMAX, experts=MIXTRAL, projector=r"multi_modal_projector\.",
         renames=((r"^multi_modal_projector\.", "vision_tower.multi_modal_projector."),
                  (r"^patch_merge_mlp\.", "vision_tower.patch_merge_mlp."), (r"\.mlp\.fc(\d)$", r".fc\1")),
         never=_NEVER.replace(r".*\.eh_proj$|", ""),
         cautions=("its experts limit their activations; whether vLLM passes the limits on to MXFP4 experts is open (vllm#51028)",)),
-    Architecture(("Ernie4_5_MoeForCausalLM",), never=_NEVER, tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8")),
+    Architecture(("Ernie4_5_MoeForCausalLM",), tied=True, never=_NEVER, tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8")),
     Architecture(("BailingMoeV2ForCausalLM",), **_LING, tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128", "experts mxfp4, rest mxfp8")),
     Architecture(("BailingMoeForCausalLM",), **_LING, tried=_run("experts mxfp4")),
     Architecture(("MixtralForCausalLM",), visible=("qkv_proj",), never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,

@@ -78,6 +78,19 @@ def runtime_modules(linears: Iterable[str], routed_experts: Iterable[str], text_
     return result
 
 
+def expert_faults(row: Architecture, projections: Iterable[str], stacked: bool) -> list[str]:
+    """What keeps vLLM from loading quantized routed experts: it passes over names that it does not know, and leaves the experts uninitialized.
+
+    projections: under which they are stored, none where they are not quantized. stacked: whether in 3D.
+    """
+    faults = []
+    if strange := set(projections) - set(row.experts):
+        faults.append(f"vLLM loads experts of {row.names[0]} as {', '.join(row.experts)}, these are stored as {', '.join(sorted(strange))}")
+    if stacked and not row.stacked:
+        faults.append(f"vLLM loads quantized experts of {row.names[0]} one by one only, these are stacked in 3D")
+    return faults
+
+
 def named_parts(parts: Iterable[str]) -> tuple[str, ...]:
     """Of what is merged, the leaves that the mapping of packed modules names: an indexer's projections go along unnamed."""
     return tuple(part for part in parts if not part.startswith("index_"))

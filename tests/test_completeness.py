@@ -1,0 +1,123 @@
+"""Parts of a model that no shard holds: nothing but the model itself says that they should be there, and it is refused, not converted."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages import checkup, inspect_format, plan
+from stages.download import fetch_metadata
+from stages.errors import UserError
+from stages.settings import load
+from tests.conftest import TINY
+from tests.small_models import save
+
+
+def without(directory, pattern):
+    """The checkpoint without tensors whose names hold the pattern, and without an index, which would name them."""
+    (directory / "model.safetensors.index.json").unlink(missing_ok=True)
+    lost = 0
+    for path in directory.glob("*.safetensors"):
+        tensors = load_file(path)
+        kept = {name: tensor for name, tensor in tensors.items() if not re.search(pattern, name)}
+        lost += len(tensors) - len(kept)
+        save_file(kept, path, {"format": "pt"})
+    assert lost, f"{pattern} is in no name"
+    return directory
+
+
+def planned(directory, results, recipe="mxfp4_experts"):
+    settings = load(["source=local", f"source.path={directory}", f"results={results}", f"recipe={recipe}"])
+    fetch_metadata(settings)
+    inspect_format.run(settings)
+    return plan.run(settings)
+
+
+def refused(directory, results, named):
+    with pytest.raises(UserError, match=named) as found:
+        planned(directory, results)
+    assert "\n" not in str(found.value)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Small models of other families, made once."""
+    made = {}
+
+    def directory(family, fp8, tmp_path):
+        if (family, fp8) not in made:
+            made[family, fp8] = save(family, tmp_path_factory.mktemp(family), fp8)
+        return shutil.copytree(made[family, fp8], tmp_path / family)
+    return directory
+
+
+@pytest.mark.parametrize(("pattern", "named"), [
+    (r"layers\.4\.moe\.", "layer 4"), (r"layers\.4\.self_attn\.", "layer 4.*attention"), (r"layers\.4\.share_expert\.", "layer 4.*shared experts"),
+    (r"\.moe\.up_proj\.", "up projection of the routed experts"), (r"\.self_attn\.k_proj\.", "key projection"), (r"\.moe\.gate\.", "router"),
+    (r"share_expert", "shared experts"), (r"layers\.0\.self_attn\.o_proj", "layer 0"), (r"layers\.0\.input_layernorm", "layer 0.*input_layernorm"),
+    (r"layers\.0\.mlp\.down_proj", "layer 0"), (r"resblocks\.1\.", r"resblocks\.1"), (r"resblocks\.0\.ln_1", r"resblocks\.0\.ln_1"),
+    (r"vit_large_projector", "projector"), (r"lm_head", "output head"), (r"layers\.7\.self_attn\.v_proj", "layer 7"), (r"layers\.7\.eh_proj", "layer 7"),
+])
+def test_a_part_of_the_tiny_model_that_is_gone_is_missed(checkpoint, tmp_path, pattern, named):
+    refused(without(checkpoint, pattern), tmp_path / "results", named)
+
+
+@pytest.mark.parametrize(("family", "fp8", "pattern", "named"), [
+    ("glm4_moe", True, r"layers\.2\.mlp\.", "layer 2"), ("glm4_moe", True, r"experts\.\d+\.up_proj", "up projection of the routed experts"),
+    ("glm4_moe", True, r"layers\.3\.mlp\.experts\.5\.", r"experts\.5"), ("glm4_moe", True, r"layers\.3\.self_attn\.", "layer 3"),
+    ("glm4_moe", False, r"layers\.0\.self_attn\.q_proj", "layer 0"), ("glm4_moe", False, r"lm_head", "output head"),
+    ("qwen3_5_moe", True, r"layers\.3\.self_attn\.o_proj", "layer 3"), ("qwen3_5_moe", True, r"mtp\.layers\.0\.mlp\.experts\.5", r"experts\.5"),
+    ("qwen3_5_moe", True, r"mtp\.layers\.0\.self_attn\.", "layer 4"),
+])
+def test_a_part_of_another_family_that_is_gone_is_missed(small, tmp_path, family, fp8, pattern, named):
+    directory = without(small(family, fp8, tmp_path), pattern)
+    if "lm_head" in pattern:  # where config.json does not say that it is the embedding, it is not
+        text = (directory / "config.json").read_text()
+        (directory / "config.json").write_text(re.sub(r'"tie_word_embeddings": (true|false),? ?', "", text))
+    refused(directory, tmp_path / "results", named)
+
+
+def test_a_model_that_has_lost_all_its_experts_is_missed(small, tmp_path):
+    directory = without(small("qwen3_moe", False, tmp_path), r"\.mlp\.")
+    with pytest.raises(UserError, match="MLP"):
+        planned(directory, tmp_path / "results", "mxfp4_all_linear")
+
+
+@pytest.mark.parametrize(("pattern", "named"), [
+    (r"layers\.4\.moe\.experts\.", "layer 4"), (r"layers\.4\.self_attn\.", "layer 4"), (r"layers\.0\.mlp\.down_proj", "layer 0"),
+    (r"vit_large_projector", "projector"), (r"lm_head", "output head"), (r"layers\.7\.eh_proj", "layer 7"), (r"experts\.\d+\.up_proj", "up projection"),
+])
+def test_verify_misses_it_in_a_release(converted, tmp_path, pattern, named):
+    release = shutil.copytree(converted.run_directory / "release", tmp_path / "release")
+    (release / "manifest.json").unlink()
+    without(release, pattern)
+    found = [fault for row in checkup.check(release, None, False)["checks"] for fault in row["faults"]]
+    assert any(re.search(named, fault) for fault in found), found
+
+
+def test_experts_under_names_that_the_architecture_does_not_load_are_found(converted, tmp_path):
+    release = shutil.copytree(converted.run_directory / "release", tmp_path / "release")
+    (release / "manifest.json").unlink()
+    for path in release.glob("*.safetensors"):
+        tensors = {re.sub(r"(experts\.\d+\.)(gate|up|down)_proj", lambda m: m[1] + {"gate": "w1", "up": "w3", "down": "w2"}[m[2]], name): tensor
+                   for name, tensor in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+    (release / "model.safetensors.index.json").unlink()
+    found = [fault for row in checkup.check(release, None, False)["checks"] for fault in row["faults"]]
+    assert any("loads experts" in fault for fault in found), found
+
+
+def test_the_stacked_layout_is_for_architectures_whose_loader_reads_it(small, tmp_path):
+    directory = small("qwen3_moe", False, tmp_path)
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    for layer in range(3):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            members = [tensors.pop(f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight") for expert in range(8)]
+            tensors[f"model.layers.{layer}.mlp.experts.{name}.weight"] = torch.stack(members)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match="one by one only.*per_expert"):
+        planned(directory, tmp_path / "results", "mxfp4_experts_stacked")
+    assert planned(directory, tmp_path / "results")["engines"][0]["loads"] != "no"
