@@ -58,6 +58,9 @@ def test_yaml_keys_and_schema_do_not_drift_apart(group):
     (["source=local", "source.path=/a b's {x}"], ["source.path='/my data/checkpoint'"]),
     (["source=local", "source.path='/data/{x}'"], ["source.path", "wildcards"]),
     (["recipe.groups=[]"], ["nothing to quantize"]),
+    (["recipe.groups=[{scheme: mxfp4}]"], ["group with scheme mxfp4", "nothing to quantize"]),
+    (["recipe.groups=[{roles: [routed_experts]}, {scheme: mxfp8, patterns: []}]"], ["group with scheme mxfp8", "nothing to quantize"]),
+    (["recipe.groups=[{roles: [''], patterns: ['']}]"], ["nothing to quantize"]),
     (["recipe.groups=[{patterns: ['(']}]"], ["'('", "regular expression"]),
 ])
 def test_a_mistake_in_the_settings_is_one_line_that_names_it(overrides, words):
