@@ -99,6 +99,8 @@ def test_limits_and_variables_are_given_without_hydras_plus():
 
 @pytest.mark.parametrize("overrides", [
     [], ["recipe=mxfp4_experts_stacked"], ["source=local", "source.path='/data/my model'", "source.name=m"],
+    *(["source=local", "source.path='/data/my model'", f"source.name={name}"] for name in ("deepseek_v3", "local", "hub", "step37_tiny")),
+    ["source=deepseek_v3", "source.repository=a/b", "source.revision=" + "0" * 40, "source.shards=[x.safetensors]"],
     ["recipe.exponent_rule=even", "release.draft_scales=true"],
     ["source=hub", "source.repository=a/b", "source.revision=" + "0" * 40, "source.shards=[x.safetensors]"],
     ["recipe.groups=[{scheme: mxfp4, patterns: ['.*\\.moe\\..\"x\".*']}]"],

@@ -60,13 +60,15 @@ def _literal(value: object) -> str:
 def command_for(settings: Settings) -> str:
     """The snakemake command that makes the same release: choices of conf/, and what differs from them.
 
-    It is published: a local source is DIRECTORY in it, whatever its path on this machine.
+    It is published: a local source is DIRECTORY in it, whatever its path on this machine, unless conf/ names that path.
     """
-    source = settings.source
-    if source.path and source.name not in choices("source"):
+    source, of_conf = settings.source, None
+    if source.name in choices("source"):  # as a local folder may be called, too
+        named = composed([f"source={source.name}"]).source
+        of_conf = source.name if (source.path, source.repository) == (named.path, named.repository) else None
+    if source.path and not of_conf:
         source = dataclasses.replace(source, path="DIRECTORY")
-    chosen = {"source": source.name if source.name in choices("source") else "local" if source.path else "hub",
-              "recipe": settings.recipe.name, "release": settings.release.name}
+    chosen = {"source": of_conf or ("local" if source.path else "hub"), "recipe": settings.recipe.name, "release": settings.release.name}
     chosen = {group: name for group, name in chosen.items() if name in choices(group)}
     plain = as_dict(composed([f"{group}={name}" for group, name in chosen.items()]))
     different = [f"{group}.{key}={_literal(value)}" for group, part in (("source", source), ("recipe", settings.recipe), ("release", settings.release))
