@@ -104,6 +104,7 @@ def test_limits_and_variables_are_given_without_hydras_plus():
     ["recipe.exponent_rule=even", "release.draft_scales=true"],
     ["source=hub", "source.repository=a/b", "source.revision=" + "0" * 40, "source.shards=[x.safetensors]"],
     ["recipe.groups=[{scheme: mxfp4, patterns: ['.*\\.moe\\..\"x\".*']}]"],
+    ["recipe.groups=[{scheme: mxfp4, patterns: ['a\\'b\\\\\\'c', 'x\\\\\\\\']}]", "source.license='it\\'s mine\\\\'"],
 ])
 def test_the_command_on_the_card_makes_the_same_release(overrides):
     settings = load(overrides)

@@ -46,14 +46,14 @@ def overrides_from(config: dict) -> list[str]:
 
 
 def _literal(value: object) -> str:
-    """A value in Hydra's notation."""
+    """A value in Hydra's notation, which reads backslashes before a quote as pairs, all others as they are."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_literal(part)}" for key, part in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_literal, value)) + "]"
     if isinstance(value, str):
         return value if re.fullmatch(r"[A-Za-z_/][\w./-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf") else \
-            "'" + value.replace("'", "\\'") + "'"
+            "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
