@@ -9,7 +9,7 @@ from stages.checkup import completeness, structure
 from stages.checkup.checkpoint import Checkpoint
 from stages.dialects.roles import hidden_layers
 from stages.errors import UserError
-from stages.planning.outputs import release_config
+from stages.planning.outputs import config_json
 from stages.schemes import compressed_tensors, vllm_rules
 from stages.schemes.architectures import architecture_of
 
@@ -57,7 +57,7 @@ def run(directory: Path, base: Path | None, dry_run: bool) -> None:
     config = read_json(base or path)
     with Checkpoint(directory, section={}, config=config) as checkpoint:
         section, modules = section_for(checkpoint)
-    text = render_json(release_config(config, section))
+    text = config_json(config, section)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         print(f"{path}: is right as it is ({modules} modules)")
         return
