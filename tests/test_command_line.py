@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from stages import checkup, command_line
 from stages.errors import UserError
-from tests.conftest import PROJECT, TINY
+from tests.conftest import PROJECT, TINY, convert
 from tests.hub_server import HubServer
+from tests.small_models import save
 from tests.step37_flash import write_checkpoint
 
 LAYER = "model.layers.2.moe.experts"
@@ -347,6 +348,54 @@ def test_config_makes_the_same_file_again_and_the_manifest_follows(converted, re
     change(release, lambda t: t.pop(f"{LAYER}.5.down_proj.weight_scale"))
     refused = mxforge("config", release)
     assert refused.returncode == 1 and "mend that first" in refused.stderr
+
+
+W4A4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": True, "scale_dtype": "torch.uint8"}
+
+
+def test_config_keeps_what_no_tensor_tells(release):
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    edit_config(release, lambda c: (c.update(kv_cache_scheme=cache), c["config_groups"]["group_0"].update(input_activations=W4A4, output_activations=W4A4)))
+    right = json.loads((release / "config.json").read_text())
+    edit_config(release, lambda c: c["config_groups"]["group_0"].update(targets=["FusedMoE"]))
+    assert mxforge("config", release).returncode == 0
+    assert json.loads((release / "config.json").read_text()) == right
+
+
+@pytest.mark.parametrize(("action", "words"), [
+    (lambda c: c["config_groups"].update(other={"targets": [], "weights": c["config_groups"]["group_0"]["weights"], "input_activations": W4A4}),
+     "group_0 and other quantize activations in two ways"),
+    (lambda c: c["config_groups"]["group_0"].update(weights={"num_bits": 8, "type": "float", "strategy": "tensor"}, input_activations=W4A4),
+     "group_0 quantizes activations, but no tensor is stored as its weights say"),
+    (lambda c: c.update(transform_config={"config_groups": {"u": {}}}), "has a transform_config"),
+    (lambda c: c.update(config_groups={"group_0": None}), "group_0: is null"),
+])
+def test_config_refuses_what_it_could_not_say_again(release, action, words):
+    edit_config(release, action)
+    before = (release / "config.json").read_bytes()
+    shown = mxforge("config", release)
+    assert shown.returncode == 1 and words in shown.stderr and len(shown.stderr.splitlines()) == 1, shown.stderr
+    assert (release / "config.json").read_bytes() == before
+
+
+def test_config_keeps_fixed_scales_of_fp8(tmp_path):
+    """Activations that a checkpoint stores scales for must not become those that are scaled on the fly."""
+    settings = convert("source=local", f"source.path={save('qwen3_moe', tmp_path / 'model', fp8=True)}", f"results={tmp_path / 'results'}")
+    release = settings.run_directory / "release"
+    (release / "manifest.json").unlink()
+
+    def fixed(tensors):
+        for name in [name for name in tensors if "self_attn" in name and name.endswith("_proj.weight")]:
+            tensors |= {f"{name}_scale": torch.tensor([0.01]), name.replace("weight", "input_scale"): torch.tensor([0.02])}
+
+    change(release, fixed, contains="lm_head.weight")
+    static = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor"}
+    edit_config(release, lambda c: [group.update(weights=dict(static), input_activations=dict(static)) for group in c["config_groups"].values()
+                                    if group["format"] == "float-quantized"])
+    right = (release / "config.json").read_text()
+    edit_config(release, lambda c: c.update(ignore=[]))
+    assert mxforge("config", release).returncode == 0
+    assert json.loads((release / "config.json").read_text()) == json.loads(right)
 
 
 EXPECTED = {"quantized_weights": 190_253_629_440, "release_tensor_bytes": 123_295_638_272, "source_tensor_bytes": 212_523_475_712,
