@@ -214,6 +214,35 @@ def test_a_source_shows_what_the_codes_cannot(release, action, contains, words):
     assert any(words in fault for fault in found["against_source"]), found
 
 
+def test_a_source_shows_what_was_added(release):
+    for value, inert in ((1.0, True), (2.0, False)):
+        change(release, lambda t: t.update({"model.layers.6.self_attn.attn.k_scale": torch.tensor([value])}), "model.norm.weight")
+        assert ("against_source" not in faults(release, source=TINY)) is inert
+    change(release, lambda t: (t.pop("model.layers.6.self_attn.attn.k_scale"), t.update(
+        {f"model.layers.{layer}.self_attn.o_proj.bias": torch.full((256,), 5.0) for layer in range(6)})), "model.norm.weight")
+    (found,) = faults(release, source=TINY)["against_source"]
+    assert found.startswith("the source has no model.layers.0.self_attn.o_proj.bias and 5 more")
+
+
+def test_a_source_shows_what_was_changed_in_the_config(release, checkpoint):
+    changes = {"rope_theta": 1.0, "sliding_window": 32, "moe_top_k": 1}
+    renamed = {"transformers_version": "9", "torch_dtype": "bfloat16", "x": 1.0}
+    for directory, added in ((release, renamed), (checkpoint, {"dtype": "bfloat16", "x": 1})):
+        config = json.loads((directory / "config.json").read_text())
+        config["text_config"] |= {"time_step_limit": [0.0, math.inf, math.nan], "tie_word_embeddings": None}
+        (directory / "config.json").write_text(json.dumps(config | added))
+    assert faults(release, source=checkpoint, quick=True) == {}
+    config = json.loads((release / "config.json").read_text())
+    assert changes.keys() <= config["text_config"].keys()
+    config["text_config"] |= changes
+    config["text_config"] |= {"attention_dropout": 0.0, "rope_parameters": {"factor": 2.0, "rope_theta": 1e4}}
+    (release / "config.json").write_text(json.dumps(config))
+    result = checkup.check(release, checkpoint, quick=True)
+    (found,) = [row["faults"] for row in result["checks"] if row["faults"]]
+    assert [fault.split()[1] for fault in found] == [f"text_config.{key}" for key in sorted({*changes, "rope_parameters.rope_theta"})]
+    assert any("says what the source's does not: text_config.attention_dropout, " in note for note in result["notes"])
+
+
 def test_the_manifest_shows_any_changed_byte(converted, release):
     shutil.copy(converted.run_directory / "release" / "manifest.json", release)
     assert faults(release) == {}
