@@ -384,7 +384,8 @@ W4A4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "
 
 def test_config_keeps_what_no_tensor_tells(release):
     cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
-    edit_config(release, lambda c: (c.update(kv_cache_scheme=cache), c["config_groups"]["group_0"].update(input_activations=W4A4, output_activations=W4A4)))
+    edit_config(release, lambda c: c.update(kv_cache_scheme=cache))
+    edit_config(release, lambda c: c["config_groups"]["group_0"].update(input_activations=W4A4, output_activations=W4A4))
     right = json.loads((release / "config.json").read_text())
     edit_config(release, lambda c: c["config_groups"]["group_0"].update(targets=["FusedMoE"]))
     assert mxforge("config", release).returncode == 0
