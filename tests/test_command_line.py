@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kernels.fp8 import decode_block_fp8
 from stages import checkup, command_line
 from stages.errors import UserError
 from tests.conftest import PROJECT, TINY, convert
 from tests.hub_server import HubServer
-from tests.small_models import save
+from tests.small_models import block_fp8, save
 from tests.step37_flash import write_checkpoint
 
 LAYER = "model.layers.2.moe.experts"
@@ -212,6 +213,62 @@ def test_a_source_shows_what_the_codes_cannot(release, action, contains, words):
     change(release, action, contains)
     found = faults(release, source=TINY)
     assert any(words in fault for fault in found["against_source"]), found
+
+
+O_PROJ = "model.layers.2.self_attn.o_proj.weight"
+SOURCES = "model.layers.2.moe.up_proj.weight"
+
+
+@pytest.mark.parametrize(("of_release", "of_source", "words"), [
+    (TENSOR_DAMAGES["one_expert_twice"][0],
+     lambda t: [t[name].view(torch.uint8)[3].copy_(t[name].view(torch.uint8)[4]) for name in (SOURCES, f"{SOURCES}_scale_inv")], "written twice"),
+    (lambda t: t[O_PROJ].zero_(), lambda t: t[O_PROJ].zero_(), "nothing but zeros"),
+])
+def test_what_is_odd_in_the_source_is_no_fault_of_its_release(release, checkpoint, of_release, of_source, words):
+    change(release, of_release)
+    change(checkpoint, of_source, SOURCES, index=False)
+    (checkpoint / "manifest.json").write_text("{}")  # a release may be a source, too
+    assert faults(release, source=checkpoint) == {}
+    assert any(words in fault for fault in faults(release)["numbers"])
+
+
+def test_rows_of_zeros_at_both_ends_are_not_taken_for_a_matrix_of_zeros(release):
+    def pad(tensors):
+        for rows in [tensors[name] for name in tensors if name.endswith("weight_packed")]:
+            rows[:16], rows[-16:] = 0, 0
+
+    change(release, pad)
+    assert faults(release) == {}
+
+
+def test_names_of_weight_norm_are_not_odd(release):
+    change(release, lambda t: t.update({"vision_model.conv.weight_g": torch.ones(4), "vision_model.conv.weight_v": torch.randn(4, 4)}))
+    assert "pairs" not in faults(release)
+
+
+def test_a_fused_half_may_begin_within_a_tile_of_the_source(tmp_path):
+    inner = 192  # gate ends in the middle of the second tile of 128 rows
+    source = save("qwen3_5_moe", tmp_path / "model")
+    config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+    config["text_config"]["moe_intermediate_size"] = inner
+    fused = dict(tensors)
+    for name in list(tensors):
+        if re.search(r"mtp.*\.experts\.", name):
+            tensors[name] = fused[name] = torch.randn((256, inner) if "down" in name else (inner, 256)).bfloat16() * 0.05
+        elif re.search(r"experts\.(gate_up|down)_proj$", name):
+            rows = torch.randn(8, *((256, inner) if "down" in name else (2 * inner, 256))) * 0.05
+            rows *= 1 + 2 * (torch.arange(rows.shape[1]) // 128)[:, None]
+            made = [block_fp8(each) for each in rows]
+            fused[name], fused[f"{name}_scale_inv"] = torch.stack([codes for codes, _ in made]), torch.stack([scale for _, scale in made])
+            tensors[name] = torch.stack([decode_block_fp8(*each, (128, 128)) for each in made])
+    for directory, content in ((source, tensors), (tmp_path / "fused", fused)):
+        directory.mkdir(exist_ok=True)
+        save_file(content, directory / "model.safetensors", {"format": "pt"})
+        (directory / "config.json").write_text(json.dumps(config))
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    release = convert("source=local", f"source.path={source}", f"results={tmp_path / 'results'}").run_directory / "release"
+    for quick in (False, True):
+        assert faults(release, source=source, quick=quick) == faults(release, source=tmp_path / "fused", quick=quick) == {}
 
 
 def test_a_source_shows_what_was_added(release):

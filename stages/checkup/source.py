@@ -16,8 +16,8 @@ from stages.schemes.modules import Matrix, matrices
 
 
 class Source(Shards):
-    """`config` is its config.json, `claims` say how each tensor is stored, `places` reads them; `origins` leads from a release's module, in either layout, to the
-    weight that becomes it and to its Matrix."""
+    """`config` is its config.json, `claims` say how each tensor is stored, `places` reads them; `origins` leads from a release's module, in
+    either layout, to the weight that becomes it and to its Matrix."""
 
     def __init__(self, directory: Path):
         super().__init__(directory)
@@ -34,7 +34,7 @@ class Source(Shards):
             raise UserError(f"--source {self.directory}: holds no tensor; name the checkpoint that the release was made from")
         self.config = read_source_config(self.directory)
         self.claims = recognize(self.tensors, self.where, self.config)
-        if self.directory.resolve() == release.resolve() or (self.directory / "manifest.json").exists():
+        if self.directory.resolve() == release.resolve():  # another release may be a source
             raise UserError(f"--source {self.directory}: is a release itself, not a source; name the checkpoint that the release was made from")
         for name, claim in self.claims.items():
             for layout in ("stacked", "per_expert") if claim.matrix else ():
