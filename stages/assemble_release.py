@@ -19,7 +19,7 @@ from stages.checkpoint.header import INDEX
 from stages.checkpoint.writer import ShardWriter
 from stages.dialects.config import MODELOPT
 from stages.errors import UserError, exit_with_one_line
-from stages.planning.outputs import SHARD_METADATA, index_json, release_config, release_outputs, weight_map
+from stages.planning.outputs import SHARD_METADATA, config_json, index_json, release_outputs, weight_map
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.schemes import draft_scales
@@ -138,7 +138,7 @@ def _assemble(settings: Settings) -> dict:
     try:
         _link_shards(settings, receipts, building)
         files = _copy_auxiliary(settings, building) | _copy_plugin(plan, building) | _write_draft_scales(plan, building)
-        write_json(building / "config.json", release_config(read_config(settings), plan["quantization_config"]))
+        write_text(building / "config.json", config_json(read_config(settings), plan["quantization_config"]))
         write_text(building / INDEX, index_json(weight_map(plan, release_outputs(plan)), plan["release_tensor_bytes"]))
         files |= {name: _entry(building / name) for name in ("config.json", INDEX)}
         manifest = manifest_of(settings, plan, receipts, files)

@@ -129,16 +129,25 @@ def source_card(settings: Settings) -> str | None:
 
 
 def source_matter(settings: Settings) -> str:
-    """YAML lines of the source's front matter that hold of a release: above all its licence, which source.license overrides."""
+    """YAML lines of the source's front matter that hold of a release: above all its licence, which source.license overrides.
+
+    Its values are read as the words that they are: YAML would make false of `no`, Norwegian.
+    """
     found = FRONT_MATTER.match(_source_readme(settings) or "")
     try:
-        stated = yaml.safe_load(found[1]) if found else None
+        stated = yaml.load(found[1], Loader=yaml.BaseLoader) if found else None
     except yaml.YAMLError:
         stated = None
-    kept = {key: stated[key] for key in KEPT_MATTER if stated.get(key)} if isinstance(stated, dict) else {}
+    kept = {key: stated[key] for key in KEPT_MATTER if _says(stated.get(key))} if isinstance(stated, dict) else {}
     if settings.source.license:
         kept = {key: value for key, value in kept.items() if not key.startswith("license")} | {"license": settings.source.license}
     return yaml.safe_dump(kept, sort_keys=False) if kept else ""
+
+
+def _says(value: object) -> bool:
+    """Whether it is a word or a list of words, as the values of KEPT_MATTER are."""
+    words = value if isinstance(value, list) else [value]
+    return bool(words) and all(isinstance(word, str) and word.lower() not in ("", "~", "null") for word in words)
 
 
 def _environment() -> jinja2.Environment:

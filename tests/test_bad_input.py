@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages import validate_gemm
+from stages import checkup, validate_gemm
 from stages.assemble_release import run as assemble
+from stages.checkup import configuring
 from stages.errors import UserError
 from stages.serving import environment
 from stages.settings import load
@@ -183,6 +184,10 @@ def name_with_a_line_break(checkpoint):
     rewrite(checkpoint / "model-00003.safetensors", lambda tensors: tensors.update({'a b"\n\t.weight': torch.zeros(4, 4)}))
 
 
+def half_a_surrogate_pair_in_the_config(checkpoint):
+    edit_text_config(checkpoint, note="\ud800")  # which Python's json writes as an escape
+
+
 def config_is_not_json(checkpoint):
     (checkpoint / "config.json").write_text("{")
 
@@ -218,6 +223,7 @@ def overlapping_offsets(checkpoint):
     (config_forgot_the_quantization, ["config.json", "block-FP8"]),
     (config_missing, ["config.json"]),
     (config_is_not_json, ["config.json"]),
+    (half_a_surrogate_pair_in_the_config, ["config.json", "surrogates not allowed"]),
     (config_counts_drafts_in_words, ["config.json", "num_nextn_predict_layers is 'three'"]),
     (two_layers_gone, ["layer 3", "no shard holds anything of it", "6 layers"]),
     (attention_of_a_layer_gone, ["layer 3", "self_attn.o_proj.weight"]),
@@ -242,6 +248,22 @@ def test_a_damaged_source_is_refused_in_one_line_and_makes_no_release(checkpoint
     run_directory = load(local).run_directory
     assert not (run_directory / "release").exists()
     assert not list(run_directory.rglob("*.part*"))
+
+
+def test_numbers_that_only_pythons_json_knows_stay_in_the_config(checkpoint, local, capsys):
+    edit_text_config(checkpoint, time_step_limit=[0.0, float("inf")], note=float("nan"))
+    path = checkpoint / "config.json"
+    path.write_text(path.read_text().replace("NaN", "-1e400"))
+    settings = convert(*local)
+    release = settings.run_directory / "release"
+    text = (release / "config.json").read_text()
+    found = json.loads(text)["text_config"]
+    assert (found["time_step_limit"], found["note"]) == ([0.0, float("inf")], float("-inf"))
+    configuring.run(release, None, dry_run=False)
+    assert "is right as it is" in capsys.readouterr().out and checkup.check(release, checkpoint, quick=True)["passed"]
+    edit_text_config(checkpoint, note=float("nan"))
+    convert(*local)
+    assert (release / "config.json").read_text() == text.replace("-Infinity", "NaN")
 
 
 @pytest.mark.parametrize("where", ["same", "inside", "around"])

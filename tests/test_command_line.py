@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kernels.fp8 import decode_block_fp8
 from stages import checkup, command_line
 from stages.errors import UserError
-from tests.conftest import PROJECT, TINY
+from tests.conftest import PROJECT, TINY, convert
 from tests.hub_server import HubServer
+from tests.small_models import block_fp8, save
 from tests.step37_flash import write_checkpoint
 
 LAYER = "model.layers.2.moe.experts"
@@ -213,6 +215,91 @@ def test_a_source_shows_what_the_codes_cannot(release, action, contains, words):
     assert any(words in fault for fault in found["against_source"]), found
 
 
+O_PROJ = "model.layers.2.self_attn.o_proj.weight"
+SOURCES = "model.layers.2.moe.up_proj.weight"
+
+
+@pytest.mark.parametrize(("of_release", "of_source", "words"), [
+    (TENSOR_DAMAGES["one_expert_twice"][0],
+     lambda t: [t[name].view(torch.uint8)[3].copy_(t[name].view(torch.uint8)[4]) for name in (SOURCES, f"{SOURCES}_scale_inv")], "written twice"),
+    (lambda t: t[O_PROJ].zero_(), lambda t: t[O_PROJ].zero_(), "nothing but zeros"),
+])
+def test_what_is_odd_in_the_source_is_no_fault_of_its_release(release, checkpoint, of_release, of_source, words):
+    change(release, of_release)
+    change(checkpoint, of_source, SOURCES, index=False)
+    (checkpoint / "manifest.json").write_text("{}")  # a release may be a source, too
+    assert faults(release, source=checkpoint) == {}
+    assert any(words in fault for fault in faults(release)["numbers"])
+
+
+def test_rows_of_zeros_at_both_ends_are_not_taken_for_a_matrix_of_zeros(release):
+    def pad(tensors):
+        for rows in [tensors[name] for name in tensors if name.endswith("weight_packed")]:
+            rows[:16], rows[-16:] = 0, 0
+
+    change(release, pad)
+    assert faults(release) == {}
+
+
+def test_names_of_weight_norm_are_not_odd(release):
+    change(release, lambda t: t.update({"vision_model.conv.weight_g": torch.ones(4), "vision_model.conv.weight_v": torch.randn(4, 4)}))
+    assert "pairs" not in faults(release)
+
+
+def test_a_fused_half_may_begin_within_a_tile_of_the_source(tmp_path):
+    inner = 192  # gate ends in the middle of the second tile of 128 rows
+    source = save("qwen3_5_moe", tmp_path / "model")
+    config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+    config["text_config"]["moe_intermediate_size"] = inner
+    fused = dict(tensors)
+    for name in list(tensors):
+        if re.search(r"mtp.*\.experts\.", name):
+            tensors[name] = fused[name] = torch.randn((256, inner) if "down" in name else (inner, 256)).bfloat16() * 0.05
+        elif re.search(r"experts\.(gate_up|down)_proj$", name):
+            rows = torch.randn(8, *((256, inner) if "down" in name else (2 * inner, 256))) * 0.05
+            rows *= 1 + 2 * (torch.arange(rows.shape[1]) // 128)[:, None]
+            made = [block_fp8(each) for each in rows]
+            fused[name], fused[f"{name}_scale_inv"] = torch.stack([codes for codes, _ in made]), torch.stack([scale for _, scale in made])
+            tensors[name] = torch.stack([decode_block_fp8(*each, (128, 128)) for each in made])
+    for directory, content in ((source, tensors), (tmp_path / "fused", fused)):
+        directory.mkdir(exist_ok=True)
+        save_file(content, directory / "model.safetensors", {"format": "pt"})
+        (directory / "config.json").write_text(json.dumps(config))
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    release = convert("source=local", f"source.path={source}", f"results={tmp_path / 'results'}").run_directory / "release"
+    for quick in (False, True):
+        assert faults(release, source=source, quick=quick) == faults(release, source=tmp_path / "fused", quick=quick) == {}
+
+
+def test_a_source_shows_what_was_added(release):
+    for value, inert in ((1.0, True), (2.0, False)):
+        change(release, lambda t: t.update({"model.layers.6.self_attn.attn.k_scale": torch.tensor([value])}), "model.norm.weight")
+        assert ("against_source" not in faults(release, source=TINY)) is inert
+    change(release, lambda t: (t.pop("model.layers.6.self_attn.attn.k_scale"), t.update(
+        {f"model.layers.{layer}.self_attn.o_proj.bias": torch.full((256,), 5.0) for layer in range(6)})), "model.norm.weight")
+    (found,) = faults(release, source=TINY)["against_source"]
+    assert found.startswith("the source has no model.layers.0.self_attn.o_proj.bias and 5 more")
+
+
+def test_a_source_shows_what_was_changed_in_the_config(release, checkpoint):
+    changes = {"rope_theta": 1.0, "sliding_window": 32, "moe_top_k": 1}
+    renamed = {"transformers_version": "9", "torch_dtype": "bfloat16", "x": 1.0}
+    for directory, added in ((release, renamed), (checkpoint, {"dtype": "bfloat16", "x": 1})):
+        config = json.loads((directory / "config.json").read_text())
+        config["text_config"] |= {"time_step_limit": [0.0, math.inf, math.nan], "tie_word_embeddings": None}
+        (directory / "config.json").write_text(json.dumps(config | added))
+    assert faults(release, source=checkpoint, quick=True) == {}
+    config = json.loads((release / "config.json").read_text())
+    assert changes.keys() <= config["text_config"].keys()
+    config["text_config"] |= changes
+    config["text_config"] |= {"attention_dropout": 0.0, "rope_parameters": {"factor": 2.0, "rope_theta": 1e4}}
+    (release / "config.json").write_text(json.dumps(config))
+    result = checkup.check(release, checkpoint, quick=True)
+    (found,) = [row["faults"] for row in result["checks"] if row["faults"]]
+    assert [fault.split()[1] for fault in found] == [f"text_config.{key}" for key in sorted({*changes, "rope_parameters.rope_theta"})]
+    assert any("says what the source's does not: text_config.attention_dropout, " in note for note in result["notes"])
+
+
 def test_the_manifest_shows_any_changed_byte(converted, release):
     shutil.copy(converted.run_directory / "release" / "manifest.json", release)
     assert faults(release) == {}
@@ -347,6 +434,55 @@ def test_config_makes_the_same_file_again_and_the_manifest_follows(converted, re
     change(release, lambda t: t.pop(f"{LAYER}.5.down_proj.weight_scale"))
     refused = mxforge("config", release)
     assert refused.returncode == 1 and "mend that first" in refused.stderr
+
+
+W4A4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": True, "scale_dtype": "torch.uint8"}
+
+
+def test_config_keeps_what_no_tensor_tells(release):
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    edit_config(release, lambda c: c.update(kv_cache_scheme=cache))
+    edit_config(release, lambda c: c["config_groups"]["group_0"].update(input_activations=W4A4, output_activations=W4A4))
+    right = json.loads((release / "config.json").read_text())
+    edit_config(release, lambda c: c["config_groups"]["group_0"].update(targets=["FusedMoE"]))
+    assert mxforge("config", release).returncode == 0
+    assert json.loads((release / "config.json").read_text()) == right
+
+
+@pytest.mark.parametrize(("action", "words"), [
+    (lambda c: c["config_groups"].update(other={"targets": [], "weights": c["config_groups"]["group_0"]["weights"], "input_activations": W4A4}),
+     "group_0 and other quantize activations in two ways"),
+    (lambda c: c["config_groups"]["group_0"].update(weights={"num_bits": 8, "type": "float", "strategy": "tensor"}, input_activations=W4A4),
+     "group_0 quantizes activations, but no tensor is stored as its weights say"),
+    (lambda c: c.update(transform_config={"config_groups": {"u": {}}}), "has a transform_config"),
+    (lambda c: c.update(config_groups={"group_0": None}), "group_0: is null"),
+])
+def test_config_refuses_what_it_could_not_say_again(release, action, words):
+    edit_config(release, action)
+    before = (release / "config.json").read_bytes()
+    shown = mxforge("config", release)
+    assert shown.returncode == 1 and words in shown.stderr and len(shown.stderr.splitlines()) == 1, shown.stderr
+    assert (release / "config.json").read_bytes() == before
+
+
+def test_config_keeps_fixed_scales_of_fp8(tmp_path):
+    """Activations that a checkpoint stores scales for must not become those that are scaled on the fly."""
+    settings = convert("source=local", f"source.path={save('qwen3_moe', tmp_path / 'model', fp8=True)}", f"results={tmp_path / 'results'}")
+    release = settings.run_directory / "release"
+    (release / "manifest.json").unlink()
+
+    def fixed(tensors):
+        for name in [name for name in tensors if "self_attn" in name and name.endswith("_proj.weight")]:
+            tensors |= {f"{name}_scale": torch.tensor([0.01]), name.replace("weight", "input_scale"): torch.tensor([0.02])}
+
+    change(release, fixed, contains="lm_head.weight")
+    static = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor"}
+    edit_config(release, lambda c: [group.update(weights=dict(static), input_activations=dict(static)) for group in c["config_groups"].values()
+                                    if group["format"] == "float-quantized"])
+    right = (release / "config.json").read_text()
+    edit_config(release, lambda c: c.update(ignore=[]))
+    assert mxforge("config", release).returncode == 0
+    assert json.loads((release / "config.json").read_text()) == json.loads(right)
 
 
 EXPECTED = {"quantized_weights": 190_253_629_440, "release_tensor_bytes": 123_295_638_272, "source_tensor_bytes": 212_523_475_712,

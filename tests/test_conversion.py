@@ -15,6 +15,7 @@ import numpy
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -222,8 +223,11 @@ def test_a_card_keeps_the_licence_of_the_source(local, checkpoint):
     assert report.source_card(settings) == "# A model\n"
     settings.source.license = "mit"
     assert report.source_matter(settings) == "license: mit\n"
-    (settings.source_directory / "auxiliary/README.md").write_text("---\n: [\n---\nno YAML")
     settings.source.license = None
+    (settings.source_directory / "auxiliary/README.md").write_text(
+        "---\nlanguage: [en, no]\nlicense: 1.10\nlicense_name: null\nlicense_link: {a: 1}\npipeline_tag: 2024-01-01\n---\n")
+    assert yaml.safe_load(report.source_matter(settings)) == {"license": "1.10", "language": ["en", "no"], "pipeline_tag": "2024-01-01"}
+    (settings.source_directory / "auxiliary/README.md").write_text("---\n: [\n---\nno YAML")
     assert report.source_matter(settings) == ""
 
 

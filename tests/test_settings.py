@@ -58,6 +58,9 @@ def test_yaml_keys_and_schema_do_not_drift_apart(group):
     (["source=local", "source.path=/a b's {x}"], ["source.path='/my data/checkpoint'"]),
     (["source=local", "source.path='/data/{x}'"], ["source.path", "wildcards"]),
     (["recipe.groups=[]"], ["nothing to quantize"]),
+    (["recipe.groups=[{scheme: mxfp4}]"], ["group with scheme mxfp4", "nothing to quantize"]),
+    (["recipe.groups=[{roles: [routed_experts]}, {scheme: mxfp8, patterns: []}]"], ["group with scheme mxfp8", "nothing to quantize"]),
+    (["recipe.groups=[{roles: [''], patterns: ['']}]"], ["nothing to quantize"]),
     (["recipe.groups=[{patterns: ['(']}]"], ["'('", "regular expression"]),
 ])
 def test_a_mistake_in_the_settings_is_one_line_that_names_it(overrides, words):
@@ -96,9 +99,12 @@ def test_limits_and_variables_are_given_without_hydras_plus():
 
 @pytest.mark.parametrize("overrides", [
     [], ["recipe=mxfp4_experts_stacked"], ["source=local", "source.path='/data/my model'", "source.name=m"],
+    *(["source=local", "source.path='/data/my model'", f"source.name={name}"] for name in ("deepseek_v3", "local", "hub", "step37_tiny")),
+    ["source=deepseek_v3", "source.repository=a/b", "source.revision=" + "0" * 40, "source.shards=[x.safetensors]"],
     ["recipe.exponent_rule=even", "release.draft_scales=true"],
     ["source=hub", "source.repository=a/b", "source.revision=" + "0" * 40, "source.shards=[x.safetensors]"],
     ["recipe.groups=[{scheme: mxfp4, patterns: ['.*\\.moe\\..\"x\".*']}]"],
+    ["recipe.groups=[{scheme: mxfp4, patterns: ['a\\'b\\\\\\'c', 'x\\\\\\\\']}]", "source.license='it\\'s mine\\\\'"],
 ])
 def test_the_command_on_the_card_makes_the_same_release(overrides):
     settings = load(overrides)

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from contextlib import contextmanager
@@ -130,9 +131,12 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
-def render_json(value: object) -> str:
-    """The one way JSON is written: indented by 2, key order as given, ending with a newline."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def render_json(value: object, allow_nan: bool = False) -> str:
+    """The one way JSON is written: indented by 2, key order as given, ending with a newline.
+
+    allow_nan: also NaN and Infinity, which JSON does not have; only for a stranger's file that has them, since all its readers are Python's.
+    """
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
 
 
 def write_json(path: Path, value: object) -> None:
@@ -149,7 +153,10 @@ def read_json(path: Path, made_by: str | None = None, shown: Path | None = None)
     if made_by:
         missing, damaged = f"run {made_by} first", f"delete it and run {made_by} again"
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        result = json.loads(text)
+        if re.search(r"\\ud[89a-f]", text, re.I):  # half a surrogate pair, which could never be written again
+            json.dumps(result, ensure_ascii=False).encode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{name} is missing: {missing}") from None
     except (ValueError, RecursionError) as error:

@@ -72,7 +72,7 @@ def compare_matrix(checkpoint: Checkpoint, source: Source, buffers: Buffers, mat
 
 
 def _spans(source: Source, match: Match, quick: bool) -> list[tuple[int, int]]:
-    """Rows of a matrix that are compared at once, each span from the edge of a tile of the source's."""
+    """Rows of a matrix that are compared at once, each span of whole tiles of the source's, as far as there are."""
     claim, rows = source.claims[match.name], range(*match.rows)
     step = claim.tile[0] if claim.tile else 1
     if quick:
@@ -86,17 +86,19 @@ def _sums(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match
     """(signal, error) of a span of rows; NonFiniteError for what is no number in the release, UserError for that in the source."""
     _, pair, expert, name, number, rows = match
     claim, panel = source.claims[name], range(*rows)[begin:end]
+    height = claim.tile[0] if claim.tile else 1
+    edge = panel[0] // height * height  # of the tile that holds the first row: the second half of a fused matrix may begin within one
     codes = checkpoint.reader(pair.codes).matrix_array(pair.codes, expert, begin, end, buffers.codes)
     scales = checkpoint.reader(pair.scale).matrix_array(pair.scale, expert, begin, end)
     with _blaming(source, name):
-        weight, tiles = stored_rows(source.places, name, claim, number, panel[0], panel[-1] + 1, buffers.source)
-        if panel.step > 1:  # every other row is another matrix's
+        weight, tiles = stored_rows(source.places, name, claim, number, edge, panel[-1] + 1, buffers.source)
+        if panel.step > 1 or edge < panel[0]:  # every other row, or the first ones, are another matrix's
             if tiles is not None:
-                weight, tiles = decoded_rows(source.places, name, claim, number, panel[0], panel[-1] + 1).numpy(), None
-            weight = np.ascontiguousarray(weight[::panel.step])
+                weight, tiles = decoded_rows(source.places, name, claim, number, edge, panel[-1] + 1).numpy(), None
+            weight = np.ascontiguousarray(weight[panel[0] - edge::panel.step])
         sums = difference(weight, tiles, claim.tile, codes, scales, pair.stored)
         if not math.isfinite(sum(sums)):  # decoding says which number it is
-            decoded_rows(source.places, name, claim, number, panel[0], panel[-1] + 1)
+            decoded_rows(source.places, name, claim, number, edge, panel[-1] + 1)
     if not math.isfinite(sum(sums)):
         SCHEMES[pair.stored].dequantize(as_tensor(codes, pair.info.dtype), as_tensor(scales, checkpoint.tensors[pair.scale].dtype))
     return sums

@@ -7,9 +7,11 @@ from pathlib import Path
 from stages.checkpoint.files import read_json, render_json, sha256_file, write_text
 from stages.checkup import completeness, structure
 from stages.checkup.checkpoint import Checkpoint
+from stages.checkup.form import json_object
+from stages.dialects.config import changes_weights, declared
 from stages.dialects.roles import hidden_layers
 from stages.errors import UserError
-from stages.planning.outputs import release_config
+from stages.planning.outputs import config_json
 from stages.schemes import compressed_tensors, vllm_rules
 from stages.schemes.architectures import architecture_of
 
@@ -40,6 +42,33 @@ def section_for(checkpoint: Checkpoint) -> tuple[dict, int]:
     return section, len(runtime)
 
 
+def _keep(section: dict, before: dict, where: str, is_base: bool) -> None:
+    """Takes over what an engine does beside reading the stored weights and no tensor tells: the KV cache's scheme, and each group's activations.
+
+    UserError for what cannot be said again without changing the model. is_base: `before` is another checkpoint's, whose groups may be of weights
+    that this one stores otherwise.
+    """
+    if before.get("quant_method") != "compressed-tensors":
+        return  # the source's, which the conversion has replaced
+    for key in changes_weights(before):
+        raise UserError(f"{where}: quantization_config has a {key}, by which an engine changes weights or inputs; it cannot be made again")
+    section["kv_cache_scheme"] = before.get("kv_cache_scheme")
+    kept: dict[str, tuple[str, dict]] = {}  # group made again -> the group that it has its activations from
+    for name, group in json_object(before.get("config_groups") or {}, f"{where}: config_groups").items():
+        weights = json_object(json_object(group, f"{where}: {name}").get("weights") or {}, f"{where}: {name}.weights")
+        activations = {key: group.get(key) for key in ("input_activations", "output_activations")}
+        made = next((made for made, other in section["config_groups"].items()
+                     if all(weights.get(key) == other["weights"][key] for key in ("num_bits", "type", "strategy"))), None)
+        if made is None and any(activations.values()) and not is_base:
+            raise UserError(f"{where}: {name} quantizes activations, but no tensor is stored as its weights say; mend them, or take its "
+                            "activations out")
+        if made and kept.setdefault(made, (name, activations))[1] != activations:
+            raise UserError(f"{where}: {kept[made][0]} and {name} quantize activations in two ways, but their weights in one; mxforge config "
+                            "makes one group of them")
+        if made:
+            section["config_groups"][made] |= activations
+
+
 def _manifest(path: Path) -> dict | None:
     """The manifest beside the config, which must follow it; None where there is none."""
     if not path.exists():
@@ -59,7 +88,8 @@ def run(directory: Path, base: Path | None, dry_run: bool) -> None:
     config = read_json(base or path)
     with Checkpoint(directory, section={}, config=config) as checkpoint:
         section, modules = section_for(checkpoint)
-    text = render_json(release_config(config, section))
+    _keep(section, declared(config), str(base or path), is_base=base is not None)
+    text = config_json(config, section)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         print(f"{path}: is right as it is ({modules} modules)")
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Generator, Iterator
@@ -12,11 +13,17 @@ from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.comparison import Buffers, Match, compare_bytes, compare_decoded, compare_matrix
 from stages.checkup.faults import on_all_cores, some
 from stages.checkup.source import Source
+from stages.planning.outputs import release_config
+from stages.schemes import draft_scales
 from stages.schemes.modules import matrices, module_of
 
 
+OF_ITS_WRITER = ("transformers_version", "_name_or_path", "use_cache")  # keys of config.json that say nothing of a model
+RENAMED = {"torch_dtype": "dtype"}  # by transformers 5
+
+
 def against_source(checkpoint: Checkpoint, source: Source | None) -> Iterator[str]:
-    """Quantized matrices are the source's to LOWEST_SQNR_DB, everything else is bit-identical, and nothing is missing."""
+    """Quantized matrices are the source's to LOWEST_SQNR_DB, everything else is bit-identical, nothing is missing, and nothing came in."""
     if source is None:
         return
     matches = yield from _matches(checkpoint, source)
@@ -27,7 +34,50 @@ def against_source(checkpoint: Checkpoint, source: Source | None) -> Iterator[st
     companions = {name for name, claim in source.claims.items() if claim.belongs_to}
     covered = {match.name for match in matches} | {origin for _, origin in passed}
     yield from some(sorted(set(source.tensors) - covered - companions), "there is nothing of the source's", "it was lost")
+    known = {name for name, _ in passed} | {name for pair in checkpoint.decodable() for name in (pair.codes, pair.scale)}
+    added = [name for name in checkpoint.tensors if name not in known and module_of(name) not in source.origins and not _is_inert(checkpoint, name)]
+    yield from some(sorted(added), "the source has no", "an engine takes it for the model's")
+    yield from _config(checkpoint, source)
     checkpoint.counts["against_source"] = len(matches) + len(passed)
+
+
+def _is_inert(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is one of those that `release.draft_scales` adds, with the value that changes nothing."""
+    if not draft_scales.NAME.fullmatch(name) or checkpoint.tensors[name].dtype != "F32":
+        return False
+    return checkpoint.reader(name).tensor(name).tolist() == [draft_scales.VALUES[name.rpartition(".")[2]]]
+
+
+def _config(checkpoint: Checkpoint, source: Source) -> Iterator[str]:
+    """config.json says what the source's says, but for quantization_config.
+
+    A note of what only one of them says: whatever made the release may have written defaults out, left them out, or moved a key, as
+    transformers 5 moves rope_theta into rope_parameters. Where a key has come in, the source's of the same name elsewhere must have its value.
+    """
+    ours, theirs = (dict(_values(release_config(config, {}))) for config in (checkpoint.config, source.config))
+    for key, value in sorted(ours.items()):
+        others = [key] if key in theirs else [other for other in theirs if _name_of(other) == _name_of(key)]
+        if others and not any(value == theirs[other] or json.dumps(value) == json.dumps(theirs[other]) for other in others):  # NaN equals as text
+            yield f"config.json: {key} is {str(value)[:60]}, the source's {others[0]} is {str(theirs[others[0]])[:60]}"
+    only_ours, only_theirs = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
+    for keys, what in ((only_ours, "says what the source's does not"), (only_theirs, "does not say what the source's does")):
+        if keys:
+            checkpoint.notes.append(f"config.json: {what}: {', '.join(sorted(keys))[:200]}")
+
+
+def _values(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted key, value) of everything in a config that a model can depend on; null is as good as nothing."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{prefix}{key}.")
+        elif value is not None and key not in OF_ITS_WRITER:
+            yield prefix + RENAMED.get(key, key), value
+
+
+def _name_of(key: str) -> tuple[str, str]:
+    """(text_config, vision_config ... or nothing, last name) of a dotted key."""
+    part = key.partition(".")[0]
+    return part if part.endswith("_config") else "", key.rpartition(".")[2]
 
 
 def _matches(checkpoint: Checkpoint, source: Source) -> Generator[str, None, list[Match]]:

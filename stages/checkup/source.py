@@ -16,12 +16,13 @@ from stages.schemes.modules import Matrix, matrices
 
 
 class Source(Shards):
-    """`claims` say how each tensor is stored, `places` reads them; `origins` leads from a release's module, in either layout, to the
-    weight that becomes it and to its Matrix."""
+    """`config` is its config.json, `claims` say how each tensor is stored, `places` reads them; `origins` leads from a release's module, in
+    either layout, to the weight that becomes it and to its Matrix."""
 
     def __init__(self, directory: Path):
         super().__init__(directory)
         self.places = Tensors(self.reader)
+        self.config: dict = {}
         self.claims: dict[str, Claim] = {}
         self.origins: dict[str, tuple[str, Matrix]] = {}
 
@@ -31,8 +32,9 @@ class Source(Shards):
             self.open_shard(path)
         if not self.tensors:
             raise UserError(f"--source {self.directory}: holds no tensor; name the checkpoint that the release was made from")
-        self.claims = recognize(self.tensors, self.where, read_source_config(self.directory))
-        if self.directory.resolve() == release.resolve() or (self.directory / "manifest.json").exists():
+        self.config = read_source_config(self.directory)
+        self.claims = recognize(self.tensors, self.where, self.config)
+        if self.directory.resolve() == release.resolve():  # another release may be a source
             raise UserError(f"--source {self.directory}: is a release itself, not a source; name the checkpoint that the release was made from")
         for name, claim in self.claims.items():
             for layout in ("stacked", "per_expert") if claim.matrix else ():

@@ -103,8 +103,8 @@ def _scaled(checkpoint: Checkpoint, module: str, parts: Module) -> Iterator[str]
 
 
 def _odd_names(names: Collection[str], alone: list[str]) -> list[str]:
-    """Names that no engine asks for: of paths, with numbers that begin with 0, and with suffixes that nothing has."""
-    known = re.compile(r"(weight(_packed|_scale)?|bias|[a-z_]*bias|gamma|beta)$")
+    """Names that no engine asks for: of paths, with numbers that begin with 0, and with suffixes that nothing has (`_g`, `_v`: weight norm)."""
+    known = re.compile(r"(weight(_packed|_scale|_g|_v)?|bias|[a-z_]*bias|gamma|beta)$")
     odd = [name for name in names if not name.strip(".") or name.startswith((".", "/")) or "/" in name]
     odd += [name for name in names if re.search(r"\.(experts|layers)\.0\d", name)]
     odd += [name for name in names if re.search(r"weight_?\w+$", name) and not known.search(name) and name not in alone]

@@ -43,7 +43,7 @@ def numbers(checkpoint: Checkpoint, source: Source | None) -> Iterator[str]:
             codes, scales = sample
             raw = codes.view(torch.uint8)
             digest = hashlib.sha256(raw.numpy().tobytes() + scales.numpy().tobytes()).digest()
-            if bool(raw.any()) and seen.setdefault((siblings, digest), label) != label:
+            if source is None and bool(raw.any()) and seen.setdefault((siblings, digest), label) != label:
                 yield f"{label}: holds the bytes of {seen[siblings, digest]}; one expert was written twice"
             low, (_, high) = _unused(raw, pair.stored), SCHEMES[pair.stored].HIGH_CODE
             if low > UNUSED_BLOCKS:
@@ -57,14 +57,15 @@ def numbers(checkpoint: Checkpoint, source: Source | None) -> Iterator[str]:
         checkpoint.notes.append(f"{same[0]}{f' and {len(same) - 1} more' if len(same) > 1 else ''}: all blocks looked at have the same scale, "
                                 "which weights hardly ever come to; compare with --source")
     yield from _fp8_numbers(checkpoint)
-    yield from _plain_numbers(checkpoint)
+    yield from _plain_numbers(checkpoint, compared=source is not None)
     if source is None:  # a source knows better
         yield from _sizes_apart(checkpoint, sizes)
     checkpoint.counts["numbers"] = sum(map(len, sizes.values()))
 
 
 def _sample(checkpoint: Checkpoint, pair: Pair, expert: int | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(codes, scales) of SAMPLED_ROWS rows: a run at the start and one at the end of the matrix; None where any of its scales is NaN."""
+    """(codes, scales) of SAMPLED_ROWS rows: a run at the start and one at the end of the matrix, or, where these are zeros (weights are
+    padded so), the first that are not; None where any of its scales is NaN."""
     import torch
 
     rows = pair.info.shape[-2]
@@ -75,7 +76,19 @@ def _sample(checkpoint: Checkpoint, pair: Pair, expert: int | None) -> tuple[tor
     spans = [(begin, end) for begin, end in ((0, half), (max(half, rows - half), rows)) if end > begin]
     reader = checkpoint.reader(pair.codes)
     codes = torch.cat([reader.matrix_rows(pair.codes, expert, begin, end) for begin, end in spans])
+    if not bool(_magnitudes(codes, pair.stored).any()):
+        every = reader.matrix_rows(pair.codes, expert, 0, rows)
+        found = _magnitudes(every, pair.stored).any(-1).nonzero().flatten()[:SAMPLED_ROWS]
+        if len(found):
+            return every.view(torch.uint8)[found].view(every.dtype), exponents[found]
     return codes, torch.cat([exponents[begin:end] for begin, end in spans])
+
+
+def _magnitudes(codes: torch.Tensor, stored: str) -> torch.Tensor:
+    """Bytes of codes without their signs: zero where all values are."""
+    import torch
+
+    return codes.view(torch.uint8) & (0x7F if stored == "mxfp8" else 0x77)
 
 
 def _unused(codes: torch.Tensor, stored: str) -> float:
@@ -143,8 +156,8 @@ def _fp8_numbers(checkpoint: Checkpoint) -> Iterator[str]:
                 break
 
 
-def _plain_numbers(checkpoint: Checkpoint) -> Iterator[str]:
-    """Unquantized weights that hold NaN or infinity, and matrices of nothing but zeros (a norm may be)."""
+def _plain_numbers(checkpoint: Checkpoint, compared: bool) -> Iterator[str]:
+    """Unquantized weights that hold NaN or infinity, and matrices of nothing but zeros (a norm may be) where no source is compared with."""
     import torch
 
     for name, info in checkpoint.tensors.items():
@@ -156,5 +169,5 @@ def _plain_numbers(checkpoint: Checkpoint) -> Iterator[str]:
             largest = torch.maximum(largest, values.abs().max().float())  # NaN stays
         if not bool(torch.isfinite(largest)):
             yield f"{checkpoint.where[name]}: {name} holds NaN or infinity"
-        elif len(info.shape) > 1 and math.prod(info.shape) and not bool(largest):
-            yield f"{checkpoint.where[name]}: {name} holds nothing but zeros"
+        elif len(info.shape) > 1 and math.prod(info.shape) and not bool(largest) and not compared:
+            yield f"{checkpoint.where[name]}: {name} holds nothing but zeros; if the source's does, too, compare with --source"

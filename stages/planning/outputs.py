@@ -71,6 +71,11 @@ def release_config(source_config: dict, section: dict) -> dict:
     return {**config, "quantization_config": section}
 
 
+def config_json(source_config: dict, section: dict) -> str:
+    """Text of config.json. The source's Infinity and NaN (`time_step_limit` of Mamba) stay: transformers and vLLM read them."""
+    return render_json(release_config(source_config, section), allow_nan=True)
+
+
 def shard_sizes(made: dict[str, list[Output]], files: dict[str, dict]) -> dict[str, dict]:
     """Shard -> bytes of its file in the source and in the release, number and bytes of the release's tensors in it.
 
@@ -94,6 +99,6 @@ def release_sizes(plan: dict, made: dict[str, list[Output]], source_config: dict
         "release_tensor_bytes": tensor_bytes,
         "release_shard_file_bytes": sum(shard["file_bytes"] for shard in plan["shards"].values()) + header + draft_scales.BYTES * len(scales),
         "release_index_bytes": len(index_json(names, tensor_bytes).encode()),
-        "release_config_bytes": len(render_json(release_config(source_config, plan["quantization_config"])).encode()),
+        "release_config_bytes": len(config_json(source_config, plan["quantization_config"]).encode()),
         "release_tensors": len(names),
     }

@@ -88,6 +88,10 @@ def _check_serving(serving: ServingSettings) -> None:
 def _check_recipe(recipe: RecipeSettings) -> None:
     if not recipe.groups:
         raise UserError(f"conf: recipe {recipe.name} names nothing to quantize; give it groups with roles or patterns")
+    for group in recipe.groups:
+        if not any((*group.roles, *group.patterns)):
+            raise UserError(f"conf: recipe {recipe.name}: a group with scheme {group.scheme} names nothing to quantize; give it roles or "
+                            "patterns, or take it out")
     for pattern in (pattern for group in recipe.groups for pattern in group.patterns):
         try:
             re.compile(pattern)

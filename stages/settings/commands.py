@@ -46,27 +46,29 @@ def overrides_from(config: dict) -> list[str]:
 
 
 def _literal(value: object) -> str:
-    """A value in Hydra's notation."""
+    """A value in Hydra's notation, which reads backslashes before a quote as pairs, all others as they are."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_literal(part)}" for key, part in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_literal, value)) + "]"
     if isinstance(value, str):
         return value if re.fullmatch(r"[A-Za-z_/][\w./-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf") else \
-            "'" + value.replace("'", "\\'") + "'"
+            "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def command_for(settings: Settings) -> str:
     """The snakemake command that makes the same release: choices of conf/, and what differs from them.
 
-    It is published: a local source is DIRECTORY in it, whatever its path on this machine.
+    It is published: a local source is DIRECTORY in it, whatever its path on this machine, unless conf/ names that path.
     """
-    source = settings.source
-    if source.path and source.name not in choices("source"):
+    source, of_conf = settings.source, None
+    if source.name in choices("source"):  # as a local folder may be called, too
+        named = composed([f"source={source.name}"]).source
+        of_conf = source.name if (source.path, source.repository) == (named.path, named.repository) else None
+    if source.path and not of_conf:
         source = dataclasses.replace(source, path="DIRECTORY")
-    chosen = {"source": source.name if source.name in choices("source") else "local" if source.path else "hub",
-              "recipe": settings.recipe.name, "release": settings.release.name}
+    chosen = {"source": of_conf or ("local" if source.path else "hub"), "recipe": settings.recipe.name, "release": settings.release.name}
     chosen = {group: name for group, name in chosen.items() if name in choices(group)}
     plain = as_dict(composed([f"{group}={name}" for group, name in chosen.items()]))
     different = [f"{group}.{key}={_literal(value)}" for group, part in (("source", source), ("recipe", settings.recipe), ("release", settings.release))
