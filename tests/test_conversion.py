@@ -580,9 +580,30 @@ def test_a_scale_that_one_shard_lent_and_another_used_must_be_the_same_bytes(tmp
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([byte ^ 1]))
+    download.fetch_metadata(settings)
     quantize_experts.convert_shard(settings, made, second)
     with pytest.raises(UserError, match=f"{first}: was converted with other bytes of .*_scale_inv than {second} holds"):
         receipts.read_receipts(settings, made)
+
+
+def test_experts_of_one_source_are_not_released_as_those_of_another_with_the_same_names_and_shapes(checkpoint, local, tmp_path, monkeypatch):
+    convert(*local)
+    other = tmp_path / "other" / checkpoint.name
+    shutil.copytree(checkpoint, other)
+    shard, name = "model-00003.safetensors", "model.layers.3.moe.up_proj.weight"
+    tensors = load_file(other / shard)
+    tensors[name] = tensors[name].flip(0)
+    save_file(tensors, other / shard, metadata={"format": "pt"})
+    settings = load([*local, f"source.path={other}"])
+    download.fetch_metadata(settings)
+    inspect_format.run(settings)
+    plan.run(settings)
+    for stage in (assemble_release, verify_release, evaluate, validate_gemm):
+        with pytest.raises(UserError, match=f"model-00003.json was made from another file than the {shard} of {other}; run download --shard"):
+            stage.run(settings)
+    monkeypatch.setattr(receipts, "_is_of", lambda converted, listed: True)  # as where the times of two files are the same
+    with pytest.raises(UserError, match=f"{shard}: .*dB against the weights in {other}, below 6.0"):
+        validate_gemm.run(load([*local, f"source.path={other}", "evaluation.gemm_tensors=64", "evaluation.gemm_tokens=16"]))
 
 
 def test_a_shard_of_which_nothing_goes_into_the_release_is_proven_too(tmp_path):
