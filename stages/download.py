@@ -119,7 +119,8 @@ def _fetch_metadata(settings: Settings) -> None:
     write_json(directory / "headers.json", {shard: record_of(header) for shard, header in headers.items()})
     write_json(directory / "listing.json", {
         "path": source.path, "repository": source.repository, "revision": source.revision, "anomalies": anomalies,
-        "files": {file.name: {"bytes": file.size, "sha256": hashes.get(file.name, file.sha256), "kind": file.kind} for file in files}})
+        "files": {file.name: {"bytes": file.size, "sha256": hashes.get(file.name, file.sha256), "kind": file.kind, "mtime_ns": file.mtime_ns}
+                  for file in files}})
     shards = [file for file in files if file.kind == "shard"]
     print(f"{place}: {len(shards)} shards, {human_bytes(sum(file.size for file in shards))}, "
           f"{sum(file.kind != 'shard' for file in files)} other files")
@@ -150,6 +151,8 @@ def fetch_shard(settings: Settings, shard: str) -> Path:
         raise UserError(f"{original} has {original.stat().st_size} bytes, {file.size} when the source was listed; run "
                         "download --metadata again")
     _check_header(settings, shard, original)
+    if original.stat().st_mtime_ns != listing[shard].get("mtime_ns"):
+        raise UserError(f"{original} was changed since the source was listed; run download --metadata again")
     target.parent.mkdir(parents=True, exist_ok=True)
     link = target.with_name(f"{shard}.link.{os.getpid()}")
     link.unlink(missing_ok=True)

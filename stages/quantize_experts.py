@@ -147,11 +147,12 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
             lent = {name: reader.sha256(name) for name in lent_by(plan, shard)}
             digest = original.sha256()  # before the output takes its name
     assert writer.size == promised["file_bytes"], f"{shard}: {writer.size} bytes, planned {promised['file_bytes']}"
-    seconds, size = time.monotonic() - start, original.path.stat().st_size
+    seconds, status = time.monotonic() - start, original.path.stat()
+    size = status.st_size
     receipt = {
         "shard": shard,
         "plan_sha256": plan_hashes(plan, [shard])[shard],
-        "source": {"bytes": size, "sha256": digest},
+        "source": {"bytes": size, "sha256": digest} | ({"mtime_ns": status.st_mtime_ns} if settings.source.path else {}),
         "output": {"bytes": writer.size, "sha256": writer.sha256},
         "tensors": writer.tensor_sha256,
         "borrowed": places.borrowed,

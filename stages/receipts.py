@@ -1,8 +1,8 @@
 """Receipts: what converting a shard found out, and for which plan it holds.
 
-`quantize_experts` writes one beside each converted shard. It names the sha256 of the source and of the output, of every tensor that
-passed through and of what one shard lent to another, and for every quantized matrix the sums of squares of the signal, of the error and
-of what it decodes to; later stages trust it instead of reading the weights again.
+`quantize_experts` writes one beside each converted shard. It names the sha256 of the source (and the time of a local file's last change)
+and of the output, of every tensor that passed through and of what one shard lent to another, and for every quantized matrix the sums of
+squares of the signal, of the error and of what it decodes to; later stages trust it instead of reading the weights again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from stages.dialects import Claim
 from stages.errors import UserError
 from stages.provenance import RESULTS_FORMAT
 from stages.settings import Settings
+from stages.sources.listing import read_listing
 
 DECISIVE = ("shard", "dtype", "shape", "decision", "scheme")  # of a plan's entry, beside the fields of its Claim
 
@@ -38,8 +39,9 @@ def plan_hashes(plan: dict, shards: Iterable[str] | None = None) -> dict[str, st
 
 
 def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
-    """Shard -> receipt; UserError for a missing one and for one that was made under another plan."""
-    receipts, hashes = {}, plan_hashes(plan)
+    """Shard -> receipt; UserError for a missing one, for one that was made under another plan, and for one of other bytes than the source was
+    listed with: a checkpoint of the same name and shapes has the same plan."""
+    receipts, hashes, listing = {}, plan_hashes(plan), read_listing(settings)
     for shard in plan["shards"]:
         path = (settings.run_directory / "shards" / shard).with_suffix(".json")
         receipt = read_json(path, f"quantize_experts --shard {shard}")
@@ -47,6 +49,9 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
             raise UserError(f"{path} is damaged: delete it and run quantize_experts --shard {shard} again")
         if receipt.get("plan_sha256") != hashes[shard]:
             raise UserError(f"{path} was made under another plan; run quantize_experts --shard {shard} again")
+        if not _is_of(receipt["source"], listing.get(shard, {})):
+            raise UserError(f"{path} was made from another file than the {shard} of {settings.source.path or settings.source.repository}; run "
+                            f"download --shard {shard} and quantize_experts --shard {shard} again")
         receipts[shard] = receipt
     for shard, receipt in receipts.items():
         for name, digest in receipt["borrowed"].items():
@@ -55,6 +60,17 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
                 raise UserError(f"{shard}: was converted with other bytes of {name} than {owner} holds; remove {settings.run_directory / 'shards' / shard} "
                                 "and run again")
     return receipts
+
+
+def _is_of(converted: dict, listed: dict) -> bool:
+    """Whether what was converted is the file that was listed, by all that the listing says of it: the sha256 that a hub gives, the time of the
+    last change of a local file."""
+    return "bytes" in listed and all(converted.get(key) == listed[key] for key in ("bytes", "sha256", "mtime_ns") if listed.get(key) is not None)
+
+
+def shards_sha256(receipts: dict[str, dict]) -> str:
+    """One hash of all converted shards: names what was measured on them where no release need be there."""
+    return hashlib.sha256(json.dumps({shard: receipts[shard]["output"]["sha256"] for shard in sorted(receipts)}).encode()).hexdigest()
 
 
 def zeros_note(names: list[str]) -> str:

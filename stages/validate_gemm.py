@@ -6,7 +6,8 @@ numbers of them, some experts without any). Two questions, two signal-to-noise r
     arithmetic  y against float64 on the *decoded* weights: is the kernel right?  BF16 output rounding allows about 50
     format      y against float64 on the *source* weights: what does the format cost?  about 19, like the weights' SQNR
 
-The second needs the source's shard and is left out where that was temporary.
+The second needs the source's shard and is left out where that was temporary. It has a floor, too: no block of MXFP4 comes near it, but
+weights that are not the source's do.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from stages.dialects.reading import Tensors, decoded_rows
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.outputs import release_outputs
 from stages.planning.record import read_plan
-from stages.receipts import read_receipts
+from stages.receipts import read_receipts, shards_sha256
 from stages.schemes.modules import Output
 from stages.settings import Settings, load, stage_parser
 
 MINIMUM_ARITHMETIC_DB = 45.0
+MINIMUM_FORMAT_DB = 6.0  # scales off by one give 0, another tensor's weights -3
 MAXIMUM_EXPERTS = 8  # of one 3D tensor, enough to see uneven and empty groups
 FORMAT_ROWS = 256  # of the source's matrices, for the second question
 INTERPRETER_ROWS, INTERPRETER_COLUMNS = 64, 1024  # Triton's interpreter runs on numpy, a hundred times slower than the CPU twin: a corner
@@ -147,12 +149,16 @@ def _is_wrong(row: dict) -> bool:
     return not row["arithmetic_db"] >= MINIMUM_ARITHMETIC_DB  # NaN, too
 
 
+def _is_foreign(row: dict) -> bool:
+    return not row.get("format_db", MINIMUM_FORMAT_DB) >= MINIMUM_FORMAT_DB
+
+
 def run(settings: Settings) -> dict:
-    """Writes gemm.json; UserError when a kernel is wrong."""
+    """Writes gemm.json; UserError when a kernel is wrong, or when a shard's weights are not the source's."""
     from kernels import mxfp4
 
     plan = read_plan(settings)
-    read_receipts(settings, plan)
+    receipts = read_receipts(settings, plan)
     backends = [backend for backend in mxfp4.backends() if backend != "reference"]
     rows, shapes = [], set()
     for shard, made in release_outputs(plan).items():
@@ -161,8 +167,8 @@ def run(settings: Settings) -> dict:
             skipped = {"cuda"} if _interpreted() and shape in shapes else set()
             rows += check_tensor(settings, plan, shard, sample, [backend for backend in backends if backend not in skipped])
             shapes.add(shape)
-    result = {"minimum_arithmetic_db": MINIMUM_ARITHMETIC_DB, "backends": sorted({row["backend"] for row in rows}),
-              "passed": not any(map(_is_wrong, rows)) if rows else None, "rows": rows}
+    result = {"shards_sha256": shards_sha256(receipts), "minimum_arithmetic_db": MINIMUM_ARITHMETIC_DB, "minimum_format_db": MINIMUM_FORMAT_DB, "backends": sorted({row["backend"] for row in rows}),
+              "passed": not any(_is_wrong(row) or _is_foreign(row) for row in rows) if rows else None, "rows": rows}
     if not rows:
         print("no weight is MXFP4: there is no GEMM to check")
     for backend in result["backends"]:
@@ -177,6 +183,11 @@ def run(settings: Settings) -> dict:
     if bad:
         raise UserError(f"{bad['shard']}: {bad['tensor']}: {bad['path']} on {bad['backend']} has {bad['arithmetic_db']} dB "
                         f"against float64, below {MINIMUM_ARITHMETIC_DB}: the kernel is wrong on this machine, report it")
+    foreign = next(filter(_is_foreign, rows), None)
+    if foreign:
+        raise UserError(f"{foreign['shard']}: {foreign['tensor']}: has {foreign['format_db']} dB against the weights in {settings.source.path}, below "
+                        f"{MINIMUM_FORMAT_DB}: it was made from others; run download --shard {foreign['shard']} and quantize_experts --shard "
+                        f"{foreign['shard']} again")
     write_json(settings.run_directory / "gemm.json", result)
     return result
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from kernels.decibels import decibels
 from kernels.energy import energy
-from stages.assemble_release import auxiliary_files, bundled_files, manifest_of, other_files
+from stages.assemble_release import REPORTS, auxiliary_files, bundled_files, manifest_of, other_files
 from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.checkpoint.header import INDEX, Header, read_header
 from stages.checkpoint.reader import ShardReader
@@ -306,7 +306,9 @@ class Verification:
                 faults.append(f"could not be checked: {error if isinstance(error, KeyError) else 'a number or a list'} cannot be read")
             rows.append({"check": key, "title": title, "passed": not faults, "count": self.checked.get(key),
                          "faults": faults[:20], "fault_count": len(faults)})
-        return {"passed": all(row["passed"] for row in rows), "minimum_sqnr_db": self.settings.release.minimum_sqnr_db, "checks": rows}
+        manifest = self.release / "manifest.json"
+        return {"passed": all(row["passed"] for row in rows), "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None,
+                "minimum_sqnr_db": self.settings.release.minimum_sqnr_db, "checks": rows}
 
 
 def run(settings: Settings) -> dict:
@@ -317,7 +319,7 @@ def run(settings: Settings) -> dict:
         print(f"{'pass' if row['passed'] else 'FAIL'}  {row['title']}{count}")
     write_json(settings.run_directory / ("verify.json" if result["passed"] else "verify.failed.json"), result)
     if not result["passed"]:
-        for name in ("verify.json", "report.html", "card.md"):  # of an earlier release, which they call proven
+        for name in ("verify.json", *REPORTS):  # of an earlier release, which they call proven
             (settings.run_directory / name).unlink(missing_ok=True)
         faults = [fault for row in result["checks"] for fault in row["faults"]]
         raise UserError(f"{settings.run_directory / 'release'}: {faults[0]}"

@@ -14,13 +14,14 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".c
 @dataclass(frozen=True)
 class SourceFile:
     """One file of a checkpoint. kind: shard, index, config, auxiliary or ignored; sha256 of large files or git's sha1 of small ones, where a
-    hub gives one."""
+    hub gives one. A local file, which nobody has hashed, is known by its size and by the time of its last change."""
 
     name: str
     size: int
     sha256: str | None
     kind: str
     git_sha1: str | None = None
+    mtime_ns: int | None = None
 
 
 def kind_of(name: str) -> str:

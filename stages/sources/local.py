@@ -48,7 +48,8 @@ def list_directory(source: SourceSettings) -> list[SourceFile]:
             if path.is_symlink() and kind not in ("shard", "ignored") and not _stays(target, root.resolve()):
                 raise UserError(f"{path}: is a link that leaves the checkpoint, to {target}; replace it by the file if it "
                                 "belongs to it")
-            files.append(SourceFile(relative, path.stat().st_size, None, kind))
+            status = path.stat()
+            files.append(SourceFile(relative, status.st_size, None, kind, mtime_ns=status.st_mtime_ns))
     return files
 
 
