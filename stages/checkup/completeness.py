@@ -10,7 +10,7 @@ from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.faults import some
 from stages.checkup.form import is_count
 from stages.dialects.completeness import check_ends, held_by_layers, unlike_their_kind
-from stages.dialects.config import EXPERT_COUNTS, is_tied, shared_indexers
+from stages.dialects.config import EXPERT_COUNTS, is_tied, layers_apart
 from stages.dialects.roles import declared_drafts, hidden_layers
 from stages.errors import UserError
 from stages.schemes.architectures import architecture_of
@@ -79,7 +79,7 @@ def layers(checkpoint: Checkpoint) -> Iterator[str]:
     yield from some([f"layer {layer}" for layer in range(min(expected, MOST_LAYERS)) if layer not in held],
                     "no shard holds anything of", counted)
     yield from some([f"layer {layer}" for layer in sorted(held) if layer >= count + drafts], "there are tensors of", counted)
-    for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}, shared_indexers(checkpoint.config, held)):
+    for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}, layers_apart(checkpoint.config, held)):
         yield from some([f"layer {layer}: {tail}" for tail in lacking], "there is no", "other layers of its kind have it")
     if architecture_of(checkpoint.architecture) is not None:  # others may name their ends as they like
         try:

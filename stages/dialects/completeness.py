@@ -29,27 +29,27 @@ def held_by_layers(names: Iterable[str]) -> dict[int, set[str]]:
     return held
 
 
-def unlike_their_kind(held: Mapping[int, set[str]], sharing: Container[int]) -> Iterator[tuple[int, list[str]]]:
+def unlike_their_kind(held: Mapping[int, set[str]], apart: Container[int]) -> Iterator[tuple[int, list[str]]]:
     """(layer, what it lacks) of layers that lack what others with the same parts have.
 
-    held: layer -> its tensors' names in it. sharing: layers that use another one's indexer, a kind of their own.
+    held: layer -> its tensors' names in it. apart: layers of a kind of their own by config.json.
     """
     kinds: dict[frozenset, dict[int, set[str]]] = defaultdict(dict)
     for layer, tails in held.items():
         parts = {tail.split(".")[0] for tail in tails if tail.count(".") >= 2}
         parts |= {"experts" for tail in tails if ROUTED.search(tail)}  # a dense `mlp` beside one of experts
-        if layer in sharing:
-            parts.add("the indexer of another layer")
+        if layer in apart:
+            parts.add("apart")
         kinds[frozenset(parts)][layer] = tails
     for members in kinds.values():
         usual = set.union(*members.values())
         yield from ((layer, sorted(usual - tails)) for layer, tails in members.items() if tails != usual)
 
 
-def check_layers(entries: Mapping[str, Mapping], layers: int, drafts: int, sharing: Container[int]) -> None:
+def check_layers(entries: Mapping[str, Mapping], layers: int, drafts: int, apart: Container[int]) -> None:
     """UserError for a text layer that is missing, one past those that config.json counts, and one that lacks what others of its kind have.
 
-    entries: tensor name -> {"belongs_to", ...}; layers, drafts and sharing (an indexer): by config.json. Draft layers may be left
+    entries: tensor name -> {"belongs_to", ...}; layers, drafts and apart (layers of a kind of their own): by config.json. Draft layers may be left
     out.
     """
     held = held_by_layers(name for name, entry in entries.items() if not entry["belongs_to"])
@@ -59,7 +59,7 @@ def check_layers(entries: Mapping[str, Mapping], layers: int, drafts: int, shari
         raise UserError(f"layer {missing}: no shard holds anything of it, but {counted}; {incomplete}")
     if past := [layer for layer in held if layer >= layers + drafts]:
         raise UserError(f"layer {min(past)}: there are tensors of it, but {counted}; {incomplete}")
-    for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < layers}, sharing):
+    for layer, lacking in unlike_their_kind({layer: tails for layer, tails in held.items() if layer < layers}, apart):
         raise UserError(f"layer {layer}: there is no {lacking[0]}{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}, which other layers "
                         f"of its kind have; {incomplete}")
 

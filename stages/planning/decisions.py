@@ -91,6 +91,8 @@ def _keep(name: str, tensors: dict, recipe: str) -> str:
         why = "3D weights cannot be kept in their own format"
     elif entry["parts"]:
         why = f"its activations have a fixed scale ({', '.join(entry['parts'].values())}), which is not supported"
+    elif entry["scales"]:
+        why = "its tiles are those of q, k and v merged on each of several GPUs, which engines read rightly on just as many only"
     elif entry["role"] == "embeddings":
         why = "engines read embeddings unquantized only"
     elif stored is None:
@@ -113,7 +115,7 @@ def decide(settings: Settings, census: dict) -> dict[str, dict]:
         if entry["role"] == "routed_experts" and not entry["matrix"] and not entry["belongs_to"]:
             raise UserError(f"{entry['shard']}: {name} ({entry['dtype']} {entry['shape']}) is of routed experts, but no weight or scale that is "
                             "known; an engine would not find it beside the converted ones")
-    check_layers(tensors, census["text_layers"], census["drafts"], census["shared_indexers"])
+    check_layers(tensors, census["text_layers"], census["drafts"], census["layers_apart"])
     check_ends(tensors, census["text_layers"], census["tied"])
     for name, scheme in chosen.items():
         _check_weight(name, tensors[name], settings.recipe.name, settings.recipe.layout)
