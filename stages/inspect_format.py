@@ -10,7 +10,7 @@ from collections import Counter
 
 from stages.checkpoint.files import human_bytes, read_json, write_json
 from stages.dialects import recognize
-from stages.dialects.config import expert_count, has_shared_experts, is_tied, shared_indexers, text_part, tower_blocks
+from stages.dialects.config import expert_count, has_shared_experts, is_tied, layers_apart, text_part, tower_blocks
 from stages.dialects.roles import declared_drafts, hidden_layers, layer_of, role_of
 from stages.errors import exit_with_one_line
 from stages.provenance import RESULTS_FORMAT
@@ -46,7 +46,7 @@ def census(settings: Settings) -> dict:
         "tied": is_tied(config, row.tied if row else True),
         "shared_experts": has_shared_experts(config),
         "tower_blocks": tower_blocks(config),
-        "shared_indexers": shared_indexers(config, sorted({layer for name in tensors if (layer := layer_of(name)) is not None})),
+        "layers_apart": layers_apart(config, sorted({layer for name in tensors if (layer := layer_of(name)) is not None})),
         "shards": files,
         "tensor_bytes": sum(entry["bytes"] for entry in entries.values()),
         "file_bytes": sum(file["file_size"] for file in files.values()),

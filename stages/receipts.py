@@ -28,7 +28,7 @@ def plan_hashes(plan: dict, shards: Iterable[str] | None = None) -> dict[str, st
     for name, entry in plan["tensors"].items():
         if entry["shard"] not in entries:
             continue
-        needed = Claim.from_entry(entry).companions().values() if entry["scheme"] else ()
+        needed = Claim.from_entry(entry).read_from() if entry["scheme"] else ()
         entries[entry["shard"]].update({part: plan["tensors"][part] for part in (name, *needed)})
     common = {"format": RESULTS_FORMAT, "layout": plan["layout"], "exponent_rule": plan["exponent_rule"]}
     result = {}

@@ -308,6 +308,41 @@ F32 256 model.layers.[1-19].mlp.gate.expert_bias""" + (  # unconfirmed: F32
     + experts("model.layers.[1-19].mlp.shared_experts", 2048, 512, "bf16")
 )
 
+# Layers of full attention have half as many heads of keys and values. Their k has two rows of scales for each head of 192, v one for its 128.
+# unconfirmed: F32 for scales; BF16 for sinks and for what joins the draft layers to the model; that there are three of these
+MIMO_WINDOWS = [int(layer > 0 and layer % 6 != 5) for layer in range(48)]
+MIMO_FULL, MIMO_SLIDING = (f"model.layers.[{','.join(str(layer) for layer in range(48) if MIMO_WINDOWS[layer] == kind)}].self_attn" for kind in (0, 1))
+MIMO_DRAFT = "model.mtp.layers.[0-2]"
+
+
+def mimo_attention(attend: str, values: int) -> str:
+    """Rows of a layer's attention beside k_proj."""
+    return f"""
+block_f32 12288x4096 {attend}.q_proj
+block_f32 {values}x4096 {attend}.v_proj
+BF16 4096x8192 {attend}.o_proj.weight"""
+
+
+MIMO_V2_FLASH_ROWS = f"""
+F8_E4M3 768x4096 {MIMO_FULL}.k_proj.weight
+F32 8x32 {MIMO_FULL}.k_proj.weight_scale_inv
+block_f32 1536x4096 {MIMO_SLIDING}.k_proj
+block_f32 1536x4096 {MIMO_DRAFT}.self_attn.k_proj
+BF16 64 {MIMO_SLIDING}.attention_sink_bias
+BF16 64 {MIMO_DRAFT}.self_attn.attention_sink_bias
+BF16 4096 {MIMO_DRAFT}.[enorm,hnorm,input_layernorm,pre_mlp_layernorm,final_layernorm].weight
+BF16 4096x8192 {MIMO_DRAFT}.eh_proj.weight
+F32 256x4096 model.layers.[1-47].mlp.gate.weight
+F32 256 model.layers.[1-47].mlp.gate.e_score_correction_bias""" + (
+    body("model", 4096, 152576, "0-47")
+    + mimo_attention(MIMO_FULL, 512)
+    + mimo_attention(MIMO_SLIDING, 1024)
+    + mimo_attention(f"{MIMO_DRAFT}.self_attn", 1024)
+    + experts("model.layers.[0-0].mlp", 4096, 16384, "block_f32")
+    + experts("model.layers.[1-47].mlp.experts.[0-255]", 4096, 2048, "block_f32")
+    + experts(f"{MIMO_DRAFT}.mlp", 4096, 16384, "block_f32")
+)
+
 GLM45V_LAYERS = "model.language_model.layers"
 GLM45V_ROWS = f"""
 BF16 12288 {GLM45V_LAYERS}.[0-45].self_attn.q_proj.bias
@@ -456,6 +491,19 @@ LING_MINI = fields(
     score_function=sigmoid moe_router_enable_expert_bias=true vocab_size=157184 tie_word_embeddings=false""",
     architectures=["BailingMoeV2ForCausalLM"],
 )
+MIMO_V2_FLASH = fields(
+    """model_type=mimo_v2_flash num_hidden_layers=48 hidden_size=4096 intermediate_size=16384 moe_intermediate_size=2048 n_routed_experts=256
+    num_experts_per_tok=8 num_attention_heads=64 num_key_value_heads=4 head_dim=192 v_head_dim=128 swa_num_attention_heads=64
+    swa_num_key_value_heads=8 swa_head_dim=192 swa_v_head_dim=128 sliding_window=128 sliding_window_size=128 add_swa_attention_sink_bias=true
+    add_full_attention_sink_bias=false attention_value_scale=0.707 attention_bias=false partial_rotary_factor=0.334 rope_theta=5000000
+    swa_rope_theta=10000 layernorm_epsilon=0.00001 n_group=1 topk_group=1 norm_topk_prob=true scoring_func=sigmoid topk_method=noaux_tc
+    vocab_size=152576 tie_word_embeddings=false""",
+    architectures=["MiMoV2FlashForCausalLM"],
+    hybrid_layer_pattern=MIMO_WINDOWS,
+    moe_layer_freq=[0] + [1] * 47,
+    quantization_config=block_fp8(  # unconfirmed: the last of these names is that of later models
+        ignored_layers=[f"model.layers.{layer}.self_attn.o_proj" for layer in range(48)] + ["model.decoder.self_attn.o_proj"]),
+)
 GLM45V = fields(
     "model_type=glm4v_moe tie_word_embeddings=false",
     architectures=["Glm4vMoeForConditionalGeneration"],
@@ -539,6 +587,7 @@ FAMILIES: dict[str, Family] = {
     "qwen35_moe_bf16": family("Qwen/Qwen3.5-35B-A3B", QWEN35, QWEN35_ROWS),
     "qwen3_next": family("Qwen/Qwen3-Next-80B-A3B-Instruct", QWEN3_NEXT, QWEN3_NEXT_ROWS),
     "ling_mini": family("inclusionAI/Ling-mini-2.0", LING_MINI, LING_MINI_ROWS),
+    "mimo_v2_flash": family("XiaomiMiMo/MiMo-V2-Flash", MIMO_V2_FLASH, MIMO_V2_FLASH_ROWS),
     "glm45v": family("zai-org/GLM-4.5V", GLM45V, GLM45V_ROWS),
     "glm46_fp8": family("zai-org/GLM-4.6-FP8", GLM46, GLM46_ROWS),
     "minimax_m2": family("MiniMaxAI/MiniMax-M2", MINIMAX_M2, MINIMAX_M2_ROWS),

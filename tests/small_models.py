@@ -41,6 +41,10 @@ FAMILIES = {  # family -> (class of transformers, configuration)
                                               "intermediate_size": 512, "moe_layer_start_index": 1, "moe_layer_end_index": 2, "use_bias": False}),
     "bailing_moe_v2": ("Glm4Moe", HEADS | SHARED | {"n_group": 2, "topk_group": 1, "use_qk_norm": True, "num_nextn_predict_layers": 0}),
     "bailing_moe": ("Glm4Moe", HEADS | SHARED | {"n_shared_experts": 2, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}),
+    "mimo_v2_flash": ("MiMoV2Flash", SPARSE | {
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 192, "v_head_dim": 192, "intermediate_size": 512,
+        "n_routed_experts": 8, "norm_topk_prob": True, "sliding_window": 32, "mlp_layer_types": ["dense"] + 3 * ["sparse"],
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]}),
     # engines take latent attention in its published sizes only
     "deepseek_v3": ("DeepseekV3", LATENT | {"n_group": 2}),
     "moonlight": ("DeepseekV3", LATENT | {"n_group": 1, "q_lora_rank": None}),
@@ -68,7 +72,16 @@ CONFIG = {"kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"]}}
 LING_CONFIG = COMMON | HEADS | SPARSE | {
     "model_type": "bailing_moe", "num_experts": 8, "norm_topk_prob": True, "use_bias": False, "use_qkv_bias": False, "hidden_act": "silu",
     "rms_norm_eps": 1e-6, "embedding_dropout": 0.0, "output_dropout": 0.0, "rope_theta": 10000.0}
-REMOTE = {  # config.json of families that transformers has no class of; auto_map names one that comes along
+MIMO_HEADS = {"num_attention_heads": 4, "head_dim": 192, "v_head_dim": 192}  # published are 192 and 128, which vLLM runs on GPUs only
+AS_PUBLISHED = {  # config.json of families where transformers writes other keys, or has no class: auto_map names one that comes along
+    "mimo_v2_flash": COMMON | SPARSE | MIMO_HEADS | {f"swa_{key}": value for key, value in MIMO_HEADS.items()} | {
+        "architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash", "num_hidden_layers": 4, "num_key_value_heads": 2,
+        "swa_num_key_value_heads": 4, "intermediate_size": 512, "n_routed_experts": 8, "n_shared_experts": None, "norm_topk_prob": True,
+        "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "routed_scaling_factor": None, "hidden_act": "silu",
+        "hybrid_layer_pattern": [0, 1, 1, 0], "moe_layer_freq": [0, 1, 1, 1], "sliding_window": 32, "sliding_window_size": 32,
+        "attention_chunk_size": 32, "attention_bias": False, "attention_value_scale": 0.707, "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False, "layernorm_epsilon": 1e-5, "partial_rotary_factor": 0.334, "rope_theta": 5000000,
+        "swa_rope_theta": 10000},
     "bailing_moe": LING_CONFIG | {
         "architectures": ["BailingMoeForCausalLM"], "auto_map": {"AutoConfig": "configuration_bailing_moe.BailingMoeConfig"},
         "intermediate_size": 128, "num_shared_experts": 2, "first_k_dense_replace": 0, "norm_head": False},
@@ -86,7 +99,8 @@ class {name}(PreTrainedConfig):
 IMAGE_PROCESSOR = {"kimi_k25": {"media_proc_cfg": {
     "patch_size": 14, "merge_kernel_size": 2, "temporal_merge_kernel_size": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "in_patch_limit": 64,
     "in_patch_limit_each_frame": 64, "in_patch_limit_video": 256, "patch_limit_on_one_side": 16, "fixed_output_tokens": None}}}
-UNQUANTIZED = re.compile(r"embed|head|eh_proj|\.gate\.|shared_expert_gate|in_proj_(?:a|b|ba)\.|visual|vision|mm_projector|mtp\.fc|norm")
+UNQUANTIZED = r"embed|head|eh_proj|\.gate\.|shared_expert_gate|in_proj_(?:a|b|ba)\.|visual|vision|mm_projector|mtp\.fc|norm"
+PLAIN = {"mimo_v2_flash": UNQUANTIZED + "|o_proj"}  # of families that leave more
 
 
 def block_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +110,20 @@ def block_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = padded.unfold(0, TILE, TILE).unfold(1, TILE, TILE).abs().amax((2, 3)) / 448
     wide = scale.repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns]
     return (weight.float() / wide).to(torch.float8_e4m3fn), scale
+
+
+def merged_fp8(tensors: dict[str, torch.Tensor], shares: int) -> None:
+    """q, k and v in block FP8 as MiMo-V2-Flash is published: quantized as each of `shares` GPUs holds them, merged, and split apart again."""
+    for prefix in sorted({match[1] for key in tensors if (match := re.match(r"(.*\.self_attn\.)q_proj\.", key))}):
+        weights = {part: tensors[f"{prefix}{part}_proj.weight"].chunk(shares) for part in "qkv"}
+        made = [block_fp8(torch.cat(share)) for share in zip(*weights.values())]
+        begin = 0
+        for part, (weight, *_) in weights.items():
+            end = begin + len(weight)
+            tiles = slice(-(-begin // TILE), -(-end // TILE))
+            tensors[f"{prefix}{part}_proj.weight"] = torch.cat([codes[begin:end] for codes, _ in made])
+            tensors[f"{prefix}{part}_proj.weight_scale_inv"] = torch.cat([scale[tiles] for _, scale in made])
+            begin = end
 
 
 def add_draft_layer(tensors: dict[str, torch.Tensor]) -> None:
@@ -135,6 +163,16 @@ def add_qwen_drafts(tensors: dict[str, torch.Tensor], layer: str) -> None:
     tensors["mtp.fc.weight"] = torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], dim=1).bfloat16()
 
 
+def add_mimo_drafts(tensors: dict[str, torch.Tensor]) -> None:
+    """A draft layer as MiMo-V2 publishes it: a dense one with a sliding window, and what joins it to the model."""
+    hidden, layer = COMMON["hidden_size"], "model.mtp.layers.0."
+    tensors |= {key.replace("model.layers.1.", layer): tensor.clone() for key, tensor in tensors.items() if key.startswith("model.layers.1.self_attn.")}
+    tensors |= {key.replace("model.layers.0.", layer): tensor.clone() for key, tensor in tensors.items() if key.startswith("model.layers.0.mlp.")}
+    tensors |= {f"{layer}{name}.weight": torch.ones(hidden, dtype=torch.bfloat16)
+                for name in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm")}
+    tensors[f"{layer}eh_proj.weight"] = torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], dim=1).bfloat16()
+
+
 def save(family: str, directory: Path, fp8: bool = False) -> Path:
     """Writes the model and returns its directory."""
     import transformers
@@ -146,7 +184,7 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
     model = getattr(transformers, f"{name}For{'ConditionalGeneration' if nested else 'CausalLM'}")(configuration).to(torch.bfloat16)
     with torch.no_grad():
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if "correction" in key:
+            if "correction" in key or key.endswith(".sinks"):
                 tensor.uniform_(-0.1, 0.1)
             elif tensor.ndim > 1:
                 tensor.normal_(0, 0.08)
@@ -156,7 +194,7 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
     tensors = load_file(directory / "model.safetensors")
     for pattern, replacement in PUBLISHED.get(family, ()):
         tensors = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
-    config = dict(REMOTE[family]) if family in REMOTE else json.loads((directory / "config.json").read_text()) | CONFIG.get(family, {})
+    config = dict(AS_PUBLISHED[family]) if family in AS_PUBLISHED else json.loads((directory / "config.json").read_text()) | CONFIG.get(family, {})
     if fields.get("num_nextn_predict_layers"):
         add_draft_layer(tensors)
     if family == "qwen3_5_moe":
@@ -164,17 +202,23 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
         config["text_config"] |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
     if config["model_type"] == "bailing_moe":
         as_ling(tensors, config)
+    if family == "mimo_v2_flash":
+        add_mimo_drafts(tensors)
     if family == "qwen3_next":
         add_qwen_drafts(tensors, "model.layers.3.")
     if fp8:
+        if family == "mimo_v2_flash":
+            merged_fp8(tensors, config["num_key_value_heads"])
         for key, tensor in list(tensors.items()):
-            if tensor.ndim == 2 and not UNQUANTIZED.search(key):
+            if tensor.ndim == 2 and tensor.dtype == torch.bfloat16 and not re.search(PLAIN.get(family, UNQUANTIZED), key):
                 tensors[key], tensors[f"{key}_scale_inv"] = block_fp8(tensor)
         config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [TILE, TILE]}
+        if family in PLAIN:
+            config["quantization_config"]["ignored_layers"] = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(4)]
     elif family == "qwen3_5_moe":
         stack_experts(tensors)
     (directory / "config.json").write_text(json.dumps(config))
-    if family in REMOTE:
+    if "auto_map" in config:
         module, name = config["auto_map"]["AutoConfig"].split(".")
         (directory / f"{module}.py").write_text(REMOTE_CLASS.format(name=name, model_type=config["model_type"]))
     if family in IMAGE_PROCESSOR:

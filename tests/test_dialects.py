@@ -12,10 +12,15 @@ from kernels import mxfp4
 from kernels.formats import E2M1, decode_int4, decode_mxfp4, decode_mxfp8, decode_nvfp4, encode_mxfp8
 from kernels.fp8 import decode_block_fp8
 from stages import checkup, evaluate, validate_gemm
+from stages.checkpoint.reader import ShardReader
+from stages.dialects import recognize
+from stages.dialects.reading import Tensors
+from stages.dialects.reading import decoded as decoded_weight
 from stages.errors import UserError
 from stages.models import step37
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
+from tests import small_models
 from tests.conftest import TINY, convert
 
 CHANNEL = {"quant_method": "compressed-tensors", "format": "float-quantized"}
@@ -432,3 +437,27 @@ def test_an_e8m0_nan_is_refused_with_tensor_and_index(tmp_path):
     checkpoint(tmp_path / "model", store, MXFP8)
     with pytest.raises(UserError, match=r"model.safetensors: model\.layers\.1\.moe\.experts\.0\..*weight_scale_inv\[2, 1\]"):
         convert("source=local", f"source.path={tmp_path / 'model'}", f"results={tmp_path / 'results'}")
+
+
+def test_k_and_v_that_were_quantized_merged_and_split_again_decode_as_they_were_merged(tmp_path):
+    """MiMo-V2-Flash: the first of v's rows on each GPU lie in the tile in which k's end, whose scale is stored with k, here in another shard."""
+    source = small_models.save("mimo_v2_flash", tmp_path / "source", fp8=True)
+    plain, stored = load_file(small_models.save("mimo_v2_flash", tmp_path / "plain") / "model.safetensors"), load_file(source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    with ShardReader(source / "model.safetensors") as reader:
+        claims = recognize(reader.header.tensors, dict.fromkeys(stored, "model.safetensors"), config)
+        for prefix in ("model.layers.0.self_attn.", "model.layers.1.self_attn.", "model.mtp.layers.0.self_attn."):  # full attention, sliding windows
+            names = [f"{prefix}{part}_proj.weight" for part in "qkv"]
+            found = [decoded_weight(Tensors(lambda name: reader), name, claims[name]).chunk(2) for name in names]
+            assert bool(claims[names[1]].scales) == bool(claims[names[2]].scales) == (prefix == "model.layers.0.self_attn.")
+            for share, wanted in zip(zip(*found), zip(*(plain[name].chunk(2) for name in names))):
+                assert torch.equal(torch.cat(share), decode_block_fp8(*small_models.block_fp8(torch.cat(wanted)))), prefix
+    overrides = ["source=local", f"source.path={source}", "recipe=mxfp4_experts_mxfp8_rest", "serving=none"]
+    whole = load_file(convert(*overrides, f"results={tmp_path / 'whole'}").run_directory / "release" / "model.safetensors")
+    save_file({name: tensor for name, tensor in stored.items() if ".k_proj." not in name}, source / "model.safetensors", {"format": "pt"})
+    save_file({name: tensor for name, tensor in stored.items() if ".k_proj." in name}, source / "model-2.safetensors", {"format": "pt"})
+    parts = convert(*overrides, f"results={tmp_path / 'parts'}").run_directory / "release"
+    split = load_file(parts / "model.safetensors") | load_file(parts / "model-2.safetensors")
+    assert split.keys() == whole.keys() and all(torch.equal(split[name], tensor) for name, tensor in whole.items())
+    result = checkup.check(parts, source)
+    assert result["passed"], result

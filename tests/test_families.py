@@ -160,6 +160,22 @@ def test_draft_layers_that_vllm_would_stop_at_are_refused(tmp_path):
         planned(tmp_path, drafting)
 
 
+def test_mimo_whose_attention_no_engine_reads_as_it_is_stored_becomes_mxfp8(tmp_path):
+    family = few_experts(FAMILIES["mimo_v2_flash"])
+    made = planned(tmp_path, family, "mxfp4_experts_mxfp8_rest")
+    assert {(entry["role"], entry["stored"]) for entry in made["tensors"].values() if entry["stored"]} == {
+        ("routed_experts", "mxfp4"), ("attention", "mxfp8"), ("dense_mlp", "mxfp8"), ("mtp", "fp8 128x128")}
+    k, v = (f"model.layers.5.self_attn.{part}_proj.weight" for part in "kv")
+    assert made["tensors"][v]["tile"] == [64, 128]
+    assert made["tensors"][v]["scales"][:4] == [[f"{k}_scale_inv", 1], [f"{v}_scale_inv", 0], [f"{k}_scale_inv", 3], [f"{v}_scale_inv", 1]]
+    with pytest.raises(UserError, match=r"k_proj\.weight is block_fp8 and .* merged on each of several GPUs.*name its role \(attention\)"):
+        planned(tmp_path, family)
+    with pytest.raises(UserError, match=r"layer 7: there is no self_attn\.attention_sink_bias"):
+        planned(tmp_path, family, "mxfp4_experts_mxfp8_rest", drop=["model.layers.7.self_attn.attention_sink_bias"])
+    with pytest.raises(UserError, match="MiMoV2ForCausalLM is not converted: its qkv_proj is stored as the parts of several GPUs"):
+        planned(tmp_path, dataclasses.replace(family, config={**family.config, "architectures": ["MiMoV2ForCausalLM"]}))
+
+
 def test_an_architecture_whose_names_nobody_knows_is_refused(tmp_path):
     family = FAMILIES["qwen3_dense"]
     unknown = dataclasses.replace(family, config={**family.config, "architectures": ["NobodyKnowsForCausalLM"]})

@@ -10,7 +10,7 @@ from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.faults import some
 from stages.checkup.form import is_count
 from stages.dialects.completeness import check_ends, check_tower, held_by_layers, lacking_layers, unlike_their_kind
-from stages.dialects.config import EXPERT_COUNTS, has_shared_experts, is_tied, shared_indexers, tower_blocks
+from stages.dialects.config import EXPERT_COUNTS, has_shared_experts, is_tied, layers_apart, tower_blocks
 from stages.dialects.roles import as_numbered_layer, declared_drafts, hidden_layers, layer_of
 from stages.errors import UserError
 from stages.schemes.architectures import architecture_of
@@ -80,11 +80,11 @@ def layers(checkpoint: Checkpoint) -> Iterator[str]:
                     "no shard holds anything of", counted)
     numbered = {layer for name in checkpoint.tensors if (layer := layer_of(name)) is not None}
     yield from some([f"layer {layer}" for layer in sorted(numbered) if layer >= count + drafts], "there are tensors of", counted)
-    row, sharing = architecture_of(checkpoint.architecture), shared_indexers(checkpoint.config, held)
+    row, apart = architecture_of(checkpoint.architecture), layers_apart(checkpoint.config, held)
     if row is None:  # its parts and ends may be named otherwise
-        lacking_of = unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}, sharing, alone=False)
+        lacking_of = unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}, apart, alone=False)
     else:
-        lacking_of = lacking_layers(held, count, sharing, has_shared_experts(checkpoint.config))
+        lacking_of = lacking_layers(held, count, apart, has_shared_experts(checkpoint.config))
         for check, arguments in ((check_ends, (is_tied(checkpoint.config, row.tied),)), (check_tower, (tower_blocks(checkpoint.config), row.projector))):
             try:
                 check(checkpoint.tensors, count, *arguments)

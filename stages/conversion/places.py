@@ -9,6 +9,7 @@ import numpy as np
 
 from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import ShardReader, as_array
+from stages.dialects import Claim
 from stages.errors import UserError
 from stages.settings import Settings
 from stages.sources.listing import read_tensor_bytes
@@ -48,8 +49,8 @@ class Loose:
 def lent_by(plan: dict, shard: str) -> list[str]:
     """Tensors of a shard that weights in other shards need."""
     tensors = plan["tensors"]
-    return sorted(name for name, entry in tensors.items() if entry["shard"] == shard and entry["belongs_to"]
-                  and tensors[entry["belongs_to"]]["shard"] != shard and tensors[entry["belongs_to"]]["scheme"])
+    return sorted({name for entry in tensors.values() if entry["shard"] != shard and entry["scheme"] for name in Claim.from_entry(entry).read_from()
+                   if tensors[name]["shard"] == shard})
 
 
 class Places:

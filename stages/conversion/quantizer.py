@@ -93,7 +93,7 @@ class Quantizer:
             name, index = claim.scale, [0]
         else:
             if error.what != "weight":
-                name, index[0] = claim.scale, index[0] + rows[0] // claim.tile[0]
+                name, index[0] = claim.scale_of(index[0] + rows[0] // claim.tile[0])
             else:
                 index[0] = rows[index[0]]
             index = index if expert is None else [expert, *index]

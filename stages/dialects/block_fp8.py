@@ -9,19 +9,28 @@ disagreement names both instead of guessing.
     weight + weight_scale_inv  F32, BF16, F16   quant_method fp8
     weight + weight_scale      F32, BF16, F16   compressed-tensors, strategy block
     weight + scale             F8_E8M0          DeepSeek-V4
+
+MiMo-V2-Flash was quantized as each of num_key_value_heads GPUs held it, q, k and v merged, and then split apart. Where k's share of a GPU ends
+within a tile, v's begins in that tile, whose scale is stored with k:
+
+    rows of a share    k 192, v 128: merged 320 in 3 tiles         scales    k 2 rows, v 1 row; v's first 64 rows have k's second
 """
 
 from __future__ import annotations
 
+import math
+import re
+
 from stages.checkpoint.header import FLOATS
 from stages.dialects.claim import Claim
-from stages.dialects.config import declared
+from stages.dialects.config import KEY_VALUE_HEADS, declared, whole_number
 from stages.errors import UserError
 
 NAME = "block_fp8"
 METHODS = ("fp8", "compressed-tensors")
 SCALE_DTYPES = (*FLOATS, "F8_E8M0")
 DEFAULT_TILE = (128, 128)
+MERGED = "MiMoV2FlashForCausalLM"  # the architecture whose q, k and v were quantized merged
 
 
 def declared_weights(config: dict) -> list[dict]:
@@ -62,6 +71,8 @@ def claim(name, info, tensors, where, config):
     if scale.dtype not in SCALE_DTYPES:
         raise UserError(f"{where[scale_name]}: scale {scale_name} has dtype {scale.dtype}, expected one of "
                         f"{', '.join(SCALE_DTYPES)}; this is another dialect than block FP8 and is not read yet")
+    if merged := _split_again(name, tensors, config, tile or DEFAULT_TILE):
+        return Claim(NAME, scale_name, merged[0], info.shape, static_scale(name, tensors), scales=merged[1])
     said, tile = "by config.json" if tile else "the usual ones, config.json declares none", tile or DEFAULT_TILE
     expected = (*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], tile)))
     if len(info.shape) < 2 or scale.shape != expected:
@@ -71,6 +82,29 @@ def claim(name, info, tensors, where, config):
                         f"{list(tile)} ({said}) cut {name} of shape {list(info.shape)} into {list(expected)}; the "
                         "scale or config.json is of another checkpoint")
     return Claim(NAME, scale_name, tile, info.shape, static_scale(name, tensors))
+
+
+def _split_again(name, tensors, config, tile) -> tuple[tuple[int, int], tuple[tuple[str, int], ...]] | None:
+    """(tile, place of the scales of each row of tiles) of k or v that was quantized merged, where its own tiles would be others; None elsewhere.
+
+    The tile is cut so that none has rows of both.
+    """
+    found, shares = re.fullmatch(r"(.*\.)([kv])_proj\.weight", name), whole_number(config, *KEY_VALUE_HEADS)
+    if found is None or shares is None or MERGED not in (config.get("architectures") or []):
+        return None
+    names = {part: f"{found[1]}{part}_proj.weight" for part in "qkv"}
+    scales = {part: f"{weight}_scale_inv" for part, weight in names.items()}
+    if not {*names.values(), *scales.values()} <= set(tensors) or any(tensors[weight].shape[0] % shares for weight in names.values()):
+        return None
+    q, k, v = (tensors[weight].shape[0] // shares for weight in names.values())
+    heights = {"k": -(-k // tile[0]), "v": -(-(k + v) // tile[0]) - -(-k // tile[0])}
+    columns = -(-tensors[name].shape[1] // tile[1])
+    if q % tile[0] or k % tile[0] == 0 or any(tensors[scales[part]].shape != (shares * height, columns) for part, height in heights.items()):
+        return None
+    height, first, rows = math.gcd(tile[0], k, v), *((0, k) if found[2] == "k" else (k, v))
+    places = [(share, row // tile[0]) for share in range(shares) for row in range(first, first + rows, height)]
+    return (height, tile[1]), tuple((scales["k"], share * heights["k"] + row) if row < heights["k"] else
+                                    (scales["v"], share * heights["v"] + row - heights["k"]) for share, row in places)
 
 
 def static_scale(name: str, tensors) -> dict[str, str]:
@@ -88,5 +122,9 @@ def rows(tensors, name, claim, expert, begin, end, buffer=None):
     codes = tensors.matrix_array(name, expert, begin, end, buffer)
     if claim.one_scale:
         return codes, np.full((end - begin, 1), to_float32(tensors.array(claim.scale)).item(), np.float32)
-    scale = tensors.matrix_array(claim.scale, expert, begin // claim.tile[0], -(-end // claim.tile[0]))
+    first, last = begin // claim.tile[0], -(-end // claim.tile[0])
+    if claim.scales:
+        scale = np.concatenate([tensors.matrix_array(part, None, row, row + 1) for part, row in claim.scales[first:last]])
+    else:
+        scale = tensors.matrix_array(claim.scale, expert, first, last)
     return codes, e8m0_to_float32(scale) if scale.dtype == np.uint8 else to_float32(scale)

@@ -17,20 +17,29 @@ class Claim:
     parts: Mapping[str, str] = field(default_factory=dict)  # further tensors of the weight: kind -> name
     belongs_to: str | None = None
     one_scale: bool = False  # a single scale for the whole tensor
+    scales: tuple[tuple[str, int], ...] = ()  # (tensor, its row) for each row of tiles, where they do not just follow each other in `scale`
 
     def companions(self) -> dict[str, str]:
         """All tensors that only this weight needs: kind -> name."""
         return {**({"scale": self.scale} if self.scale else {}), **self.parts}
 
+    def read_from(self) -> set[str]:
+        """All tensors that its values depend on, beside its own."""
+        return {*self.companions().values(), *(name for name, _ in self.scales)}
+
+    def scale_of(self, row: int) -> tuple[str, int]:
+        """(tensor, its row) that holds the scales of a row of tiles."""
+        return self.scales[row] if self.scales else (self.scale, row)
+
     def as_entry(self) -> dict:
         """Its fields as plain data, for JSON."""
         return {"dialect": self.dialect, "scale": self.scale, "tile": list(self.tile) if self.tile else None,
                 "matrix": list(self.matrix) if self.matrix else None, "parts": dict(self.parts), "belongs_to": self.belongs_to,
-                "one_scale": self.one_scale}
+                "one_scale": self.one_scale, "scales": [list(place) for place in self.scales]}
 
     @classmethod
     def from_entry(cls, entry: Mapping) -> Claim:
         """The claim that `as_entry` wrote."""
         return cls(entry["dialect"], entry["scale"], tuple(entry["tile"]) if entry["tile"] else None,
                    tuple(entry["matrix"]) if entry["matrix"] else None, entry["parts"], entry["belongs_to"],
-                   entry["one_scale"])
+                   entry["one_scale"], tuple((name, row) for name, row in entry["scales"]))

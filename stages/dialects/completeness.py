@@ -34,17 +34,17 @@ def held_by_layers(names: Iterable[str]) -> dict[int, set[str]]:
     return held
 
 
-def unlike_their_kind(held: Mapping[int, set[str]], sharing: Container[int], alone: bool = True) -> Iterator[tuple[int, list[str]]]:
+def unlike_their_kind(held: Mapping[int, set[str]], apart: Container[int], alone: bool = True) -> Iterator[tuple[int, list[str]]]:
     """(layer, what it lacks) of layers that lack what others with the same parts have.
 
-    held: layer -> its tensors' names in it. sharing: layers that use another one's indexer, a kind of their own. alone: whether the only layer
+    held: layer -> its tensors' names in it. apart: layers of a kind of their own by config.json. alone: whether the only layer
     of a kind must have, in each part, what all others with that part have.
     """
     kinds: dict[frozenset, dict[int, set[str]]] = defaultdict(dict)
     by_part: dict[str, dict[int, set[str]]] = defaultdict(dict)
     for layer, tails in held.items():
         parts = parts_of(tails)
-        kinds[frozenset(parts) | ({"the indexer of another layer"} if layer in sharing else set())][layer] = tails
+        kinds[frozenset(parts) | ({"apart"} if layer in apart else set())][layer] = tails
         for part, members in parts.items():
             by_part[part][layer] = members
     for kind, members in kinds.items():
@@ -101,10 +101,10 @@ def lost_parts(tails: Iterable[str], shared_experts: bool) -> list[str]:
     return lost
 
 
-def check_layers(entries: Mapping[str, Mapping], layers: int, drafts: int, sharing: Container[int], shared_experts: bool) -> None:
+def check_layers(entries: Mapping[str, Mapping], layers: int, drafts: int, apart: Container[int], shared_experts: bool) -> None:
     """UserError for a text layer that is missing, one past those that config.json counts, and one that lacks what it must have.
 
-    entries: tensor name -> {"belongs_to", ...}; layers, drafts, sharing (an indexer) and shared_experts: by config.json. Draft layers may be
+    entries: tensor name -> {"belongs_to", ...}; layers, drafts, apart (layers of a kind of their own) and shared_experts: by config.json. Draft layers may be
     left out; those that are there are held to be layers like others.
     """
     names = [name for name, entry in entries.items() if not entry["belongs_to"]]
@@ -115,15 +115,15 @@ def check_layers(entries: Mapping[str, Mapping], layers: int, drafts: int, shari
         raise UserError(f"layer {missing}: no shard holds anything of it, but {counted}; {incomplete}")
     if past := [layer for name in names if (layer := layer_of(name)) is not None and layer >= layers + drafts]:
         raise UserError(f"layer {min(past)}: there are tensors of it, but {counted}; {incomplete}")
-    for layer, lacking in lacking_layers(held, layers, sharing, shared_experts):
+    for layer, lacking in lacking_layers(held, layers, apart, shared_experts):
         raise UserError(f"layer {layer}: there is no {lacking[0]}{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}, which "
                         f"{'draft layers' if layer >= layers else 'other layers of its kind'} have; {incomplete}")
 
 
-def lacking_layers(held: Mapping[int, set[str]], layers: int, sharing: Container[int], shared_experts: bool) -> Iterator[tuple[int, list[str]]]:
+def lacking_layers(held: Mapping[int, set[str]], layers: int, apart: Container[int], shared_experts: bool) -> Iterator[tuple[int, list[str]]]:
     """(layer, what it lacks): of its kind's tensors, of the parts that every layer has, of what joins a draft layer to the model."""
     text = {layer: tails for layer, tails in held.items() if layer < layers}
-    yield from unlike_their_kind(text, sharing)
+    yield from unlike_their_kind(text, apart)
     usual: dict[str, set[str]] = {}  # what all text layers have in a part
     for tails in text.values():
         for part, members in parts_of(tails).items():

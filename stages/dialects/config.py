@@ -91,9 +91,13 @@ def changes_weights(section: dict) -> list[str]:
             if section.get(key) and not (isinstance(section[key], dict) and section[key].get("format") == "dense")]
 
 
-def shared_indexers(config: dict, layers: Iterable[int]) -> list[int]:
-    """Of these layers, those that have no indexer of their own but use an earlier layer's choice of tokens (GLM-5.2), by whichever key says so."""
+def layers_apart(config: dict, layers: Iterable[int]) -> list[int]:
+    """Of these layers, those of a kind of their own, by whichever key says so: that have no indexer but use an earlier layer's choice of tokens
+    (GLM-5.2), or a sliding window and sinks (MiMo-V2)."""
     text = text_part(config)
+    windows = text.get("hybrid_layer_pattern")
+    if isinstance(windows, list):
+        return [layer for layer in layers if layer < len(windows) and windows[layer] == 1]
     kinds = text.get("indexer_types") or text.get("index_topk_pattern")
     if isinstance(kinds, list | str):
         return [layer for layer in layers if layer < len(kinds) and kinds[layer] in ("shared", "S")]

@@ -92,6 +92,8 @@ def _keep(name: str, tensors: dict, recipe: str) -> str:
         why = "3D weights cannot be kept in their own format"
     elif entry["parts"]:
         why = f"its activations have a fixed scale ({', '.join(entry['parts'].values())}), which is not supported"
+    elif entry["scales"]:
+        why = "its tiles are those of q, k and v merged on each of several GPUs, which engines read rightly on just as many only"
     elif entry["role"] == "embeddings":
         why = "engines read embeddings unquantized only"
     elif stored is None:
@@ -115,7 +117,7 @@ def decide(settings: Settings, census: dict) -> dict[str, dict]:
             raise UserError(f"{entry['shard']}: {name} ({entry['dtype']} {entry['shape']}) is of routed experts, but no weight or scale that is "
                             "known; an engine would not find it beside the converted ones")
     layers = census["text_layers"]
-    check_layers(tensors, layers, census["drafts"], census["shared_indexers"], census["shared_experts"])
+    check_layers(tensors, layers, census["drafts"], census["layers_apart"], census["shared_experts"])
     check_ends(tensors, layers, census["tied"])
     check_tower(tensors, layers, census["tower_blocks"], architecture_of(census["architecture"]).projector)
     for name, scheme in chosen.items():

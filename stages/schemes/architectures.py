@@ -134,6 +134,13 @@ ARCHITECTURES = (
     Architecture(("Ernie4_5_MoeForCausalLM",), tied=True, never=_NEVER, tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8")),
     Architecture(("BailingMoeV2ForCausalLM",), **_LING, tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128", "experts mxfp4, rest mxfp8")),
     Architecture(("BailingMoeForCausalLM",), **_LING, tried=_run("experts mxfp4")),
+    Architecture(  # its draft layers lie under model.mtp; they are built before the mapping is set
+        ("MiMoV2FlashForCausalLM",), unseen=r"model\.mtp\.", never=_NEVER + r"|model\.mtp\..*\.o_proj$",
+        tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8, drafts fp8 128x128"),
+        cautions=("vLLM runs the first of its draft layers only, and cannot split their FP8 attention over 8 GPUs",)),
+    Architecture(("MiMoV2ForCausalLM",), merged=GATE_UP, visible=("gate_up_proj",),
+                 refused="its qkv_proj is stored as the parts of several GPUs one behind the other, which vLLM puts in order only where it is FP8 as "
+                         "published; in a release it would load wrong without a word"),
     Architecture(("MixtralForCausalLM",), visible=("qkv_proj",), never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,
                  tried=_run("experts mxfp4", transformers=("experts mxfp4",))),
     Architecture(("Qwen3ForCausalLM",), tried=_run("rest mxfp4")),
