@@ -21,7 +21,8 @@ from tests.small_models import expanded, save
 
 CASES = [("qwen3", False, "mxfp4_all_linear"), ("qwen3_moe", True, "mxfp4_experts"), ("qwen3_moe", False, "mxfp8_experts"),
          ("qwen3_moe", False, "mxfp4_all_linear"), ("qwen3_next", False, "mxfp4_experts"), ("qwen3_next", True, "mxfp4_experts"),
-         ("qwen3_next", False, "mxfp4_experts_mxfp8_rest"), ("mixtral", False, "mxfp4_experts"), ("glm4_moe", False, "mxfp4_experts"),
+         ("qwen3_next", False, "mxfp4_experts_mxfp8_rest"), ("qwen3_vl_moe", False, "mxfp4_experts"), ("qwen3_vl_moe", True, "mxfp4_experts"),
+         ("qwen3_vl_moe", False, "mxfp4_experts_mxfp8_rest"), ("qwen3_vl_moe", False, "mxfp4_all_linear"), ("mixtral", False, "mxfp4_experts"), ("glm4_moe", False, "mxfp4_experts"),
          ("glm4_moe", True, "mxfp4_experts_mxfp8_rest"), ("minimax_m2", True, "mxfp4_experts"), ("ernie4_5_moe", False, "mxfp4_experts"),
          ("ernie4_5_moe", False, "mxfp4_experts_mxfp8_rest"), ("bailing_moe_v2", False, "mxfp4_experts"),
          ("bailing_moe_v2", True, "mxfp4_experts"), ("bailing_moe_v2", False, "mxfp4_experts_mxfp8_rest"),
@@ -30,7 +31,7 @@ CASES = [("qwen3", False, "mxfp4_all_linear"), ("qwen3_moe", True, "mxfp4_expert
          ("moonlight", False, "mxfp4_all_linear"), ("kimi_k25", False, "mxfp4_experts"), ("qwen3_5_moe", False, "mxfp4_experts"),
          ("qwen3_5_moe", True, "mxfp4_experts"), ("qwen3_5_moe", False, "mxfp4_experts_mxfp8_rest"),
          ("qwen3_5_moe", False, "mxfp4_all_linear")]
-FLAGS = {**dict.fromkeys(("qwen3_5_moe", "glm4v_moe"), ["--language-model-only"]),  # these have no image processor here
+FLAGS = {**dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe"), ["--language-model-only"]),  # these have no image processor here
          **dict.fromkeys(("bailing_moe", "bailing_moe_v2"), ["--trust-remote-code"])}  # transformers has no class for their config.json
 OF_THE_TINY_MODEL = ["mxfp4_experts", "mxfp4_experts_stacked", "mxfp4_experts_mxfp8_rest"]
 needs_vllm = pytest.mark.skipif(not is_current(PROJECT / ".venv-serve"), reason="needs the serving environment: make serve-env")
