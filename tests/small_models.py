@@ -55,8 +55,8 @@ FAMILIES = {  # family -> (class of transformers, configuration)
         "vision_config": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 256}}),
     "qwen3_vl_moe": ("Qwen3VLMoe", IMAGES | {  # 256 inputs are twice the width of an expert: shapes alone do not say which way these lie
         "text_config": COMMON | HEADS | SPARSE | {
-            "num_experts": 8, "intermediate_size": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True,
-                                                                            "mrope_section": [12, 10, 10]}},
+            "num_experts": 8, "intermediate_size": 512, "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True, "mrope_section": [12, 10, 10]}},
         "vision_config": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 256,
                           "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}}),
     "qwen3_5_moe": ("Qwen3_5Moe", IMAGES | {
