@@ -367,6 +367,34 @@ BF16 4096x4096 model.visual.merger.proj.weight""" + (
     + experts("model.visual.merger", 4096, 10944, "bf16")
 )
 
+def qwen3_vl_moe(layers: int, hidden: int, queries: int, inner: int, scheme: str = "bf16") -> str:
+    """Rows of Qwen3-VL-MoE; experts are fused (3D) and transposed: inputs first."""
+    layer, vision, kind = f"model.language_model.layers.[0-{layers - 1}]", "model.visual", "BF16" if scheme == "bf16" else "F8_E4M3"
+    # unconfirmed: that FP8 is stacked, too (so mcore-bridge and vllm.rs read it, and vLLM turns the scales), and its scales' dtype
+    scales = "" if scheme == "bf16" else f"""
+BF16 128x{hidden // 128}x{2 * inner // 128} {layer}.mlp.experts.gate_up_proj_scale_inv
+BF16 128x{inner // 128}x{hidden // 128} {layer}.mlp.experts.down_proj_scale_inv"""
+    return f"""
+{kind} 128x{hidden}x{2 * inner} {layer}.mlp.experts.gate_up_proj
+{kind} 128x{inner}x{hidden} {layer}.mlp.experts.down_proj
+BF16 128x{hidden} {layer}.mlp.gate.weight
+BF16 128 {layer}.self_attn.[q_norm,k_norm].weight
+biased 1152x3x2x16x16 {vision}.patch_embed.proj
+BF16 2304x1152 {vision}.pos_embed.weight
+biased 1152 {vision}.blocks.[0-26].[norm1,norm2]
+biased 3456x1152 {vision}.blocks.[0-26].attn.qkv
+biased 1152x1152 {vision}.blocks.[0-26].attn.proj
+biased 4304x1152 {vision}.blocks.[0-26].mlp.linear_fc1
+biased 1152x4304 {vision}.blocks.[0-26].mlp.linear_fc2
+biased 1152 {vision}.merger.norm
+biased 4608 {vision}.deepstack_merger_list.[0-2].norm
+biased 4608x4608 {vision}.[merger,deepstack_merger_list.0,deepstack_merger_list.1,deepstack_merger_list.2].linear_fc1
+biased {hidden}x4608 {vision}.[merger,deepstack_merger_list.0,deepstack_merger_list.1,deepstack_merger_list.2].linear_fc2""" + scales + (
+        body("model.language_model", hidden, 151936, f"0-{layers - 1}")
+        + attention(f"{layer}.self_attn", hidden, queries, 512, scheme)
+    )
+
+
 # The config announces three MTP modules, but their tensors are not published.
 MINIMAX_M2_ROWS = """
 BF16 6144 model.layers.[0-61].self_attn.q_norm.weight
@@ -477,6 +505,24 @@ QWEN35 = fields(
     vision_config=QWEN35_VISION,
 )
 
+QWEN3_VL_MOE = fields(
+    """model_type=qwen3_vl_moe image_token_id=151655 video_token_id=151656 vision_start_token_id=151652 vision_end_token_id=151653
+    tie_word_embeddings=false""",
+    architectures=["Qwen3VLMoeForConditionalGeneration"],
+    text_config=fields(
+        """model_type=qwen3_vl_moe_text num_hidden_layers=48 hidden_size=2048 intermediate_size=6144 moe_intermediate_size=768
+        num_experts=128 num_experts_per_tok=8 norm_topk_prob=true decoder_sparse_step=1 mlp_only_layers=[] num_attention_heads=32
+        num_key_value_heads=4 head_dim=128 attention_bias=false vocab_size=151936"""
+    ),
+    vision_config=QWEN35_VISION | fields("model_type=qwen3_vl_moe deepstack_visual_indexes=[8,16,24]"),
+)
+QWEN3_VL_MOE_235B = QWEN3_VL_MOE | {
+    "text_config": QWEN3_VL_MOE["text_config"] | fields(
+        "num_hidden_layers=94 hidden_size=4096 intermediate_size=12288 moe_intermediate_size=1536 num_attention_heads=64"
+    ),
+    "vision_config": QWEN3_VL_MOE["vision_config"] | {"out_hidden_size": 4096},
+}
+
 QWEN3_NEXT = fields(
     """model_type=qwen3_next num_hidden_layers=48 full_attention_interval=4 hidden_size=2048 intermediate_size=5120
     moe_intermediate_size=512 shared_expert_intermediate_size=512 num_experts=512 num_experts_per_tok=10 decoder_sparse_step=1
@@ -585,6 +631,9 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": family("deepseek-ai/DeepSeek-V3", DEEPSEEK_V3, DEEPSEEK_V3_ROWS),
     "qwen3_moe_fp8": family("Qwen/Qwen3-30B-A3B-FP8", QWEN3_MOE, qwen3_moe(48, 2048, 4096, 768)),
     "qwen35_moe_bf16": family("Qwen/Qwen3.5-35B-A3B", QWEN35, QWEN35_ROWS),
+    "qwen3_vl_moe": family("Qwen/Qwen3-VL-235B-A22B-Instruct", QWEN3_VL_MOE_235B, qwen3_vl_moe(94, 4096, 8192, 1536)),
+    "qwen3_vl_moe_fp8": family("Qwen/Qwen3-VL-235B-A22B-Instruct-FP8", QWEN3_VL_MOE_235B | {"quantization_config": block_fp8()},
+                               qwen3_vl_moe(94, 4096, 8192, 1536, "block_bf16")),
     "qwen3_next": family("Qwen/Qwen3-Next-80B-A3B-Instruct", QWEN3_NEXT, QWEN3_NEXT_ROWS),
     "ling_mini": family("inclusionAI/Ling-mini-2.0", LING_MINI, LING_MINI_ROWS),
     "mimo_v2_flash": family("XiaomiMiMo/MiMo-V2-Flash", MIMO_V2_FLASH, MIMO_V2_FLASH_ROWS),
@@ -599,6 +648,7 @@ FAMILIES: dict[str, Family] = {
 }
 # Larger siblings: same layout, other numbers.
 VARIANTS: dict[str, Family] = {
+    "qwen3_vl_moe_30b": family("Qwen/Qwen3-VL-30B-A3B-Instruct", QWEN3_VL_MOE, qwen3_vl_moe(48, 2048, 4096, 768)),
     "qwen3_moe_fp8_235b": family("Qwen/Qwen3-235B-A22B-FP8", QWEN3_MOE_235B, qwen3_moe(94, 4096, 8192, 1536)),
     "gpt_oss_120b": family("openai/gpt-oss-120b", GPT_OSS_120B, gpt_oss(36, 128)),
 }

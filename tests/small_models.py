@@ -57,6 +57,12 @@ FAMILIES = {  # family -> (class of transformers, configuration)
             "num_nextn_predict_layers": 0, "n_group": 1, "topk_group": 1, "use_qk_norm": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [4, 6, 6]}},
         "vision_config": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 256}}),
+    "qwen3_vl_moe": ("Qwen3VLMoe", IMAGES | {  # 256 inputs are twice the width of an expert: shapes alone do not say which way these lie
+        "text_config": COMMON | HEADS | SPARSE | {
+            "num_experts": 8, "intermediate_size": 512, "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True, "mrope_section": [12, 10, 10]}},
+        "vision_config": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 256,
+                          "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}}),
     "qwen3_5_moe": ("Qwen3_5Moe", IMAGES | {
         "text_config": COMMON | HEADS | SPARSE | LINEAR | {"num_experts": 8},
         "vision_config": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 256,
@@ -104,7 +110,9 @@ PLAIN = {"mimo_v2_flash": UNQUANTIZED + "|o_proj"}  # of families that leave mor
 
 
 def block_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[out, in] -> E4M3 codes and the F32 scales of its 128x128 tiles."""
+    """[out, in], or stacked matrices -> E4M3 codes and the F32 scales of its 128x128 tiles."""
+    if weight.ndim == 3:
+        return tuple(map(torch.stack, zip(*map(block_fp8, weight))))
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % TILE, 0, -rows % TILE))
     scale = padded.unfold(0, TILE, TILE).unfold(1, TILE, TILE).abs().amax((2, 3)) / 448
@@ -144,6 +152,12 @@ def stack_experts(tensors: dict[str, torch.Tensor]) -> None:
         taken = {name: [tensors.pop(f"{prefix}{number}.{name}_proj.weight") for number in range(count)] for name in ("gate", "up", "down")}
         tensors[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(taken["gate"], taken["up"])])
         tensors[f"{prefix}down_proj"] = torch.stack(taken["down"])
+
+
+def transpose_experts(tensors: dict[str, torch.Tensor]) -> None:
+    """Stacked experts as [experts, in, out], as Qwen3-VL is published; transformers 5 reads them so, but saves them the other way."""
+    for key in [key for key in tensors if re.search(r"experts\.(gate_up|down)_proj$", key)]:
+        tensors[key] = tensors[key].transpose(1, 2).contiguous()
 
 
 def as_ling(tensors: dict[str, torch.Tensor], config: dict) -> None:
@@ -200,6 +214,8 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
     if family == "qwen3_5_moe":
         add_qwen_drafts(tensors, "model.language_model.layers.3.")
         config["text_config"] |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    if family == "qwen3_vl_moe":
+        transpose_experts(tensors)
     if config["model_type"] == "bailing_moe":
         as_ling(tensors, config)
     if family == "mimo_v2_flash":
@@ -210,7 +226,7 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
         if family == "mimo_v2_flash":
             merged_fp8(tensors, config["num_key_value_heads"])
         for key, tensor in list(tensors.items()):
-            if tensor.ndim == 2 and tensor.dtype == torch.bfloat16 and not re.search(PLAIN.get(family, UNQUANTIZED), key):
+            if tensor.ndim in (2, 3) and tensor.dtype == torch.bfloat16 and not re.search(PLAIN.get(family, UNQUANTIZED), key):
                 tensors[key], tensors[f"{key}_scale_inv"] = block_fp8(tensor)
         config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [TILE, TILE]}
         if family in PLAIN:

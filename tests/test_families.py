@@ -12,13 +12,18 @@ from safetensors.torch import load_file, save_file
 from kernels import mxfp4
 from stages import checkup, command_line, evaluate, inspect_format, plan, report, serve_bench, validate_gemm
 from stages.checkpoint.header import DTYPE_BYTES
+from stages.checkup.source import Source
+from stages.conversion import quantizer
+from stages.dialects import reading
 from stages.dialects.config import EXPERT_COUNTS
+from stages.dialects.reading import decoded
 from stages.errors import UserError
 from stages.planning.record import read_plan
 from stages.schemes import vllm_rules
 from stages.schemes.architectures import ARCHITECTURES, TRANSFORMERS
 from stages.schemes.engines import engines
 from stages.settings import load
+from tests import small_models
 from tests.conftest import convert
 from tests.meta_checkpoints import FAMILIES, VARIANTS
 from tests.small_models import expanded, save
@@ -27,7 +32,7 @@ EXPERT = re.compile(r".*layers\.(?P<layer>\d+)\..*\.experts\.(?:\d+\.)?\w+")
 PUBLISHED = {  # bytes of all tensors, as the published headers have them
     "deepseek_v3": 688_574_839_360, "qwen3_moe_fp8": 31_170_895_872, "qwen35_moe_bf16": 71_903_655_008, "minimax_m2": 230_121_630_720,
     "minimax_m3": 443_742_085_120, "kimi_k2": 1_029_173_256_720, "kimi_k2_thinking": 594_205_920_512, "qwen3_dense": 16_381_470_720,
-    "gpt_oss_120b": 65_248_815_744,
+    "gpt_oss_120b": 65_248_815_744, "qwen3_vl_moe": 2 * 235_670_022_896, "qwen3_vl_moe_30b": 2 * 31_070_754_032,  # their parameters, in BF16
 }
 
 
@@ -84,6 +89,7 @@ def test_the_tensors_of_a_family_have_the_published_bytes(name):
     ("qwen35_moe_bf16", {"mxfp4-pack-quantized"}), ("glm46_fp8", {"mxfp4-pack-quantized", "float-quantized"}),
     ("minimax_m2", {"mxfp4-pack-quantized", "float-quantized"}), ("minimax_m3", {"mxfp4-pack-quantized", "mxfp8-quantized"}),
     ("kimi_k2", {"mxfp4-pack-quantized", "float-quantized"}), ("kimi_k2_thinking", {"mxfp4-pack-quantized"}),
+    ("qwen3_vl_moe", {"mxfp4-pack-quantized"}), ("qwen3_vl_moe_fp8", {"mxfp4-pack-quantized", "float-quantized"}),
     ("qwen3_next", {"mxfp4-pack-quantized"}), ("ling_mini", {"mxfp4-pack-quantized"}), ("glm45v", {"mxfp4-pack-quantized"}),
 ])
 def test_a_family_is_planned_with_its_experts_in_mxfp4_and_the_rest_as_it_was(tmp_path, name, formats):
@@ -207,6 +213,45 @@ def test_fused_experts_of_another_layout_are_refused(tmp_path, change, words):
         planned(tmp_path, dataclasses.replace(family, tensors=lambda: tensors))
 
 
+def stacked(change):
+    """What changes the shape of Qwen3-VL's stacked experts of layer 3, [experts, in, out] as published."""
+    prefix = "model.language_model.layers.3.mlp.experts."
+
+    def changed(tensors, text):
+        for name in ("gate_up_proj", "down_proj"):
+            dtype, shape = tensors[prefix + name]
+            tensors[prefix + name] = (dtype, change(name, *shape))
+    return changed
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (stacked(lambda name, experts, *matrix: (experts, *matrix[::-1])), r"layers\.3\.mlp\.experts\.\w+ is BF16 .* or all of them transposed; one"),
+    (stacked(lambda name, experts, inputs, outputs: (experts, inputs, outputs // 2)),
+     r"is BF16 \[128, \d+, \d+\]; by config.json stacked experts are gate_up_proj \[128, 3072, 4096\] and down_proj \[128, 4096, 1536\], or"),
+    (stacked(lambda name, experts, *matrix: (experts - 1, *matrix)), r"is BF16 \[127, "),
+    (lambda tensors, text: text.pop("moe_intermediate_size"), "moe_intermediate_size is missing, .* which way"),
+    (lambda tensors, text: tensors.update({f"{name[:-9]}gate_proj": tensors.pop(name) for name in list(tensors) if name.endswith(".down_proj")}),
+     r"experts\.gate_proj is BF16 \[128, 1536, 4096\]; by config"),
+])
+def test_stacked_experts_that_lie_neither_way_are_refused(tmp_path, change, words):
+    family = FAMILIES["qwen3_vl_moe"]
+    tensors, config = family.tensors(), json.loads(json.dumps(family.config))
+    change(tensors, config["text_config"])
+    with pytest.raises(UserError, match=words):
+        planned(tmp_path, dataclasses.replace(family, tensors=lambda: tensors, config=config))
+
+
+def test_a_dialect_that_nobody_stores_transposed_is_refused(tmp_path):
+    family, tensors = FAMILIES["qwen3_vl_moe"], {}
+    for name, (dtype, shape) in family.tensors().items():
+        tensors[name] = ("F8_E4M3" if len(shape) == 3 else dtype, shape)
+        if len(shape) == 3:
+            tensors[f"{name}_scale_inv"] = ("U8", (*shape[:2], shape[2] // 32))
+    config = family.config | {"quantization_config": {"quant_method": "mxfp8"}}
+    with pytest.raises(UserError, match=r"is mxfp8 and stored transposed, .* of plain and block_fp8 only"):
+        planned(tmp_path, dataclasses.replace(family, tensors=lambda: tensors, config=config))
+
+
 def test_the_stacked_layout_of_fused_experts_is_refused(tmp_path):
     with pytest.raises(UserError, match="recipe.layout=per_expert"):
         planned(tmp_path, FAMILIES["qwen35_moe_bf16"], "mxfp4_experts_stacked")
@@ -302,6 +347,86 @@ def test_what_has_nothing_to_merge_with_is_a_module_of_its_own(tmp_path):
     for module in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"):
         assert vllm_rules.matched_target(f"model.layers.1.self_attn.{module}", [], "ColumnParallelLinear", targets), module
     assert not any("qkv_proj" in target for target in targets)
+
+
+def qwen3_vl(directory, monkeypatch, fp8=False, inner=128, transposed=True):
+    """A small Qwen3-VL and its tensors; stored as transformers 5 saves it where not `transposed`."""
+    class_name, fields = small_models.FAMILIES["qwen3_vl_moe"]
+    text = fields["text_config"] | {"moe_intermediate_size": inner}
+    monkeypatch.setitem(small_models.FAMILIES, "qwen3_vl_moe", (class_name, fields | {"text_config": text}))
+    if not transposed:
+        monkeypatch.setattr(small_models, "transpose_experts", lambda tensors: None)
+    save("qwen3_vl_moe", directory, fp8)
+    return load_file(directory / "model.safetensors")
+
+
+def stacked_values(tensors, name):
+    """Stacked experts of a small model, [experts, in, out] as they are published, in float32."""
+    values = tensors[name].float()
+    scale = tensors.get(f"{name}_scale_inv")
+    return values if scale is None else values * scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_transposed_experts_are_quantized_along_their_inputs_in_panels_of_any_size(tmp_path, monkeypatch, fp8):
+    """A gate_up_proj of 256 x 256 fits both ways: down_proj says which."""
+    source = tmp_path / "model"
+    tensors = qwen3_vl(source, monkeypatch, fp8)
+    assert tensors["model.language_model.layers.1.mlp.experts.gate_up_proj"].shape == (8, 256, 256)
+    made = {}
+    for panel, slab in ((quantizer.PANEL_WEIGHTS, reading.SLAB_WEIGHTS), (40 * 256, 24 * 256)):
+        monkeypatch.setattr(quantizer, "PANEL_WEIGHTS", panel)
+        monkeypatch.setattr(reading, "SLAB_WEIGHTS", slab)
+        settings = convert("source=local", f"source.path={source}", f"results={tmp_path / str(panel)}", "serving=none")
+        made[panel] = (settings.run_directory / "release" / "model.safetensors").read_bytes()
+        result = checkup.check(settings.run_directory / "release", source)
+        assert result["passed"], result
+    assert len(set(made.values())) == 1
+    validate_gemm.run(settings)
+    release = load_file(settings.run_directory / "release" / "model.safetensors")
+    assert not any("experts.gate_up_proj" in name or "experts.down_proj" in name for name in release)
+    for layer in range(3):
+        prefix = f"model.language_model.layers.{layer}.mlp.experts."
+        inputs_first = {"down": stacked_values(tensors, f"{prefix}down_proj")}
+        inputs_first["gate"], inputs_first["up"] = stacked_values(tensors, f"{prefix}gate_up_proj").split(128, dim=2)
+        for projection, values in inputs_first.items():
+            for expert in range(8):
+                expected = mxfp4.quantize(values[expert].T.contiguous(), backend="reference")
+                name = f"{prefix}{expert}.{projection}_proj.weight"
+                assert torch.equal(release[f"{name}_packed"], expected.packed) and torch.equal(release[f"{name}_scale"], expected.scale), name
+
+
+def test_experts_as_transformers_saves_them_become_the_same_release(tmp_path, monkeypatch):
+    releases = []
+    for transposed in (True, False):
+        source, results = tmp_path / f"model_{transposed}", tmp_path / f"results_{transposed}"
+        tensors = qwen3_vl(source, monkeypatch, transposed=transposed)
+        assert tensors["model.language_model.layers.1.mlp.experts.down_proj"].shape == ((8, 128, 256) if transposed else (8, 256, 128))
+        settings = convert("source=local", f"source.path={source}", f"results={results}", "serving=none")
+        releases.append((settings.run_directory / "release" / "model.safetensors").read_bytes())
+    assert releases[0] == releases[1]
+
+
+def test_transposed_experts_mean_what_transformers_reads(tmp_path, monkeypatch):
+    from transformers import Qwen3VLMoeForConditionalGeneration
+
+    qwen3_vl(tmp_path / "model", monkeypatch, inner=64)  # no matrix is square, which transformers would leave as it is
+    theirs = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).state_dict()
+    with Source(tmp_path / "model") as source:
+        source.read(tmp_path)
+        ours = {name: decoded(source.places, name, claim) for name, claim in source.claims.items() if claim.transposed}
+    assert len(ours) == 6 and all(torch.equal(values, theirs[name].float()) for name, values in ours.items())
+
+
+@pytest.mark.parametrize(("tensor", "place", "value"), [
+    ("gate_up_proj", (3, 17, 200), float("nan")), ("down_proj_scale_inv", (2, 0, 1), -1.0)])
+def test_what_is_no_number_is_named_where_it_is_stored(tmp_path, monkeypatch, tensor, place, value):
+    tensors = qwen3_vl(tmp_path / "model", monkeypatch, fp8="scale" in tensor)
+    name = f"model.language_model.layers.1.mlp.experts.{tensor}"
+    tensors[name][place] = value
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=re.escape(f"{name}{list(place)} is")):
+        convert("source=local", f"source.path={tmp_path / 'model'}", f"results={tmp_path / 'results'}", "serving=none")
 
 
 def test_layers_that_share_an_indexer_have_none_and_others_must_have_theirs(tmp_path):

@@ -96,6 +96,7 @@ class Quantizer:
                 name, index[0] = claim.scale_of(index[0] + rows[0] // claim.tile[0])
             else:
                 index[0] = rows[index[0]]
+            index = index[::-1] if claim.transposed else index
             index = index if expert is None else [expert, *index]
         return self._refusal(name, index, error)
 

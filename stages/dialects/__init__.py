@@ -13,6 +13,7 @@ from stages.checkpoint.header import TensorInfo
 from stages.dialects import block_fp8, channel_fp8, int4, mxfp4, mxfp8, nvfp4, plain
 from stages.dialects.claim import Claim
 from stages.dialects.config import changes_weights, declared
+from stages.dialects.transposed import transposed
 from stages.errors import UserError
 
 __all__ = ["DIALECTS", "Claim", "by_name", "recognize"]
@@ -61,7 +62,7 @@ def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], confi
     for dialect in DIALECTS:
         _check_config(dialect, [name for name, claimed in claims.items() if claimed.dialect == dialect.NAME and claimed.matrix], config)
     _check_section(declared(config), {claimed.dialect for claimed in claims.values()})
-    return claims
+    return claims | transposed(claims, tensors, where, config)
 
 
 def _check_section(section: Mapping, found: set[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Claim:
     belongs_to: str | None = None
     one_scale: bool = False  # a single scale for the whole tensor
     scales: tuple[tuple[str, int], ...] = ()  # (tensor, its row) for each row of tiles, where they do not just follow each other in `scale`
+    transposed: bool = False  # stored as [experts, in, out]; `matrix` and `tile` are those of [experts, out, in] nevertheless
 
     def companions(self) -> dict[str, str]:
         """All tensors that only this weight needs: kind -> name."""
@@ -35,11 +36,15 @@ class Claim:
         """Its fields as plain data, for JSON."""
         return {"dialect": self.dialect, "scale": self.scale, "tile": list(self.tile) if self.tile else None,
                 "matrix": list(self.matrix) if self.matrix else None, "parts": dict(self.parts), "belongs_to": self.belongs_to,
-                "one_scale": self.one_scale, "scales": [list(place) for place in self.scales]}
+                "one_scale": self.one_scale, "scales": [list(place) for place in self.scales], "transposed": self.transposed}
+
+    def transpose(self) -> Claim:
+        """The claim of the same tensor read the other way: of [experts, out, in] from what is stored as [experts, in, out], and back."""
+        return replace(self, matrix=(*self.matrix[:-2], *self.matrix[:-3:-1]), tile=self.tile and self.tile[::-1], transposed=not self.transposed)
 
     @classmethod
     def from_entry(cls, entry: Mapping) -> Claim:
         """The claim that `as_entry` wrote."""
         return cls(entry["dialect"], entry["scale"], tuple(entry["tile"]) if entry["tile"] else None,
                    tuple(entry["matrix"]) if entry["matrix"] else None, entry["parts"], entry["belongs_to"],
-                   entry["one_scale"], tuple((name, row) for name, row in entry["scales"]))
+                   entry["one_scale"], tuple((name, row) for name, row in entry["scales"]), entry["transposed"])

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+SLAB_WEIGHTS = 128 << 10  # of a tensor that is stored transposed: read at once, and turned while the cache holds them
+
 
 class Tensors:
     """Stored tensors by name, wherever each of them lies: `place(name)` gives a ShardReader, or what has its methods `info`, `array`
@@ -46,7 +48,29 @@ def stored_rows(tensors: Tensors, name: str, claim: Claim, expert: int | None, b
     they go; `begin` then lies on a tile's edge. With `buffer` the rows may lie in it until it is used again.
     Raises kernels.errors.NonFiniteError, whose index counts from `begin`, for what is no number.
     """
-    return by_name(claim.dialect).rows(tensors, name, claim, expert, begin, end, buffer)
+    read = _transposed_rows if claim.transposed else by_name(claim.dialect).rows
+    return read(tensors, name, claim, expert, begin, end, buffer)
+
+
+def _transposed_rows(tensors: Tensors, name: str, claim: Claim, expert: int | None, begin: int, end: int,
+                     buffer: bytearray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """`stored_rows` of a weight that has them as columns: all of the matrix is read for them, a slab at a time."""
+    import numpy as np
+
+    stored = claim.transpose()
+    inputs, outputs = stored.matrix[-2:]
+    edge = stored.tile[0] if stored.tile else 1
+    height = max(edge, SLAB_WEIGHTS // outputs // edge * edge)
+    weight, scales = None, []
+    for first in range(0, inputs, height):
+        slab, scale = by_name(claim.dialect).rows(tensors, name, stored, expert, first, min(first + height, inputs))
+        if weight is None:
+            size = (end - begin) * inputs * slab.itemsize
+            weight = np.ndarray((end - begin, inputs), slab.dtype, buffer if buffer is not None and len(buffer) >= size else None)
+        weight[:, first:first + len(slab)] = slab[:, begin:end].T
+        if scale is not None:
+            scales.append(scale[:, begin // claim.tile[0]:-(-end // claim.tile[0])].T)
+    return weight, np.concatenate(scales, axis=1) if scales else None
 
 
 def as_tensors(weight: np.ndarray, scale: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor | None]:

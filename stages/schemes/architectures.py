@@ -112,6 +112,11 @@ ARCHITECTURES = (
         never=_NEVER + r"|visual\.(pos_embed|patch_embed).*", projector=r"model\.visual\.merger\.",
         tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain, drafts fp8 128x128", "experts mxfp4, rest mxfp8",
                    "experts mxfp4, rest mxfp4")),
+    Architecture(
+        ("Qwen3VLMoeForConditionalGeneration",), visible=("qkv_proj",), never=r"visual\.(pos_embed|patch_embed).*",  # its router sees the config
+        renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),
+                 (r"^model\.language_model\.", "language_model.model.")),
+        tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128", "experts mxfp4, rest mxfp8", "experts mxfp4, rest mxfp4")),
     # its in_proj_qkvz and in_proj_ba are stored merged, rows interleaved by head; embedding and head never see the config
     Architecture(("Qwen3NextForCausalLM",), never=_NEVER + r"|lm_head$|model\.embed_tokens$",
                  tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain, drafts fp8 128x128", "experts mxfp4, rest mxfp8")),

@@ -8,16 +8,20 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from stages.checkup.source import Source
+from stages.dialects.reading import decoded
 from stages.planning.record import read_plan
 from stages.schemes.architectures import ARCHITECTURES, VLLM
 from stages.schemes.engines import form_of
+from stages.schemes.modules import matrices
 from stages.serving.environment import is_current
 from stages.serving.launcher import server
 from stages.serving.score import token_log_probabilities
 from stages.settings import load
 from tests.conftest import PROJECT, TINY, convert
-from tests.small_models import expanded, save
+from tests.small_models import expanded, save, unquantized
 
 CASES = [("qwen3", False, "mxfp4_all_linear"), ("qwen3_moe", True, "mxfp4_experts"), ("qwen3_moe", False, "mxfp8_experts"),
          ("qwen3_moe", False, "mxfp4_all_linear"), ("qwen3_next", False, "mxfp4_experts"), ("qwen3_next", True, "mxfp4_experts"),
@@ -30,8 +34,9 @@ CASES = [("qwen3", False, "mxfp4_all_linear"), ("qwen3_moe", True, "mxfp4_expert
          ("glm4v_moe", False, "mxfp4_experts_mxfp8_rest"), ("deepseek_v3", True, "mxfp4_experts"), ("moonlight", True, "mxfp4_experts"),
          ("moonlight", False, "mxfp4_all_linear"), ("kimi_k25", False, "mxfp4_experts"), ("qwen3_5_moe", False, "mxfp4_experts"),
          ("qwen3_5_moe", True, "mxfp4_experts"), ("qwen3_5_moe", False, "mxfp4_experts_mxfp8_rest"),
-         ("qwen3_5_moe", False, "mxfp4_all_linear")]
-FLAGS = {**dict.fromkeys(("qwen3_5_moe", "glm4v_moe"), ["--language-model-only"]),  # these have no image processor here
+         ("qwen3_5_moe", False, "mxfp4_all_linear"), ("qwen3_vl_moe", False, "mxfp4_experts"), ("qwen3_vl_moe", True, "mxfp4_experts"),
+         ("qwen3_vl_moe", False, "mxfp4_experts_mxfp8_rest"), ("qwen3_vl_moe", False, "mxfp4_all_linear")]
+FLAGS = {**dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe"), ["--language-model-only"]),  # these have no image processor here
          **dict.fromkeys(("bailing_moe", "bailing_moe_v2"), ["--trust-remote-code"])}  # transformers has no class for their config.json
 OF_THE_TINY_MODEL = ["mxfp4_experts", "mxfp4_experts_stacked", "mxfp4_experts_mxfp8_rest"]
 needs_vllm = pytest.mark.skipif(not is_current(PROJECT / ".venv-serve"), reason="needs the serving environment: make serve-env")
@@ -74,3 +79,22 @@ def test_a_family_says_the_same_in_both_forms(family, fp8, recipe, tmp_path):
     found = log_probabilities(settings, release, *flags)
     assert torch.equal(found, log_probabilities(settings, expanded(release, tmp_path / "bf16"), *flags))
     assert found.std() > 0.5  # it says something
+
+
+@needs_vllm
+@pytest.mark.serving
+def test_vllm_reads_transposed_experts_as_they_are_converted(tmp_path):
+    """Its gate_up_proj is square: nothing but the order of its dimensions tells the published one from its transpose."""
+    settings = converted("qwen3_vl_moe", False, "mxfp4_experts", tmp_path)
+    tensors = load_file(tmp_path / "qwen3_vl_moe" / "model.safetensors")
+    with Source(tmp_path / "qwen3_vl_moe") as source:
+        source.read(tmp_path)
+        for name, claim in source.claims.items():
+            if claim.transposed:
+                values = decoded(source.places, name, claim).bfloat16()
+                tensors |= {f"{matrix.module}.weight": values[matrix.expert, slice(*matrix.rows)].contiguous()
+                            for matrix in matrices(name, claim.matrix, "per_expert")}
+                del tensors[name]
+    apart = unquantized(settings.run_directory / "release", tmp_path / "apart", tensors)
+    found = log_probabilities(settings, tmp_path / "qwen3_vl_moe", *FLAGS["qwen3_vl_moe"])
+    assert torch.equal(found, log_probabilities(settings, apart, *FLAGS["qwen3_vl_moe"]))
