@@ -16,7 +16,7 @@ from stages.dialects.config import EXPERT_COUNTS
 from stages.errors import UserError
 from stages.planning.record import read_plan
 from stages.schemes import vllm_rules
-from stages.schemes.architectures import ARCHITECTURES, TRANSFORMERS
+from stages.schemes.architectures import ARCHITECTURES, TRANSFORMERS, architecture_of
 from stages.schemes.engines import engines
 from stages.settings import load
 from tests.conftest import convert
@@ -85,6 +85,7 @@ def test_the_tensors_of_a_family_have_the_published_bytes(name):
     ("minimax_m2", {"mxfp4-pack-quantized", "float-quantized"}), ("minimax_m3", {"mxfp4-pack-quantized", "mxfp8-quantized"}),
     ("kimi_k2", {"mxfp4-pack-quantized", "float-quantized"}), ("kimi_k2_thinking", {"mxfp4-pack-quantized"}),
     ("qwen3_next", {"mxfp4-pack-quantized"}), ("ling_mini", {"mxfp4-pack-quantized"}), ("glm45v", {"mxfp4-pack-quantized"}),
+    ("k_exaone", {"mxfp4-pack-quantized"}),
 ])
 def test_a_family_is_planned_with_its_experts_in_mxfp4_and_the_rest_as_it_was(tmp_path, name, formats):
     family = few_experts(FAMILIES[name])
@@ -158,6 +159,14 @@ def test_draft_layers_that_vllm_would_stop_at_are_refused(tmp_path):
     drafting = dataclasses.replace(family, tensors=lambda: tensors, config={**family.config, "num_nextn_predict_layers": 1})
     with pytest.raises(UserError, match=r"model\.layers\.20\..* belongs to a draft layer.*take the layers .* num_nextn_predict_layers"):
         planned(tmp_path, drafting)
+
+
+@pytest.mark.parametrize("name", ["k_exaone"])
+def test_a_bias_of_the_router_that_vllm_would_not_miss_is_missed(tmp_path, name):
+    family, bias = few_experts(FAMILIES[name]), architecture_of(FAMILIES[name].config["architectures"][0]).needed
+    tensors = {tensor.replace(bias, "mlp.gate.e_score_correction_bias"): entry for tensor, entry in family.tensors().items()}
+    with pytest.raises(UserError, match=rf"layer \d: there is no {re.escape(bias)}, by which vLLM routes"):
+        planned(tmp_path, dataclasses.replace(family, tensors=lambda: tensors))
 
 
 def test_an_architecture_whose_names_nobody_knows_is_refused(tmp_path):
