@@ -343,6 +343,24 @@ F32 256 model.layers.[1-47].mlp.gate.e_score_correction_bias""" + (
     + experts(f"{MIMO_DRAFT}.mlp", 4096, 16384, "block_f32")
 )
 
+# The draft layer lies under mtp and is dense; config.json counts it. Sizes as public tests and converters have them; they add up to the 237B
+# parameters that are published.
+K_EXAONE_ROWS = """
+BF16 128x6144 model.layers.[1-47].mlp.gate.weight
+F32 128 model.layers.[1-47].mlp.e_score_correction_bias
+BF16 128 model.layers.[0-47].self_attn.[q_norm,k_norm].weight
+BF16 128 mtp.layers.0.self_attn.[q_norm,k_norm].weight
+BF16 6144 mtp.layers.0.[input_layernorm,post_attention_layernorm].weight
+BF16 6144 mtp.[norm,pre_fc_norm_embedding,pre_fc_norm_hidden].weight
+BF16 6144x12288 mtp.fc.weight""" + (  # unconfirmed: F32 for the bias
+    body("model", 6144, 153600, "0-47")
+    + attention("model.layers.[0-47].self_attn", 6144, 8192, 1024, "bf16")
+    + attention("mtp.layers.0.self_attn", 6144, 8192, 1024, "bf16")
+    + experts("[model.layers.0,mtp.layers.0].mlp", 6144, 18432, "bf16")
+    + experts("model.layers.[1-47].mlp.experts.[0-127]", 6144, 2048, "bf16")
+    + experts("model.layers.[1-47].mlp.shared_experts", 6144, 2048, "bf16")
+)
+
 GLM45V_LAYERS = "model.language_model.layers"
 GLM45V_ROWS = f"""
 BF16 12288 {GLM45V_LAYERS}.[0-45].self_attn.q_proj.bias
@@ -550,6 +568,13 @@ MIMO_V2_FLASH = fields(
     quantization_config=block_fp8(  # unconfirmed: the last of these names is that of later models
         ignored_layers=[f"model.layers.{layer}.self_attn.o_proj" for layer in range(48)] + ["model.decoder.self_attn.o_proj"]),
 )
+K_EXAONE = fields(
+    """model_type=exaone_moe dtype=bfloat16 num_hidden_layers=48 num_nextn_predict_layers=1 hidden_size=6144 intermediate_size=18432
+    moe_intermediate_size=2048 num_experts=128 num_shared_experts=1 num_experts_per_tok=8 n_group=1 topk_group=1
+    num_attention_heads=64 num_key_value_heads=8 head_dim=128 sliding_window=128 sliding_window_pattern=LLLG vocab_size=153600
+    tie_word_embeddings=false""",
+    architectures=["ExaoneMoEForCausalLM"],
+)
 GLM45V = fields(
     "model_type=glm4v_moe tie_word_embeddings=false",
     architectures=["Glm4vMoeForConditionalGeneration"],
@@ -637,6 +662,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": family("Qwen/Qwen3-Next-80B-A3B-Instruct", QWEN3_NEXT, QWEN3_NEXT_ROWS),
     "ling_mini": family("inclusionAI/Ling-mini-2.0", LING_MINI, LING_MINI_ROWS),
     "mimo_v2_flash": family("XiaomiMiMo/MiMo-V2-Flash", MIMO_V2_FLASH, MIMO_V2_FLASH_ROWS),
+    "k_exaone": family("LGAI-EXAONE/K-EXAONE-236B-A23B", K_EXAONE, K_EXAONE_ROWS),
     "glm45v": family("zai-org/GLM-4.5V", GLM45V, GLM45V_ROWS),
     "glm46_fp8": family("zai-org/GLM-4.6-FP8", GLM46, GLM46_ROWS),
     "minimax_m2": family("MiniMaxAI/MiniMax-M2", MINIMAX_M2, MINIMAX_M2_ROWS),

@@ -39,6 +39,8 @@ FAMILIES = {  # family -> (class of transformers, configuration)
                                          "scoring_func": "sigmoid", "use_routing_bias": True}),
     "ernie4_5_moe": ("Ernie4_5_Moe", HEADS | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 128,
                                               "intermediate_size": 512, "moe_layer_start_index": 1, "moe_layer_end_index": 2, "use_bias": False}),
+    "exaone_moe": ("ExaoneMoe", HEADS | SPARSE | {"num_experts": 8, "intermediate_size": 512, "routed_scaling_factor": 1.5, "sliding_window": 64,
+                                                  "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
     "bailing_moe_v2": ("Glm4Moe", HEADS | SHARED | {"n_group": 2, "topk_group": 1, "use_qk_norm": True, "num_nextn_predict_layers": 0}),
     "bailing_moe": ("Glm4Moe", HEADS | SHARED | {"n_shared_experts": 2, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}),
     "mimo_v2_flash": ("MiMoV2Flash", SPARSE | {
@@ -74,7 +76,8 @@ LING = ((r"embed_tokens", "word_embeddings"), (r"\.self_attn\.", ".attention."),
 PUBLISHED = {"kimi_k25": ((r"^language_model\.model\.blocks\.", "language_model.model.layers."), (r"^model\.mm_projector\.", "mm_projector."),
                           (r"^vision_tower\.encoder\.patch_embed", "vision_tower.patch_embed")),
              "bailing_moe": LING, "bailing_moe_v2": LING}
-CONFIG = {"kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"]}}
+CONFIG = {"kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"]},
+          "exaone_moe": {"architectures": ["ExaoneMoEForCausalLM"], "num_nextn_predict_layers": 1}}
 LING_CONFIG = COMMON | HEADS | SPARSE | {
     "model_type": "bailing_moe", "num_experts": 8, "norm_topk_prob": True, "use_bias": False, "use_qkv_bias": False, "hidden_act": "silu",
     "rms_norm_eps": 1e-6, "embedding_dropout": 0.0, "output_dropout": 0.0, "rope_theta": 10000.0}
@@ -169,11 +172,11 @@ def as_ling(tensors: dict[str, torch.Tensor], config: dict) -> None:
         tensors[f"{prefix}query_key_value.weight"] = torch.cat([tensors.pop(f"{prefix}{name}_proj.weight") for name in "qkv"])
 
 
-def add_qwen_drafts(tensors: dict[str, torch.Tensor], layer: str) -> None:
-    """A draft layer as Qwen3-Next and Qwen3.5 publish it: the layer of full attention again, and what joins it to the model."""
+def add_mtp(tensors: dict[str, torch.Tensor], layer: str, norm: float = 0.0) -> None:
+    """A draft layer as Qwen3-Next, Qwen3.5 and K-EXAONE publish it: this layer again, and what joins it to the model; Qwen's norms add 1."""
     hidden = COMMON["hidden_size"]
     tensors |= {key.replace(layer, "mtp.layers.0."): tensor.clone() for key, tensor in tensors.items() if key.startswith(layer)}
-    tensors |= {f"mtp.{name}.weight": torch.zeros(hidden, dtype=torch.bfloat16) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    tensors |= {f"mtp.{name}.weight": torch.full((hidden,), norm, dtype=torch.bfloat16) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
     tensors["mtp.fc.weight"] = torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], dim=1).bfloat16()
 
 
@@ -212,7 +215,7 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
     if fields.get("num_nextn_predict_layers"):
         add_draft_layer(tensors)
     if family == "qwen3_5_moe":
-        add_qwen_drafts(tensors, "model.language_model.layers.3.")
+        add_mtp(tensors, "model.language_model.layers.3.")
         config["text_config"] |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
     if family == "qwen3_vl_moe":
         transpose_experts(tensors)
@@ -221,7 +224,9 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
     if family == "mimo_v2_flash":
         add_mimo_drafts(tensors)
     if family == "qwen3_next":
-        add_qwen_drafts(tensors, "model.layers.3.")
+        add_mtp(tensors, "model.layers.3.")
+    if family == "exaone_moe":
+        add_mtp(tensors, "model.layers.0.", norm=1.0)
     if fp8:
         if family == "mimo_v2_flash":
             merged_fp8(tensors, config["num_key_value_heads"])

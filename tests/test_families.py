@@ -20,7 +20,7 @@ from stages.dialects.reading import decoded
 from stages.errors import UserError
 from stages.planning.record import read_plan
 from stages.schemes import vllm_rules
-from stages.schemes.architectures import ARCHITECTURES, TRANSFORMERS
+from stages.schemes.architectures import ARCHITECTURES, TRANSFORMERS, architecture_of
 from stages.schemes.engines import engines
 from stages.settings import load
 from tests import small_models
@@ -91,6 +91,7 @@ def test_the_tensors_of_a_family_have_the_published_bytes(name):
     ("kimi_k2", {"mxfp4-pack-quantized", "float-quantized"}), ("kimi_k2_thinking", {"mxfp4-pack-quantized"}),
     ("qwen3_vl_moe", {"mxfp4-pack-quantized"}), ("qwen3_vl_moe_fp8", {"mxfp4-pack-quantized", "float-quantized"}),
     ("qwen3_next", {"mxfp4-pack-quantized"}), ("ling_mini", {"mxfp4-pack-quantized"}), ("glm45v", {"mxfp4-pack-quantized"}),
+    ("k_exaone", {"mxfp4-pack-quantized"}),
 ])
 def test_a_family_is_planned_with_its_experts_in_mxfp4_and_the_rest_as_it_was(tmp_path, name, formats):
     family = few_experts(FAMILIES[name])
@@ -180,6 +181,14 @@ def test_mimo_whose_attention_no_engine_reads_as_it_is_stored_becomes_mxfp8(tmp_
         planned(tmp_path, family, "mxfp4_experts_mxfp8_rest", drop=["model.layers.7.self_attn.attention_sink_bias"])
     with pytest.raises(UserError, match="MiMoV2ForCausalLM is not converted: its qkv_proj is stored as the parts of several GPUs"):
         planned(tmp_path, dataclasses.replace(family, config={**family.config, "architectures": ["MiMoV2ForCausalLM"]}))
+
+
+@pytest.mark.parametrize("name", ["k_exaone"])
+def test_a_bias_of_the_router_that_vllm_would_not_miss_is_missed(tmp_path, name):
+    family, bias = few_experts(FAMILIES[name]), architecture_of(FAMILIES[name].config["architectures"][0]).needed
+    tensors = {tensor.replace(bias, "mlp.gate.e_score_correction_bias"): entry for tensor, entry in family.tensors().items()}
+    with pytest.raises(UserError, match=rf"layer \d: there is no {re.escape(bias)}, by which vLLM routes"):
+        planned(tmp_path, dataclasses.replace(family, tensors=lambda: tensors))
 
 
 def test_an_architecture_whose_names_nobody_knows_is_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.dialects.roles import is_routed_expert
+from stages.dialects.roles import is_routed_expert, layer_and_tail, layer_of
 from stages.errors import UserError
 from stages.schemes import compressed_tensors, vllm_rules
 from stages.schemes.architectures import ARCHITECTURES, Architecture, architecture_of
@@ -59,6 +59,10 @@ def proven_config(plan: dict) -> tuple[dict, int]:
     if draft and row.draftless:
         raise UserError(f"{draft} belongs to a draft layer; vLLM has none for {plan['architecture']} and stops at this tensor: take the layers past "
                         "num_hidden_layers out of the checkpoint and set num_nextn_predict_layers to 0")
+    routed = {layer_of(name) for name, entry in plan["tensors"].items() if entry["role"] == "routed_experts"}
+    if row.needed and (lacking := routed - {layer_of(name) for name in plan["tensors"] if layer_and_tail(name)[1] == row.needed}):
+        raise UserError(f"layer {min(lacking)}: there is no {row.needed}, by which vLLM routes {plan['architecture']}'s tokens; it would leave it "
+                        "uninitialized and say nothing: give the tensor the name that it is published under")
     experts = _expert_names(plan["tensors"], plan["layout"])
     for fault in vllm_rules.expert_faults(row, experts, stacked=bool(experts) and plan["layout"] == "stacked"):
         raise UserError(f"recipe {plan['recipe']}: {fault}" + ("; use recipe.layout=per_expert" if plan["layout"] == "stacked" else ""))

@@ -59,6 +59,7 @@ class Architecture:
     stacked: bool = False  # the loader reads quantized experts that are stacked in 3D, too
     projector: str | None = None  # beginning of the names of what joins the vision tower to the text model
     tied: bool = False  # whether the head is the embedding where config.json does not say
+    needed: str | None = None  # what each layer with experts must have: without it vLLM routes by uninitialized memory and says nothing
     plugin: bool = False  # a release bundles the plugin that vLLM needs for its draft layers
     in_process: tuple[str, ...] = ()  # of the names, those that stages/models can run
     tried: tuple[Tried, ...] = ()  # what was really run, with the first of `names`
@@ -70,6 +71,7 @@ _NEVER = r".*\.(mlp|moe|block_sparse_moe)\.(gate|router|shared_expert_gate)$|.*\
 _DEEPSEEK = {**GATE_UP, "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
 _QWEN_LINEAR = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
 _MINIMAX = {"qkv_proj": ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"), **GATE_UP}
+_LIMITS = "whether vLLM passes the limits on to MXFP4 experts is open (vllm#51028)"
 _LING = {"merged": GATE_UP, "visible": ("gate_up_proj",), "never": _NEVER, "draftless": True}  # q, k and v are stored merged, as query_key_value
 
 
@@ -135,7 +137,13 @@ ARCHITECTURES = (
         renames=((r"^multi_modal_projector\.", "vision_tower.multi_modal_projector."),
                  (r"^patch_merge_mlp\.", "vision_tower.patch_merge_mlp."), (r"\.mlp\.fc(\d)$", r".fc\1")),
         never=_NEVER.replace(r".*\.eh_proj$|", ""),
-        cautions=("its experts limit their activations; whether vLLM passes the limits on to MXFP4 experts is open (vllm#51028)",)),
+        cautions=("its experts limit their activations; " + _LIMITS,)),
+    # K-EXAONE 2 has the second name; embedding and head see the config without names
+    Architecture(
+        ("ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM"), never=_NEVER + r"|lm_head$|model\.embed_tokens$",
+        needed="mlp.e_score_correction_bias",
+        tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128, drafts fp8 128x128", "experts mxfp4, rest mxfp8"),
+        cautions=("where config.json has swiglu_limits (K-EXAONE 2): " + _LIMITS,)),
     Architecture(("Ernie4_5_MoeForCausalLM",), tied=True, never=_NEVER, tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8")),
     Architecture(("BailingMoeV2ForCausalLM",), **_LING, tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128", "experts mxfp4, rest mxfp8")),
     Architecture(("BailingMoeForCausalLM",), **_LING, tried=_run("experts mxfp4")),
