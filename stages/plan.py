@@ -15,7 +15,7 @@ from stages.dialects.config import KEY_VALUE_HEADS, whole_number
 from stages.dialects.roles import draft_layers
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.decisions import decide
-from stages.planning.modules import known_architecture, proven_config
+from stages.planning.modules import check_drafts, known_architecture, proven_config
 from stages.planning.outputs import release_outputs, release_sizes, shard_sizes
 from stages.planning.record import current
 from stages.planning.view import notes, print_plan
@@ -31,6 +31,7 @@ JOBS_OF_A_SHARD, JOBS_OF_A_RUN = 2, 10  # of the workflow: download and quantize
 def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
     """The content of plan.json."""
     known_architecture(census["architecture"])
+    check_drafts(census["architecture"], census["tensors"])
     tensors = decide(settings, census)
     plan = {
         "format": RESULTS_FORMAT, "source": census["source"], "architecture": census["architecture"],
@@ -54,7 +55,8 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "jobs": JOBS_OF_A_SHARD * len(shards) + JOBS_OF_A_RUN,
         "lane": settings.device.lane,
         "disk_peak_bytes": _disk_peak(settings, shards),
-        "tensor_parallel": tensor_parallel.notes(tensors, whole_number(source_config, *KEY_VALUE_HEADS)),
+        "tensor_parallel": tensor_parallel.notes(tensors, whole_number(source_config, "num_attention_heads"),
+                                                whole_number(source_config, *KEY_VALUE_HEADS)),
     }
     plan["engines"] = engines(plan)
     plan["notes"] = notes(tensors, source_config, drafts, plan["release_tensor_bytes"] - census["tensor_bytes"])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from stages import checkup, inspect_format, plan
 from stages.download import fetch_metadata
 from stages.errors import UserError
+from stages.schemes import tensor_parallel
 from stages.settings import load
 from tests.conftest import TINY
 from tests.small_models import save
@@ -121,3 +122,11 @@ def test_the_stacked_layout_is_for_architectures_whose_loader_reads_it(small, tm
     with pytest.raises(UserError, match="one by one only.*per_expert"):
         planned(directory, tmp_path / "results", "mxfp4_experts_stacked")
     assert planned(directory, tmp_path / "results")["engines"][0]["loads"] != "no"
+
+
+def test_ranks_that_do_not_divide_the_heads_are_not_offered():
+    def fitting(queries, heads):
+        return [note["tensor_parallel"] for note in tensor_parallel.notes({}, queries, heads) if note["fits"]]
+
+    assert fitting(20, 4) == [1, 2, 4] and fitting(40, 8) == [1, 2, 4, 8]
+    assert fitting(64, 12) == [1, 2, 4] and fitting(64, 2) == [1, 2, 4, 8, 16] and fitting(None, None) == [1, 2, 4, 8, 16]

@@ -46,6 +46,14 @@ def known_architecture(name: str | None) -> Architecture:
     return row
 
 
+def check_drafts(architecture: str, tensors: dict) -> None:
+    """UserError for draft layers at which vLLM would stop."""
+    draft = next((name for name, entry in tensors.items() if entry["role"] == "mtp"), None)
+    if draft and known_architecture(architecture).draftless:
+        raise UserError(f"{draft} belongs to a draft layer; vLLM has none for {architecture} and stops at this tensor: take the layers past "
+                        "num_hidden_layers out of the checkpoint and set num_nextn_predict_layers to 0")
+
+
 def _expert_names(tensors: dict, layout: str) -> set[str]:
     """Projections under which the release stores its routed experts."""
     return {matrix.module.rpartition(".")[2] for name, entry in tensors.items() if entry["role"] == "routed_experts" and entry["matrix"]
@@ -55,10 +63,6 @@ def _expert_names(tensors: dict, layout: str) -> set[str]:
 def proven_config(plan: dict) -> tuple[dict, int]:
     """(quantization_config of the release, number of vLLM's modules); UserError where vLLM could not load the planned tensors by it."""
     row = known_architecture(plan["architecture"])
-    draft = next((name for name, entry in plan["tensors"].items() if entry["role"] == "mtp"), None)
-    if draft and row.draftless:
-        raise UserError(f"{draft} belongs to a draft layer; vLLM has none for {plan['architecture']} and stops at this tensor: take the layers past "
-                        "num_hidden_layers out of the checkpoint and set num_nextn_predict_layers to 0")
     routed = {layer_of(name) for name, entry in plan["tensors"].items() if entry["role"] == "routed_experts"}
     if row.needed and (lacking := routed - {layer_of(name) for name in plan["tensors"] if layer_and_tail(name)[1] == row.needed}):
         raise UserError(f"layer {min(lacking)}: there is no {row.needed}, by which vLLM routes {plan['architecture']}'s tokens; it would leave it "

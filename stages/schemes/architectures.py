@@ -116,6 +116,7 @@ ARCHITECTURES = (
                    "experts mxfp4, rest mxfp4")),
     Architecture(
         ("Qwen3VLMoeForConditionalGeneration",), visible=("qkv_proj",), never=r"visual\.(pos_embed|patch_embed).*",  # its router sees the config
+        projector=r"model\.visual\.merger\.",
         renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),
                  (r"^model\.language_model\.", "language_model.model.")),
         tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128", "experts mxfp4, rest mxfp8", "experts mxfp4, rest mxfp4")),

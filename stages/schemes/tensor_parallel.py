@@ -1,5 +1,6 @@
 """How many ranks a release can be split over, by what vLLM 0.32's linear and expert layers demand of each rank's share.
 
+    heads    of attention must divide by the ranks, those of keys and values too, or the ranks by them
     blocks   a rank's share of the inputs must be whole blocks of 32 (MXFP4, MXFP8): scales are cut with them
     tiles    FP8 blocks: a rank's inputs and each output partition must be whole blocks of 128
     Marlin   vLLM's kernels for MXFP4 experts on Hopper and Ampere do not pad: 64 inputs at a time where the outputs are whole
@@ -42,10 +43,19 @@ def _fault(name: str, entry: dict, size: int, heads: int | None) -> tuple[str, s
     return None
 
 
-def notes(tensors: dict, heads: int | None) -> list[dict]:
+def _head_fault(size: int, queries: int | None, heads: int | None) -> str | None:
+    """Why attention cannot be split over `size` ranks, by the numbers of heads of queries and of keys and values."""
+    if queries and queries % size:
+        return f"num_attention_heads is {queries}, which does not divide by {size}"
+    if heads and heads % size and size % heads:
+        return f"{heads} heads of keys and values and {size} ranks do not divide each other"
+    return None
+
+
+def notes(tensors: dict, queries: int | None, heads: int | None) -> list[dict]:
     """For each number of ranks: {"tensor_parallel", "fits", "marlin", "reason"}; one line of reason, that of the first weight.
 
-    tensors: as decided. heads: of keys and values, by config.json.
+    tensors: as decided. queries: heads of attention; heads: of keys and values; by config.json.
     """
     result = []
     shapes: dict[tuple, tuple[str, dict]] = {}  # one weight of each kind is enough
@@ -54,7 +64,7 @@ def notes(tensors: dict, heads: int | None) -> list[dict]:
             shapes.setdefault((entry["role"], projection_of(name), entry["stored"], tuple(entry["matrix"][-2:])), (name, entry))
     for size in SIZES:
         faults = [fault for name, entry in shapes.values() if (fault := _fault(name, entry, size, heads))]
-        hard = [reason for kind, reason in faults if kind != "Marlin"]
-        result.append({"tensor_parallel": size, "fits": not hard, "marlin": not faults,
+        hard = [*filter(None, [_head_fault(size, queries, heads)]), *(reason for kind, reason in faults if kind != "Marlin")]
+        result.append({"tensor_parallel": size, "fits": not hard, "marlin": not faults and not hard,
                        "reason": hard[0] if hard else faults[0][1] if faults else None})
     return result
