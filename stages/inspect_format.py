@@ -12,7 +12,7 @@ from stages.checkpoint.files import human_bytes, read_json, write_json
 from stages.dialects import recognize
 from stages.dialects.config import expert_count, has_shared_experts, is_tied, layers_apart, text_part, tower_blocks
 from stages.dialects.roles import declared_drafts, hidden_layers, layer_of, role_of
-from stages.errors import exit_with_one_line
+from stages.errors import UserError, exit_with_one_line
 from stages.provenance import RESULTS_FORMAT
 from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, load, stage_parser
@@ -21,7 +21,11 @@ from stages.sources.listing import read_config, read_headers
 
 def census(settings: Settings) -> dict:
     """The content of inspect.json. UserError for anything that could not be converted rightly."""
-    tensors, where, files = read_headers(settings)
+    try:
+        tensors, where, files = read_headers(settings)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{settings.source_directory / 'headers.json'} is damaged ({type(error).__name__}: {str(error)[:100]}): delete it and run "
+                        "download --metadata again") from None
     config = read_config(settings)
     layers = hidden_layers(config)
     claims = recognize(tensors, where, config)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages import checkup, validate_gemm
+from stages import checkup, inspect_format, plan, validate_gemm
 from stages.assemble_release import REPORTS
 from stages.assemble_release import run as assemble
 from stages.checkup import configuring
 from stages.errors import UserError
+from stages.planning.record import read_plan
 from stages.serving import environment
 from stages.settings import load
 from stages.verify_release import run as verify
@@ -457,6 +458,35 @@ def test_a_plan_of_other_settings_is_not_gone_on_with(finished):
         other = load(["source=local", f"source.path={finished.source.path}", f"results={finished.results}", f"source.name={finished.source.name}", change])
         with pytest.raises(UserError, match="was made for other settings"):
             verify(other)
+
+
+@pytest.mark.parametrize(("name", "reader"), [("inspect.json", plan.run), ("plan.json", read_plan)])
+def test_a_result_that_lacks_something_is_one_line(finished, name, reader):
+    path = finished.run_directory / name
+    whole = json.loads(path.read_text())
+    tensor = next(iter(whole["tensors"]))
+    nullable = ("architecture", "hidden_size", "experts") if name == "inspect.json" else ()
+    for key in whole.keys() - {"dtypes", "bytes_by_role", "file_bytes"}:  # which no stage reads
+        lacking = {other: value for other, value in whole.items() if other != key}
+        for damaged in (lacking, *([] if key in nullable else [lacking | {key: None}]), lacking | {key: 1.5}):
+            path.write_text(json.dumps(damaged))
+            with pytest.raises(UserError, match=f"{name}.* (is damaged|was made)"):
+                reader(finished)
+    for entry in (None, {key: value for key, value in whole["tensors"][tensor].items() if key != "matrix"}):
+        path.write_text(json.dumps(whole | {"tensors": whole["tensors"] | {tensor: entry}}))
+        with pytest.raises(UserError, match=f"{tensor} is missing or of another form"):
+            reader(finished)
+    path.write_text(json.dumps(whole))
+    reader(finished)
+
+
+@pytest.mark.parametrize("record", [
+    None, {}, [], *({"file_size": 1, "metadata": None, "tensors": tensors} for tensors in (None, [], {"x": []}, {"x": ["BF16", None, 0, 0]}))])
+def test_headers_that_lack_something_are_one_line(finished, record):
+    path = finished.source_directory / "headers.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model-00003.safetensors": record}))
+    with pytest.raises(UserError, match=r"headers\.json is damaged"):
+        inspect_format.run(finished)
 
 
 def test_an_environment_that_was_not_made_here_is_not_installed_into(tmp_path):
