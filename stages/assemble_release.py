@@ -14,7 +14,7 @@ import shutil
 import struct
 from pathlib import Path
 
-from stages.checkpoint.files import only_one, sha256_file, sync_directory, write_json, write_text
+from stages.checkpoint.files import only_one, read_json, sha256_file, sync_directory, write_json, write_text
 from stages.checkpoint.header import INDEX
 from stages.checkpoint.writer import ShardWriter
 from stages.dialects.config import MODELOPT
@@ -64,6 +64,25 @@ def manifest_of(settings: Settings, plan: dict, receipts: dict, files: dict[str,
     files = files | {shard: {"bytes": receipt["output"]["bytes"], "sha256": receipt["output"]["sha256"]} for shard, receipt in receipts.items()}
     return {"format_version": 1, "source": source_identity(settings, receipts), "recipe": plan["recipe_settings"],
             "files": dict(sorted(files.items())), "tensors": dict(sorted(tensors.items()))}
+
+
+def measured_release(settings: Settings) -> str:
+    """sha256 of manifest.json of the release that is there, which names what a result was measured on.
+
+    UserError where a file of the release is no longer the one that the manifest lists. A shard is, where it is still the one in shards/; what
+    is no hard link to that (somebody replaced it, or brought it back from a cache) is read.
+    """
+    release = settings.run_directory / "release"
+    files = read_json(release / "manifest.json", "assemble_release").get("files")
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise UserError(f"{release / 'manifest.json'} is damaged (it lists no files): remove {release} and run again")
+    for name, entry in files.items():
+        path, made = release / name, settings.run_directory / "shards" / name
+        same = path.is_file() and path.stat().st_size == entry.get("bytes")
+        if not same or not (made.exists() and made.samefile(path) or sha256_file(path) == entry.get("sha256")):
+            raise UserError(f"{path}: {'is not the file that manifest.json lists' if path.exists() else 'is missing'}; remove {release} and run "
+                            "again (assemble_release, then what is behind it)")
+    return sha256_file(release / "manifest.json")
 
 
 def run(settings: Settings) -> dict:

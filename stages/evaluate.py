@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from kernels.decibels import decibels
+from stages.assemble_release import measured_release
 from stages.checkpoint.files import human_bytes, read_json, sha256_file, write_json
 from stages.dialects.config import text_part
 from stages.dialects.roles import layer_of, projection_of
@@ -225,11 +226,11 @@ def perplexity(settings: Settings, plan: dict) -> dict:
 
 
 def run(settings: Settings) -> dict:
-    """Writes sqnr.json and perplexity.json."""
+    """Writes sqnr.json and perplexity.json, which name the release that they are of."""
     plan = read_plan(settings)
-    read_json(settings.run_directory / "release" / "manifest.json", "assemble_release")
-    noise = sqnr(read_receipts(settings, plan))
-    quality = perplexity(settings, plan)
+    release = {"manifest_sha256": measured_release(settings)}
+    noise = release | sqnr(read_receipts(settings, plan))
+    quality = release | perplexity(settings, plan)
     write_json(settings.run_directory / "sqnr.json", noise)
     write_json(settings.run_directory / "perplexity.json", quality)
     print(f"SQNR {noise['overall_db']} dB over {noise['matrices']} matrices (worst {noise['worst_matrix_db']} dB)"

@@ -68,6 +68,11 @@ def _is_of(converted: dict, listed: dict) -> bool:
     return "bytes" in listed and all(converted.get(key) == listed[key] for key in ("bytes", "sha256", "mtime_ns") if listed.get(key) is not None)
 
 
+def shards_sha256(receipts: dict[str, dict]) -> str:
+    """One hash of all converted shards: names what was measured on them where no release need be there."""
+    return hashlib.sha256(json.dumps({shard: receipts[shard]["output"]["sha256"] for shard in sorted(receipts)}).encode()).hexdigest()
+
+
 def zeros_note(names: list[str]) -> str:
     """What to say of weights that hold nothing but zeros: converted rightly, but where a download left a hole, too."""
     return (f"{len(names)} weight{'s hold' if len(names) > 1 else ' holds'} nothing but zeros, in the source already "

@@ -19,13 +19,14 @@ import jinja2
 import yaml
 from omegaconf import OmegaConf
 
+from stages.assemble_release import measured_release
 from stages.checkpoint.files import human_bytes, read_json, write_json, write_text
 from stages.current import of_other_settings
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.record import read_plan
 from stages.planning.view import by_role, where_it_runs
 from stages.plots import expert_plot, layer_plot
-from stages.receipts import read_receipts, zeros_note
+from stages.receipts import read_receipts, shards_sha256, zeros_note
 from stages.schemes import SCHEMES
 from stages.serving.commands import client_example, engine_name, serve_commands
 from stages.serving.plots import serving_plot
@@ -33,7 +34,8 @@ from stages.settings import PROJECT, Settings, load, stage_parser
 from stages.settings.commands import command_for
 
 PACKAGES = ("torch", "numpy", "numba", "triton", "safetensors", "transformers", "snakemake", "hydra-core", "dvc")
-STAGES = {"verify.json": "verify_release", "perplexity.json": "evaluate"}
+STAGES = {"verify.json": "verify_release", "sqnr.json": "evaluate", "perplexity.json": "evaluate", "gemm.json": "validate_gemm",
+          "serving.json": "serve_bench"}
 
 
 def versions() -> dict[str, str]:
@@ -67,14 +69,29 @@ def role_rows(plan: dict) -> list[dict]:
     return sorted(rows, key=lambda row: -row["before"])
 
 
+def _results(settings: Settings, receipts: dict[str, dict]) -> dict[str, dict]:
+    """The results that are proof or figures, by name; UserError for one that is not of this release, and unless this release passed."""
+    found = {name: read_json(settings.run_directory / name, stage) for name, stage in STAGES.items()}
+    release, shards = measured_release(settings), shards_sha256(receipts)
+    for name, result in found.items():
+        of_this = result.get("shards_sha256") == shards if name == "gemm.json" else result.get("manifest_sha256") == release
+        if not of_this and not (name == "serving.json" and "not_measured" in result):
+            raise UserError(f"{settings.run_directory / name}: was measured on another release than the one in "
+                            f"{settings.run_directory / 'release'}; run {STAGES[name]} again")
+    if found["verify.json"].get("passed") is not True:
+        raise UserError(f"{settings.run_directory / 'verify.json'}: does not say that the release passed; run verify_release again")
+    return found
+
+
 def facts(settings: Settings) -> dict:
-    """Everything that the templates show, read from the run's results; UserError for one of other settings."""
+    """Everything that the templates show, read from the run's results; UserError for one of other settings or of another release."""
     if stale := [path for path in of_other_settings(settings) if path.name in ("verify.json", "perplexity.json")]:
         raise UserError(f"{stale[0]}: was made for other settings than these; run {STAGES[stale[0].name]} again")
     run_directory = settings.run_directory
     plan = read_plan(settings)
     receipts = read_receipts(settings, plan)
-    gemm = read_json(run_directory / "gemm.json", "validate_gemm")
+    results = _results(settings, receipts)
+    gemm, serving = results["gemm.json"], results["serving.json"]
     seconds = sum(receipt["seconds"] for receipt in receipts.values())
     source_bytes = sum(receipt["source"]["bytes"] for receipt in receipts.values())
     release_bytes = sum(path.stat().st_size for path in (run_directory / "release").rglob("*") if path.is_file())
@@ -87,7 +104,6 @@ def facts(settings: Settings) -> dict:
             gemm_rows.append({"backend": backend, "path": path.replace("_", " "), "tensors": len(rows),
                               "arithmetic_db": worst,
                               "format_db": min(formats, default=None)})
-    serving = read_json(run_directory / "serving.json", "serve_bench")
     config = read_json(run_directory / "release" / "config.json", "assemble_release")
     zeros = [name for receipt in receipts.values() for name in receipt["zeros"]]
     notes = [*read_json(run_directory / "inspect.json", "inspect_format")["anomalies"], *plan["notes"], *([zeros_note(zeros)] if zeros else [])]
@@ -99,10 +115,7 @@ def facts(settings: Settings) -> dict:
         "origin": settings.source.repository or settings.source.origin,
         "experts": any(entry["role"] == "routed_experts" for entry in plan["tensors"].values()),
         "settings": settings, "plan": plan, "notes": notes, "where_it_runs": where_it_runs(plan), "roles": role_rows(plan), "gemm": gemm_rows,
-        "verify": read_json(run_directory / "verify.json", "verify_release"),
-        "sqnr": read_json(run_directory / "sqnr.json", "evaluate"),
-        "quality": read_json(run_directory / "perplexity.json", "evaluate"),
-        "serving": serving,
+        "verify": results["verify.json"], "sqnr": results["sqnr.json"], "quality": results["perplexity.json"], "serving": serving,
         "receipts": receipts, "seconds": seconds, "source_bytes": source_bytes, "release_bytes": release_bytes,
         "rate": source_bytes / seconds if seconds else 0.0,
         "tensor_ratio": plan["release_tensor_bytes"] / plan["source_tensor_bytes"],

@@ -17,6 +17,7 @@ import time
 from rich.console import Console
 from rich.live import Live
 
+from stages.assemble_release import measured_release
 from stages.checkpoint.files import read_json, write_json
 from stages.dialects.config import whole_number
 from stages.errors import UserError, exit_with_one_line
@@ -94,7 +95,7 @@ def run(settings: Settings) -> dict:
     vocabulary = whole_number(config, "vocab_size")
     if vocabulary is None:
         raise UserError("config.json: has no vocab_size, from which the random prompts are drawn; restore the original, or choose serving=none")
-    result = {"server": serving.name, "settings": as_dict(serving), "engine": {}, "levels": []}
+    result = {"manifest_sha256": measured_release(settings), "server": serving.name, "settings": as_dict(serving), "engine": {}, "levels": []}
     try:
         with server(settings) as running:
             result["engine"] = running.facts

@@ -306,7 +306,9 @@ class Verification:
                 faults.append(f"could not be checked: {error if isinstance(error, KeyError) else 'a number or a list'} cannot be read")
             rows.append({"check": key, "title": title, "passed": not faults, "count": self.checked.get(key),
                          "faults": faults[:20], "fault_count": len(faults)})
-        return {"passed": all(row["passed"] for row in rows), "minimum_sqnr_db": self.settings.release.minimum_sqnr_db, "checks": rows}
+        manifest = self.release / "manifest.json"
+        return {"passed": all(row["passed"] for row in rows), "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None,
+                "minimum_sqnr_db": self.settings.release.minimum_sqnr_db, "checks": rows}
 
 
 def run(settings: Settings) -> dict:

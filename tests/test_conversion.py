@@ -194,11 +194,52 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
     card = (converted.run_directory / "card.md").read_text()
     assert f"{quality['release']['perplexity']:.4f}" in card and "step37_tiny" in card
     assert "A Step-3.7 model small enough for a repository" in card  # the source's own card, below
-    (converted.run_directory / "gemm.json").write_text("{}")
+    (converted.run_directory / "gemm.json").write_text(json.dumps({"shards_sha256": gemm["shards_sha256"]}))
     with pytest.raises(UserError, match="one of its results is damaged"):
         report.run(converted)
     for text in (page, card):
         assert "index.json omits 15 tensors" in text and "not tensor parallel 8, 16" in text and "transformers: no" in text
+
+
+@pytest.fixture(scope="module")
+def proven(converted, tmp_path_factory):
+    """A copy of the converted tiny model with all results, the perplexity left out; its release is no longer hard links."""
+    settings = load([f"results={tmp_path_factory.mktemp('proven')}", f"source.path={TINY}", "evaluation.memory_gb=0", "evaluation.gemm_tensors=1", "serving=none"])
+    shutil.copytree(converted.source_directory, settings.source_directory)
+    shutil.copytree(converted.run_directory, settings.run_directory)
+    for stage in (evaluate, validate_gemm, serve_bench, report):
+        stage.run(settings)
+    return settings
+
+
+@pytest.mark.parametrize("name, key, value, words", [
+    *((name, "manifest_sha256", "0" * 64, f"{name}: was measured on another release .* run {stage} again") for name, stage in (
+        ("verify.json", "verify_release"), ("sqnr.json", "evaluate"), ("perplexity.json", "evaluate"))),
+    ("serving.json", "not_measured", None, "serving.json: was measured on another release .* run serve_bench again"),
+    ("gemm.json", "shards_sha256", "0" * 64, "gemm.json: was measured on another release .* run validate_gemm again"),
+    ("verify.json", "passed", False, "verify.json: does not say that the release passed; run verify_release again"),
+])
+def test_a_report_holds_no_result_of_another_release_and_none_that_did_not_pass(proven, name, key, value, words):
+    path = proven.run_directory / name
+    text, found = path.read_text(), read_json(path)
+    found.pop(key)
+    path.write_text(json.dumps(found | ({} if value is None else {key: value})))
+    with pytest.raises(UserError, match=words):
+        report.run(proven)
+    path.write_text(text)
+    report.run(proven)
+
+
+@pytest.mark.parametrize("name", ["model-00003.safetensors", "config.json"])
+def test_a_release_whose_files_were_replaced_is_neither_measured_nor_reported(proven, name):
+    path = proven.run_directory / "release" / name
+    before = path.read_bytes()
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    for stage in (evaluate, report):
+        with pytest.raises(UserError, match=f"{name}: is not the file that manifest.json lists; remove .*release and run again"):
+            stage.run(proven)
+    path.write_bytes(before)
+    report.run(proven)
 
 
 def test_weights_of_nothing_but_zeros_are_converted_and_named(local, checkpoint, capsys):

@@ -159,6 +159,7 @@ def settings_for(server, tmp_path, **others):
     settings = load(overrides)
     (settings.run_directory / "release").mkdir(parents=True)
     (settings.run_directory / "release" / "config.json").write_text(json.dumps({"vocab_size": 512}))
+    (settings.run_directory / "release" / "manifest.json").write_text(json.dumps({"files": {}}))
     return settings
 
 
