@@ -29,6 +29,7 @@ from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_config, read_listing
 
 WRITTEN = ("config.json", INDEX, "manifest.json")
+REPORTS = ("report.html", "card.md", "metrics.json")  # what `report` says of a release, beside it
 LEFT_OUT = ("README.md", ".gitattributes", MODELOPT, *WRITTEN)  # MODELOPT says how the source is quantized
 
 
@@ -162,6 +163,9 @@ def _assemble(settings: Settings) -> dict:
         files |= {name: _entry(building / name) for name in ("config.json", INDEX)}
         manifest = manifest_of(settings, plan, receipts, files)
         write_json(building / "manifest.json", manifest)
+        if not (release / "manifest.json").is_file() or (release / "manifest.json").read_bytes() != (building / "manifest.json").read_bytes():
+            for name in REPORTS:  # of another release; should a later stage fail, they would stay
+                (settings.run_directory / name).unlink(missing_ok=True)
         shutil.rmtree(release, ignore_errors=True)
         os.replace(building, release)
         sync_directory(release.parent)

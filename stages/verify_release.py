@@ -20,7 +20,7 @@ from pathlib import Path
 
 from kernels.decibels import decibels
 from kernels.energy import energy
-from stages.assemble_release import auxiliary_files, bundled_files, manifest_of, other_files
+from stages.assemble_release import REPORTS, auxiliary_files, bundled_files, manifest_of, other_files
 from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.checkpoint.header import INDEX, Header, read_header
 from stages.checkpoint.reader import ShardReader
@@ -319,7 +319,7 @@ def run(settings: Settings) -> dict:
         print(f"{'pass' if row['passed'] else 'FAIL'}  {row['title']}{count}")
     write_json(settings.run_directory / ("verify.json" if result["passed"] else "verify.failed.json"), result)
     if not result["passed"]:
-        for name in ("verify.json", "report.html", "card.md"):  # of an earlier release, which they call proven
+        for name in ("verify.json", *REPORTS):  # of an earlier release, which they call proven
             (settings.run_directory / name).unlink(missing_ok=True)
         faults = [fault for row in result["checks"] for fault in row["faults"]]
         raise UserError(f"{settings.run_directory / 'release'}: {faults[0]}"

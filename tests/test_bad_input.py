@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import validate_gemm
+from stages.assemble_release import REPORTS
 from stages.assemble_release import run as assemble
 from stages.errors import UserError
 from stages.serving import environment
@@ -448,6 +449,17 @@ def test_a_kernel_that_gives_no_numbers_is_no_traceback():
     truth = torch.ones(2, 2, dtype=torch.float64)
     for value in (float("nan"), float("inf")):
         assert validate_gemm.signal_to_noise_db(torch.full((2, 2), value), truth) == -300
+
+
+def test_a_report_does_not_stay_beside_a_release_that_it_is_not_of(finished):
+    reports = [finished.run_directory / name for name in REPORTS]
+    for path in reports:
+        path.write_text("proven")
+    assemble(finished)
+    assert all(path.exists() for path in reports), "the release is the same"
+    (finished.run_directory / "release" / "manifest.json").write_text("{}")
+    assemble(finished)
+    assert not any(path.exists() for path in reports)
 
 
 def test_assembling_with_a_shard_of_another_plan_is_refused(finished):
