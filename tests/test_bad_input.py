@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from stages import validate_gemm
 from stages.assemble_release import REPORTS
 from stages.assemble_release import run as assemble
+from stages.current import of_other_settings
+from stages.download import fetch_metadata
 from stages.errors import UserError
 from stages.serving import environment
 from stages.settings import load
@@ -243,6 +245,21 @@ def test_a_damaged_source_is_refused_in_one_line_and_makes_no_release(checkpoint
     run_directory = load(local).run_directory
     assert not (run_directory / "release").exists()
     assert not list(run_directory.rglob("*.part*"))
+
+
+def test_a_listing_of_other_files_of_a_local_source_or_of_an_older_version_is_known(checkpoint, local):
+    settings = load(local)
+    fetch_metadata(settings)
+    path = settings.source_directory / "listing.json"
+    assert of_other_settings(settings) == []
+    found = json.loads(path.read_text())
+    for entry in found["files"].values():
+        del entry["mtime_ns"]
+    path.write_text(json.dumps(found))
+    assert of_other_settings(settings) == [path]
+    fetch_metadata(settings)
+    os.utime(checkpoint / "model-00003.safetensors", (1.6e9, 1.6e9))
+    assert of_other_settings(settings) == [path]
 
 
 @pytest.mark.parametrize("where", ["same", "inside", "around"])
