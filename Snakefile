@@ -4,7 +4,7 @@ import re, sys
 from snakemake.io import IOFile
 sys.path.insert(0, workflow.basedir)
 from stages.errors import UserError
-from stages.provenance import RESULTS_FORMAT, code_of
+from stages.provenance import code_of
 from stages.serving.environment import fingerprint, ingredients
 from stages.settings import as_json
 from stages.workflow import RESULTS, Workflow, serving_code, stage
@@ -26,7 +26,7 @@ rule all:
 rule download_metadata:
     input: W.files
     output: listing=f"{SOURCE}/listing.json", headers=f"{SOURCE}/headers.json", auxiliary=directory(f"{SOURCE}/auxiliary")
-    params: **W.params("listing.json"), format=RESULTS_FORMAT, files=[W.watched[path] for path in W.files]
+    params: **W.params("listing.json")
     log: f"{SOURCE}/logs/metadata.log"
     shell: stage("download", "--metadata")
 

@@ -81,8 +81,8 @@ def measured_release(settings: Settings) -> str:
         path, made = release / name, settings.run_directory / "shards" / name
         same = path.is_file() and path.stat().st_size == entry.get("bytes")
         if not same or not (made.exists() and made.samefile(path) or sha256_file(path) == entry.get("sha256")):
-            raise UserError(f"{path}: {'is not the file that manifest.json lists' if path.exists() else 'is missing'}; remove {release} and run again "
-                            "(assemble_release, then what is behind it)")
+            raise UserError(f"{path}: {'is not the file that manifest.json lists' if path.exists() else 'is missing'}; remove {release} and run "
+                            "again (assemble_release, then what is behind it)")
     return sha256_file(release / "manifest.json")
 
 

@@ -1,4 +1,5 @@
-"""Which results that are there were made for other settings: by hand, or by a run that this working directory has no records of."""
+"""Which results that are there were made for other settings or from other files: by hand, or by a run that this working directory has no
+records of."""
 
 from __future__ import annotations
 
@@ -12,14 +13,15 @@ from stages.errors import UserError
 from stages.planning.record import is_plan_for
 from stages.provenance import RESULTS_FORMAT
 from stages.settings import Settings, as_dict, scoring
-from stages.sources.listing import lists_source
+from stages.sources.listing import lists_files, lists_source
 
 
 def of_other_settings(settings: Settings) -> list[Path]:
-    """Results that are there, but of other settings than these. One that is damaged or of another version is made again anyway."""
+    """Results that are there, but of other settings than these, or of other files of a local source. One that is damaged, and a plan of another
+    version, is made again anyway."""
     run = settings.run_directory
     checks: tuple[tuple[Path, Callable[[dict], bool]], ...] = (
-        (settings.source_directory / "listing.json", lambda found: lists_source(found, settings.source)),
+        (settings.source_directory / "listing.json", lambda found: lists_source(found, settings.source) and lists_files(found, settings.source)),
         (run / "plan.json", lambda found: found.get("format") != RESULTS_FORMAT or is_plan_for(found, settings)),
         (run / "verify.json", lambda found: found.get("minimum_sqnr_db", settings.release.minimum_sqnr_db) == settings.release.minimum_sqnr_db),
         (run / "perplexity.json", lambda found: found.get("settings") == scoring(settings.evaluation)),

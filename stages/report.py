@@ -76,8 +76,8 @@ def _results(settings: Settings, receipts: dict[str, dict]) -> dict[str, dict]:
     for name, result in found.items():
         of_this = result.get("shards_sha256") == shards if name == "gemm.json" else result.get("manifest_sha256") == release
         if not of_this and not (name == "serving.json" and "not_measured" in result):
-            raise UserError(f"{settings.run_directory / name}: was measured on another release than the one in {settings.run_directory / 'release'}; run "
-                            f"{STAGES[name]} again")
+            raise UserError(f"{settings.run_directory / name}: was measured on another release than the one in "
+                            f"{settings.run_directory / 'release'}; run {STAGES[name]} again")
     if found["verify.json"].get("passed") is not True:
         raise UserError(f"{settings.run_directory / 'verify.json'}: does not say that the release passed; run verify_release again")
     return found

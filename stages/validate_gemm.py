@@ -167,7 +167,8 @@ def run(settings: Settings) -> dict:
             skipped = {"cuda"} if _interpreted() and shape in shapes else set()
             rows += check_tensor(settings, plan, shard, sample, [backend for backend in backends if backend not in skipped])
             shapes.add(shape)
-    result = {"shards_sha256": shards_sha256(receipts), "minimum_arithmetic_db": MINIMUM_ARITHMETIC_DB, "minimum_format_db": MINIMUM_FORMAT_DB, "backends": sorted({row["backend"] for row in rows}),
+    result = {"shards_sha256": shards_sha256(receipts), "minimum_arithmetic_db": MINIMUM_ARITHMETIC_DB, "minimum_format_db": MINIMUM_FORMAT_DB,
+              "backends": sorted({row["backend"] for row in rows}),
               "passed": not any(_is_wrong(row) or _is_foreign(row) for row in rows) if rows else None, "rows": rows}
     if not rows:
         print("no weight is MXFP4: there is no GEMM to check")
@@ -185,8 +186,8 @@ def run(settings: Settings) -> dict:
                         f"against float64, below {MINIMUM_ARITHMETIC_DB}: the kernel is wrong on this machine, report it")
     foreign = next(filter(_is_foreign, rows), None)
     if foreign:
-        raise UserError(f"{foreign['shard']}: {foreign['tensor']}: has {foreign['format_db']} dB against the weights in {settings.source.path}, below "
-                        f"{MINIMUM_FORMAT_DB}: it was made from others; run download --shard {foreign['shard']} and quantize_experts --shard "
+        raise UserError(f"{foreign['shard']}: {foreign['tensor']}: has {foreign['format_db']} dB against the weights in {settings.source.path}, "
+                        f"below {MINIMUM_FORMAT_DB}: it was made from others; run download --shard {foreign['shard']} and quantize_experts --shard "
                         f"{foreign['shard']} again")
     write_json(settings.run_directory / "gemm.json", result)
     return result

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stages.current import of_other_settings
 from stages.errors import UserError
-from stages.provenance import CONVERTING, code_of
+from stages.provenance import CONVERTING, RESULTS_FORMAT, code_of
 from stages.serving.environment import marker_inputs
 from stages.serving.plugin import PLUGIN, plugin_files
 from stages.settings import as_json, load, scoring, text_path
@@ -51,7 +51,7 @@ class Workflow:
         made_from = [source.path, source.repository, source.revision]
         plan = {"recipe": as_json(recipe), "draft_scales": release.draft_scales}
         return {
-            "listing.json": {"source": made_from},
+            "listing.json": {"source": made_from, "format": RESULTS_FORMAT, "files": [self.watched[path] for path in self.files]},
             "plan.json": plan,
             # a refused run leaves no plan behind, so that what is made of one must name its settings, too
             "shards": {"made_from": [*plan.values(), *made_from]},
@@ -68,8 +68,8 @@ class Workflow:
         for stale in of_other_settings(self.settings):
             record, made_with = record_of(stale), self.params(stale.name)
             if record is None or (made_with and {repr(value) for value in made_with.values()} <= set(record["params"])):
-                sys.exit(f"error: {stale} was made for other settings, and not by a run that this working directory knows of: remove it, or choose "
-                         "other results=")
+                sys.exit(f"error: {stale} was made for other settings or from other files of the source, and not by a run that this working "
+                         "directory knows of: remove it, or choose other results=")
 
 
 def stage(name: str, arguments: str = "") -> str:

@@ -16,6 +16,8 @@ from stages import checkup, inspect_format, plan, validate_gemm
 from stages.assemble_release import REPORTS
 from stages.assemble_release import run as assemble
 from stages.checkup import configuring
+from stages.current import of_other_settings
+from stages.download import fetch_metadata
 from stages.errors import UserError
 from stages.planning.record import read_plan
 from stages.serving import environment
@@ -266,6 +268,21 @@ def test_numbers_that_only_pythons_json_knows_stay_in_the_config(checkpoint, loc
     edit_text_config(checkpoint, note=float("nan"))
     convert(*local)
     assert (release / "config.json").read_text() == text.replace("-Infinity", "NaN")
+
+
+def test_a_listing_of_other_files_of_a_local_source_or_of_an_older_version_is_known(checkpoint, local):
+    settings = load(local)
+    fetch_metadata(settings)
+    path = settings.source_directory / "listing.json"
+    assert of_other_settings(settings) == []
+    found = json.loads(path.read_text())
+    for entry in found["files"].values():
+        del entry["mtime_ns"]
+    path.write_text(json.dumps(found))
+    assert of_other_settings(settings) == [path]
+    fetch_metadata(settings)
+    os.utime(checkpoint / "model-00003.safetensors", (1.6e9, 1.6e9))
+    assert of_other_settings(settings) == [path]
 
 
 @pytest.mark.parametrize("where", ["same", "inside", "around"])

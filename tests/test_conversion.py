@@ -205,7 +205,8 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
 @pytest.fixture(scope="module")
 def proven(converted, tmp_path_factory):
     """A copy of the converted tiny model with all results, the perplexity left out; its release is no longer hard links."""
-    settings = load([f"results={tmp_path_factory.mktemp('proven')}", f"source.path={TINY}", "evaluation.memory_gb=0", "evaluation.gemm_tensors=1", "serving=none"])
+    settings = load([f"results={tmp_path_factory.mktemp('proven')}", f"source.path={TINY}", "serving=none", "evaluation.memory_gb=0",
+                     "evaluation.gemm_tensors=1"])
     shutil.copytree(converted.source_directory, settings.source_directory)
     shutil.copytree(converted.run_directory, settings.run_directory)
     for stage in (evaluate, validate_gemm, serve_bench, report):

@@ -285,6 +285,25 @@ def test_results_of_other_settings_are_not_taken_for_these_where_snakemake_has_l
     assert ran.returncode != 0 and "listing.json was made for other settings" in ran.stdout + ran.stderr, ran.stdout + ran.stderr
 
 
+def test_older_files_in_the_place_of_the_source_are_noticed_where_snakemake_has_lost_its_records(tmp_path):
+    source, directory = tmp_path / "source", workdir(tmp_path / "run")
+    shutil.copytree(PROJECT / "tests/tiny/step37_tiny", source)
+    settings = ["--cores", "2", "--until", "plan", "--config", "source=local", f"overrides=[source.path={source}]"]
+    assert snakemake(directory, *settings).returncode == 0
+    shutil.rmtree(directory / ".snakemake")
+    assert snakemake(directory, "-n", *settings).returncode == 0
+    shard = source / "model-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-2000] ^= 3
+    shard.write_bytes(data)
+    os.utime(shard, (1.6e9, 1.6e9))
+    ran = snakemake(directory, *settings)
+    assert ran.returncode != 0 and "listing.json was made for other settings or from other files of the source" in ran.stderr, ran.stdout + ran.stderr
+    (directory / "results/source/source/listing.json").unlink()  # as the line says
+    ran = snakemake(directory, *settings)
+    assert ran.returncode == 0 and {"download_metadata", "plan"} <= jobs_of(ran), ran.stdout + ran.stderr
+
+
 @pytest.fixture
 def copied(finished, tmp_path):
     """The finished run once more, Snakemake's records included."""

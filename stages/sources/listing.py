@@ -10,6 +10,7 @@ from stages.dialects.config import read_source_config
 from stages.errors import UserError
 from stages.settings import Settings, SourceSettings
 from stages.sources.hub import Hub
+from stages.sources.local import list_directory
 
 
 def lists_source(listing: dict, source: SourceSettings) -> bool:
@@ -17,6 +18,13 @@ def lists_source(listing: dict, source: SourceSettings) -> bool:
     path = listing.get("path")
     same_place = bool(source.path) == bool(path) and (not path or Path(source.path).resolve() == Path(path).resolve())
     return same_place and (source.repository, source.revision) == (listing.get("repository"), listing.get("revision"))
+
+
+def lists_files(listing: dict, source: SourceSettings) -> bool:
+    """Whether the files of a local source are still the listed ones: by size and time, so that an older file in the place of another is noticed.
+    A listing of an older version has no times and is of other files."""
+    listed = {name: (entry["bytes"], entry.get("mtime_ns")) for name, entry in listing["files"].items() if entry["kind"] != "ignored"}
+    return not source.path or listed == {file.name: (file.size, file.mtime_ns) for file in list_directory(source) if file.kind != "ignored"}
 
 
 def read_listing(settings: Settings) -> dict[str, dict]:
