@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from stages.dialects.roles import layer_and_tail, layer_of, role_of
 from stages.errors import UserError
 
-ROUTED = re.compile(r"\.experts\.|^\w+\.(gate|router)\.weight$")  # of a layer with experts, even one that has lost them
+ROUTED = re.compile(r"\.experts\.|^\w+\.(router\.gate|gate|router)\.weight$")  # of a layer with experts, even one that has lost them
 STORED = re.compile(r"[._](weight(_packed|_scale(_inv)?)?|blocks|scales)$")  # one name for a weight, however it is stored
 
 
