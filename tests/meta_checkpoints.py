@@ -343,8 +343,8 @@ F32 256 model.layers.[1-47].mlp.gate.e_score_correction_bias""" + (
     + experts(f"{MIMO_DRAFT}.mlp", 4096, 16384, "block_f32")
 )
 
-# The draft layer lies under mtp and is dense; config.json counts it. Sizes as public tests and converters have them; they add up to the 237B
-# parameters that are published.
+# The draft layer lies under mtp and is dense; config.json counts it. Sizes as public tests have them; they add up to the published 474 GB, and to
+# the 245 GB of K-EXAONE-236B-A23B-FP8 where attention and drafts stay BF16.
 K_EXAONE_ROWS = """
 BF16 128x6144 model.layers.[1-47].mlp.gate.weight
 F32 128 model.layers.[1-47].mlp.e_score_correction_bias
@@ -359,6 +359,21 @@ BF16 6144x12288 mtp.fc.weight""" + (  # unconfirmed: F32 for the bias
     + experts("[model.layers.0,mtp.layers.0].mlp", 6144, 18432, "bf16")
     + experts("model.layers.[1-47].mlp.experts.[0-127]", 6144, 2048, "bf16")
     + experts("model.layers.[1-47].mlp.shared_experts", 6144, 2048, "bf16")
+)
+
+# The output gate of attention is as wide as all heads; so the sizes add up to the published 398B parameters, and to the 403.8 GB of
+# Trinity-Large-Thinking-FP8-Block where attention stays BF16.
+TRINITY_ROWS = """
+BF16 6144x3072 model.layers.[0-59].self_attn.gate_proj.weight
+BF16 128 model.layers.[0-59].self_attn.[q_norm,k_norm].weight
+BF16 3072 model.layers.[0-59].[pre_mlp_layernorm,post_mlp_layernorm].weight
+BF16 256x3072 model.layers.[6-59].mlp.router.gate.weight
+F32 256 model.layers.[6-59].mlp.expert_bias""" + (  # unconfirmed: F32
+    body("model", 3072, 200192, "0-59")
+    + attention("model.layers.[0-59].self_attn", 3072, 6144, 1024, "bf16")
+    + experts("model.layers.[0-5].mlp", 3072, 12288, "bf16")
+    + experts("model.layers.[6-59].mlp.experts.[0-255]", 3072, 3072, "bf16")
+    + experts("model.layers.[6-59].mlp.shared_experts", 3072, 3072, "bf16")
 )
 
 GLM45V_LAYERS = "model.language_model.layers"
@@ -575,6 +590,12 @@ K_EXAONE = fields(
     tie_word_embeddings=false""",
     architectures=["ExaoneMoEForCausalLM"],
 )
+TRINITY = fields(
+    """model_type=afmoe num_hidden_layers=60 num_dense_layers=6 hidden_size=3072 intermediate_size=12288 moe_intermediate_size=3072
+    num_experts=256 num_shared_experts=1 num_experts_per_tok=4 n_group=1 topk_group=1 route_norm=true score_func=sigmoid
+    num_attention_heads=48 num_key_value_heads=8 head_dim=128 sliding_window=4096 vocab_size=200192 tie_word_embeddings=false""",
+    architectures=["AfmoeForCausalLM"],
+)
 GLM45V = fields(
     "model_type=glm4v_moe tie_word_embeddings=false",
     architectures=["Glm4vMoeForConditionalGeneration"],
@@ -663,6 +684,7 @@ FAMILIES: dict[str, Family] = {
     "ling_mini": family("inclusionAI/Ling-mini-2.0", LING_MINI, LING_MINI_ROWS),
     "mimo_v2_flash": family("XiaomiMiMo/MiMo-V2-Flash", MIMO_V2_FLASH, MIMO_V2_FLASH_ROWS),
     "k_exaone": family("LGAI-EXAONE/K-EXAONE-236B-A23B", K_EXAONE, K_EXAONE_ROWS),
+    "trinity_large": family("arcee-ai/Trinity-Large-Thinking", TRINITY, TRINITY_ROWS),
     "glm45v": family("zai-org/GLM-4.5V", GLM45V, GLM45V_ROWS),
     "glm46_fp8": family("zai-org/GLM-4.6-FP8", GLM46, GLM46_ROWS),
     "minimax_m2": family("MiniMaxAI/MiniMax-M2", MINIMAX_M2, MINIMAX_M2_ROWS),

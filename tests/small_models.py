@@ -41,6 +41,9 @@ FAMILIES = {  # family -> (class of transformers, configuration)
                                               "intermediate_size": 512, "moe_layer_start_index": 1, "moe_layer_end_index": 2, "use_bias": False}),
     "exaone_moe": ("ExaoneMoe", HEADS | SPARSE | {"num_experts": 8, "intermediate_size": 512, "routed_scaling_factor": 1.5, "sliding_window": 64,
                                                   "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+    "afmoe": ("Afmoe", HEADS | SPARSE | {"num_experts": 8, "num_shared_experts": 1, "num_dense_layers": 1, "intermediate_size": 512, "route_scale": 1.5,
+                                         "sliding_window": 64, "mup_enabled": True, "score_func": "sigmoid", "route_norm": True, "n_group": 1,
+                                         "topk_group": 1, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
     "bailing_moe_v2": ("Glm4Moe", HEADS | SHARED | {"n_group": 2, "topk_group": 1, "use_qk_norm": True, "num_nextn_predict_layers": 0}),
     "bailing_moe": ("Glm4Moe", HEADS | SHARED | {"n_shared_experts": 2, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}),
     "mimo_v2_flash": ("MiMoV2Flash", SPARSE | {
@@ -190,8 +193,8 @@ def add_mimo_drafts(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{layer}eh_proj.weight"] = torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], dim=1).bfloat16()
 
 
-def save(family: str, directory: Path, fp8: bool = False) -> Path:
-    """Writes the model and returns its directory."""
+def save(family: str, directory: Path, fp8: bool | str = False) -> Path:
+    """Writes the model and returns its directory. fp8: in block FP8, all that families publish so, or all but what this expression finds."""
     import transformers
 
     name, fields = FAMILIES[family]
@@ -201,7 +204,7 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
     model = getattr(transformers, f"{name}For{'ConditionalGeneration' if nested else 'CausalLM'}")(configuration).to(torch.bfloat16)
     with torch.no_grad():
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if "correction" in key or key.endswith(".sinks"):
+            if "correction" in key or "expert_bias" in key or key.endswith(".sinks"):
                 tensor.uniform_(-0.1, 0.1)
             elif tensor.ndim > 1:
                 tensor.normal_(0, 0.08)
@@ -231,7 +234,8 @@ def save(family: str, directory: Path, fp8: bool = False) -> Path:
         if family == "mimo_v2_flash":
             merged_fp8(tensors, config["num_key_value_heads"])
         for key, tensor in list(tensors.items()):
-            if tensor.ndim in (2, 3) and tensor.dtype == torch.bfloat16 and not re.search(PLAIN.get(family, UNQUANTIZED), key):
+            if (tensor.ndim in (2, 3) and tensor.dtype == torch.bfloat16 and not re.search(PLAIN.get(family, UNQUANTIZED), key)
+                    and not (isinstance(fp8, str) and re.search(fp8, key))):
                 tensors[key], tensors[f"{key}_scale_inv"] = block_fp8(tensor)
         config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [TILE, TILE]}
         if family in PLAIN:

@@ -112,10 +112,10 @@ def _compare_names(architecture: str, cls, row) -> int:
             layer = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
             if len(shape) < 2 or not name.endswith(".weight") or module.startswith("mtp.") or (layer and int(layer[1]) >= layers):
                 continue
-            theirs = mapper._map_name(module + ".")  # a module's name stands for all that begins with it
+            theirs = mapper._map_name(name)
             inner = r"\.experts\.|\.share_expert\.|\.c_fc$|\.c_proj$|visual\..*\.qkv$"  # inner models rename these
             if theirs is not None and not re.search(inner, module):
-                assert theirs.rstrip(".") == runtime_name(module, row, layers), (architecture, module, theirs)
+                assert theirs.removesuffix(".weight") == runtime_name(module, row, layers), (architecture, module, theirs)
                 count += 1
     return count
 

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from stages.dialects.roles import as_numbered_layer, layer_and_tail, layer_of, projection_of, role_in_layer, role_of
 from stages.errors import UserError
 
-ROUTED = re.compile(r"\.experts\.|^\w+\.(gate|router)\.weight$")  # of a layer with experts, even one that has lost them
+ROUTED = re.compile(r"\.experts\.|^\w+\.(router\.gate|gate|router)\.weight$")  # of a layer with experts, even one that has lost them
 ATTENTION = {"query": r"w?q\w*", "key": r"w?k\w*|qkv|query_key_value", "value": r"w?k?v\w*|qkv|query_key_value",
              "output": r"o|out|dense|wo\w*"}  # what a layer needs -> projections that are it
 LINEAR = {"input": r"in_proj\w*", "output": r"out"}

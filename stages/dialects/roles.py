@@ -36,8 +36,8 @@ ROLES = (
     Role("routed_experts", _LAYER + _BLOCK + r"experts\.(?:\d+\.)?" + _MLP),
     Role("routed_experts", _LAYER + r"moe\." + _MLP),  # Step-3.7 stacks them without `experts`
     Role("shared_experts", _LAYER + rf"(?:{_BLOCK})?share(?:d)?_experts?\." + _MLP),
-    Role("router", _LAYER + _BLOCK + r"(?:gate|router|shared_expert_gate)\.(?:weight|bias|expert_bias|e_score_correction_bias|tid2eid)"),
-    Role("router", _LAYER + _BLOCK + r"(?:router_bias|e_score_correction_bias)"),
+    Role("router", _LAYER + _BLOCK + r"(?:router\.gate|gate|router|shared_expert_gate)\.(?:weight|bias|expert_bias|e_score_correction_bias|tid2eid)"),
+    Role("router", _LAYER + _BLOCK + r"(?:router_bias|expert_bias|e_score_correction_bias)"),
     Role("dense_mlp", _LAYER + r"mlp\." + _MLP),
     Role("attention", _LAYER + r"(?:self_attn|attn|attention)\.(?P<projection>[a-z_]+_proj(?:_with_mqa)?|w[qkvo]\w*|query_key_value|dense)"
          + _STORED),

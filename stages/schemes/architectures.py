@@ -139,12 +139,16 @@ ARCHITECTURES = (
                  (r"^patch_merge_mlp\.", "vision_tower.patch_merge_mlp."), (r"\.mlp\.fc(\d)$", r".fc\1")),
         never=_NEVER.replace(r".*\.eh_proj$|", ""),
         cautions=("its experts limit their activations; " + _LIMITS,)),
-    # K-EXAONE 2 has the second name; embedding and head see the config without names
+    # K-EXAONE 2 has the second name; embedding and head of it and of Trinity see the config without names, or not at all
     Architecture(
         ("ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM"), never=_NEVER + r"|lm_head$|model\.embed_tokens$",
         needed="mlp.e_score_correction_bias",
-        tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128, drafts fp8 128x128", "experts mxfp4, rest mxfp8"),
+        tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain", "experts mxfp4, rest fp8 128x128, drafts fp8 128x128",
+                   "experts mxfp4, rest mxfp8"),
         cautions=("where config.json has swiglu_limits (K-EXAONE 2): " + _LIMITS,)),
+    Architecture(("AfmoeForCausalLM",), renames=((r"\.router\.gate$", ".gate"),), never=_NEVER + r"|lm_head$|model\.embed_tokens$",
+                 needed="mlp.expert_bias",
+                 tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain", "experts mxfp4, rest mxfp8")),
     Architecture(("Ernie4_5_MoeForCausalLM",), tied=True, never=_NEVER, tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8")),
     Architecture(("BailingMoeV2ForCausalLM",), **_LING, tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128", "experts mxfp4, rest mxfp8")),
     Architecture(("BailingMoeForCausalLM",), **_LING, tried=_run("experts mxfp4")),
@@ -159,7 +163,8 @@ ARCHITECTURES = (
                  tried=_run("experts mxfp4", transformers=("experts mxfp4",))),
     Architecture(("Qwen3ForCausalLM",), tried=_run("rest mxfp4")),
     Architecture(("Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")),
-    Architecture(("GptOssForCausalLM",), renames=((r"\.self_attn\.", ".attn."),), visible=("qkv_proj",), never=_NEVER + "|lm_head",
+    Architecture(("GptOssForCausalLM",), renames=((r"\.self_attn\.", ".attn."), (r"\.embed_tokens$", ".embedding")), visible=("qkv_proj",),
+                 never=_NEVER + "|lm_head",
                  refused="vLLM loads its experts in gpt-oss's own MXFP4 layout only, which mxforge does not write; the published checkpoint has it and is "
                     "served as it is"),
 )
