@@ -311,12 +311,13 @@ F32 256 model.layers.[1-19].mlp.gate.expert_bias""" + (  # unconfirmed: F32
 # Layers of full attention have half as many heads of keys and values. Their k has two rows of scales for each head of 192, v one for its 128.
 # unconfirmed: F32 for scales; BF16 for sinks and for what joins the draft layers to the model; that there are three of these
 MIMO_WINDOWS = [int(layer > 0 and layer % 6 != 5) for layer in range(48)]
-MIMO_FULL, MIMO_SLIDING = (f"model.layers.[{','.join(str(layer) for layer in range(48) if MIMO_WINDOWS[layer] == kind)}].self_attn" for kind in (0, 1))
+MIMO_FULL, MIMO_SLIDING = (f"model.layers.[{','.join(str(layer) for layer, window in enumerate(MIMO_WINDOWS) if window == kind)}].self_attn"
+                           for kind in (0, 1))
 MIMO_DRAFT = "model.mtp.layers.[0-2]"
 
 
 def mimo_attention(attend: str, values: int) -> str:
-    """Rows of a layer's attention beside k_proj."""
+    """Rows of attention but for k_proj."""
     return f"""
 block_f32 12288x4096 {attend}.q_proj
 block_f32 {values}x4096 {attend}.v_proj

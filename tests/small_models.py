@@ -186,8 +186,9 @@ def add_mtp(tensors: dict[str, torch.Tensor], layer: str, norm: float = 0.0) -> 
 def add_mimo_drafts(tensors: dict[str, torch.Tensor]) -> None:
     """A draft layer as MiMo-V2 publishes it: a dense one with a sliding window, and what joins it to the model."""
     hidden, layer = COMMON["hidden_size"], "model.mtp.layers.0."
-    tensors |= {key.replace("model.layers.1.", layer): tensor.clone() for key, tensor in tensors.items() if key.startswith("model.layers.1.self_attn.")}
-    tensors |= {key.replace("model.layers.0.", layer): tensor.clone() for key, tensor in tensors.items() if key.startswith("model.layers.0.mlp.")}
+    for taken, number in (("self_attn.", 1), ("mlp.", 0)):
+        prefix = f"model.layers.{number}.{taken}"
+        tensors |= {key.replace(prefix, layer + taken): tensor.clone() for key, tensor in tensors.items() if key.startswith(prefix)}
     tensors |= {f"{layer}{name}.weight": torch.ones(hidden, dtype=torch.bfloat16)
                 for name in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm")}
     tensors[f"{layer}eh_proj.weight"] = torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], dim=1).bfloat16()

@@ -179,8 +179,10 @@ def test_mimo_whose_attention_no_engine_reads_as_it_is_stored_becomes_mxfp8(tmp_
         planned(tmp_path, family)
     with pytest.raises(UserError, match=r"layer 7: there is no self_attn\.attention_sink_bias"):
         planned(tmp_path, family, "mxfp4_experts_mxfp8_rest", drop=["model.layers.7.self_attn.attention_sink_bias"])
+    plain = {name: ("BF16", shape) for name, (_, shape) in family.tensors().items() if not name.endswith("_scale_inv")}
+    later = {**family.config, "architectures": ["MiMoV2ForCausalLM"], "quantization_config": None}
     with pytest.raises(UserError, match="MiMoV2ForCausalLM is not converted: its qkv_proj is stored as the parts of several GPUs"):
-        planned(tmp_path, dataclasses.replace(family, config={**family.config, "architectures": ["MiMoV2ForCausalLM"]}))
+        planned(tmp_path, dataclasses.replace(family, tensors=lambda: plain, config=later))
 
 
 @pytest.mark.parametrize("name", ["k_exaone", "trinity_large"])

@@ -89,9 +89,10 @@ def _split_again(name, tensors, config, tile) -> tuple[tuple[int, int], tuple[tu
 
     The tile is cut so that none has rows of both.
     """
-    found, shares = re.fullmatch(r"(.*\.)([kv])_proj\.weight", name), whole_number(config, *KEY_VALUE_HEADS)
-    if found is None or shares is None or MERGED not in (config.get("architectures") or []):
+    found = re.fullmatch(r"(.*\.)([kv])_proj\.weight", name)
+    if found is None or MERGED not in (config.get("architectures") or []):
         return None
+    shares = whole_number(config, *KEY_VALUE_HEADS) or 1
     names = {part: f"{found[1]}{part}_proj.weight" for part in "qkv"}
     scales = {part: f"{weight}_scale_inv" for part, weight in names.items()}
     if not {*names.values(), *scales.values()} <= set(tensors) or any(tensors[weight].shape[0] % shares for weight in names.values()):

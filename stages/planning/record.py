@@ -9,11 +9,13 @@ from stages.errors import UserError
 from stages.provenance import RESULTS_FORMAT
 from stages.settings import Settings, as_dict
 
-TENSOR = {"shard", "dtype", "shape", "bytes", "role", "dialect", "scale", "tile", "matrix", "parts", "belongs_to", "one_scale"}
+TENSOR = {"shard", "dtype", "shape", "bytes", "role", "dialect", "scale", "tile", "matrix", "parts", "belongs_to", "one_scale", "scales",
+          "transposed"}
 CONTENT = {  # stage -> (what its result holds, of which kinds; keys of each entry of its `tensors`)
     "inspect_format": ({
         "source": str, "architecture": str | None, "text_layers": int, "hidden_size": int | None, "experts": int | None, "drafts": int, "tied": bool,
-        "shared_indexers": list, "shards": dict, "tensor_bytes": int, "anomalies": list, "dialects": dict, "tensors": dict}, TENSOR),
+        "layers_apart": list, "shared_experts": bool, "tower_blocks": int | None, "shards": dict, "tensor_bytes": int, "anomalies": list,
+        "dialects": dict, "tensors": dict}, TENSOR),
     "plan": ({
         "source": str, "architecture": str, "recipe": str, "layout": str, "exponent_rule": str, "text_layers": int, "recipe_settings": dict,
         "quantization_config": dict, "runtime_modules": int, "draft_layers": int, "draft_scales": dict, "shards": dict, "decisions": dict,
