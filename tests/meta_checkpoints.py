@@ -377,6 +377,20 @@ F32 256 model.layers.[6-59].mlp.expert_bias""" + (  # unconfirmed: F32
     + experts("model.layers.[6-59].mlp.shared_experts", 3072, 3072, "bf16")
 )
 
+# The draft layer 80 has no embedding and no head of its own. Names and sizes as public converters have them; they add up to the published 597.6 GB.
+HY3_ROWS = """
+BF16 128 model.layers.[0-80].self_attn.[q_norm,k_norm].weight
+BF16 192x4096 model.layers.[1-80].mlp.router.gate.weight
+F32 192 model.layers.[1-80].mlp.expert_bias
+BF16 4096 model.layers.80.[enorm,hnorm,final_layernorm].weight
+BF16 4096x8192 model.layers.80.eh_proj.weight""" + (  # unconfirmed: BF16 for the router, F32 for its bias
+    body("model", 4096, 120832, "0-80")
+    + attention("model.layers.[0-80].self_attn", 4096, 8192, 1024, "bf16")
+    + experts("model.layers.[0-0].mlp", 4096, 13312, "bf16")
+    + experts("model.layers.[1-80].mlp.experts.[0-191]", 4096, 1536, "bf16")
+    + experts("model.layers.[1-80].mlp.shared_mlp", 4096, 1536, "bf16")
+)
+
 GLM45V_LAYERS = "model.language_model.layers"
 GLM45V_ROWS = f"""
 BF16 12288 {GLM45V_LAYERS}.[0-45].self_attn.q_proj.bias
@@ -597,6 +611,12 @@ TRINITY = fields(
     num_attention_heads=48 num_key_value_heads=8 head_dim=128 sliding_window=4096 vocab_size=200192 tie_word_embeddings=false""",
     architectures=["AfmoeForCausalLM"],
 )
+HY3 = fields(
+    """model_type=hy_v3 num_hidden_layers=80 num_nextn_predict_layers=1 first_k_dense_replace=1 hidden_size=4096 intermediate_size=13312
+    moe_intermediate_size=1536 expert_hidden_dim=1536 num_experts=192 num_shared_experts=1 num_experts_per_tok=8 route_norm=true
+    num_attention_heads=64 num_key_value_heads=8 head_dim=128 qk_norm=true vocab_size=120832 tie_word_embeddings=false""",
+    architectures=["HYV3ForCausalLM"],
+)
 GLM45V = fields(
     "model_type=glm4v_moe tie_word_embeddings=false",
     architectures=["Glm4vMoeForConditionalGeneration"],
@@ -686,6 +706,7 @@ FAMILIES: dict[str, Family] = {
     "mimo_v2_flash": family("XiaomiMiMo/MiMo-V2-Flash", MIMO_V2_FLASH, MIMO_V2_FLASH_ROWS),
     "k_exaone": family("LGAI-EXAONE/K-EXAONE-236B-A23B", K_EXAONE, K_EXAONE_ROWS),
     "trinity_large": family("arcee-ai/Trinity-Large-Thinking", TRINITY, TRINITY_ROWS),
+    "hy3": family("tencent/Hy3", HY3, HY3_ROWS),
     "glm45v": family("zai-org/GLM-4.5V", GLM45V, GLM45V_ROWS),
     "glm46_fp8": family("zai-org/GLM-4.6-FP8", GLM46, GLM46_ROWS),
     "minimax_m2": family("MiniMaxAI/MiniMax-M2", MINIMAX_M2, MINIMAX_M2_ROWS),

@@ -41,9 +41,12 @@ FAMILIES = {  # family -> (class of transformers, configuration)
                                               "intermediate_size": 512, "moe_layer_start_index": 1, "moe_layer_end_index": 2, "use_bias": False}),
     "exaone_moe": ("ExaoneMoe", HEADS | SPARSE | {"num_experts": 8, "intermediate_size": 512, "routed_scaling_factor": 1.5, "sliding_window": 64,
                                                   "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
-    "afmoe": ("Afmoe", HEADS | SPARSE | {"num_experts": 8, "num_shared_experts": 1, "num_dense_layers": 1, "intermediate_size": 512, "route_scale": 1.5,
-                                         "sliding_window": 64, "mup_enabled": True, "score_func": "sigmoid", "route_norm": True, "n_group": 1,
-                                         "topk_group": 1, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+    "afmoe": ("Afmoe", HEADS | SPARSE | {"num_experts": 8, "num_shared_experts": 1, "num_dense_layers": 1, "intermediate_size": 512,
+                                         "route_scale": 1.5, "sliding_window": 64, "mup_enabled": True, "score_func": "sigmoid", "route_norm": True,
+                                         "n_group": 1, "topk_group": 1, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+    "hy_v3": ("HYV3", HEADS | SPARSE | {"num_experts": 8, "num_shared_experts": 1, "intermediate_size": 512, "router_scaling_factor": 1.5,
+                                        "expert_hidden_dim": 128, "first_k_dense_replace": 1, "route_norm": True, "qk_norm": True,
+                                        "num_nextn_predict_layers": 1}),
     "bailing_moe_v2": ("Glm4Moe", HEADS | SHARED | {"n_group": 2, "topk_group": 1, "use_qk_norm": True, "num_nextn_predict_layers": 0}),
     "bailing_moe": ("Glm4Moe", HEADS | SHARED | {"n_shared_experts": 2, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}),
     "mimo_v2_flash": ("MiMoV2Flash", SPARSE | {
@@ -179,7 +182,7 @@ def add_mtp(tensors: dict[str, torch.Tensor], layer: str, norm: float = 0.0) -> 
     """A draft layer as Qwen3-Next, Qwen3.5 and K-EXAONE publish it: this layer again, and what joins it to the model; Qwen's norms add 1."""
     hidden = COMMON["hidden_size"]
     tensors |= {key.replace(layer, "mtp.layers.0."): tensor.clone() for key, tensor in tensors.items() if key.startswith(layer)}
-    tensors |= {f"mtp.{name}.weight": torch.full((hidden,), norm, dtype=torch.bfloat16) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    tensors |= {f"mtp.{name}.weight": torch.full((hidden,), norm).bfloat16() for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
     tensors["mtp.fc.weight"] = torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], dim=1).bfloat16()
 
 
@@ -218,6 +221,9 @@ def save(family: str, directory: Path, fp8: bool | str = False) -> Path:
     config = dict(AS_PUBLISHED[family]) if family in AS_PUBLISHED else json.loads((directory / "config.json").read_text()) | CONFIG.get(family, {})
     if fields.get("num_nextn_predict_layers"):
         add_draft_layer(tensors)
+    if family == "hy_v3":  # its draft layer uses the embedding and the head of the model
+        tensors = {key.replace(".shared_head.norm.", ".final_layernorm."): tensor for key, tensor in tensors.items()
+                   if not re.search(r"layers\.3\.(embed_tokens|shared_head\.head)", key)}
     if family == "qwen3_5_moe":
         add_mtp(tensors, "model.language_model.layers.3.")
         config["text_config"] |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}

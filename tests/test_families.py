@@ -92,6 +92,7 @@ def test_the_tensors_of_a_family_have_the_published_bytes(name):
     ("qwen3_vl_moe", {"mxfp4-pack-quantized"}), ("qwen3_vl_moe_fp8", {"mxfp4-pack-quantized", "float-quantized"}),
     ("qwen3_next", {"mxfp4-pack-quantized"}), ("ling_mini", {"mxfp4-pack-quantized"}), ("glm45v", {"mxfp4-pack-quantized"}),
     ("k_exaone", {"mxfp4-pack-quantized"}), ("trinity_large", {"mxfp4-pack-quantized"}),
+    ("hy3", {"mxfp4-pack-quantized"}),
 ])
 def test_a_family_is_planned_with_its_experts_in_mxfp4_and_the_rest_as_it_was(tmp_path, name, formats):
     family = few_experts(FAMILIES[name])
@@ -185,7 +186,7 @@ def test_mimo_whose_attention_no_engine_reads_as_it_is_stored_becomes_mxfp8(tmp_
         planned(tmp_path, dataclasses.replace(family, tensors=lambda: plain, config=later))
 
 
-@pytest.mark.parametrize("name", ["k_exaone", "trinity_large"])
+@pytest.mark.parametrize("name", ["k_exaone", "trinity_large", "hy3"])
 def test_a_bias_of_the_router_that_vllm_would_not_miss_is_missed(tmp_path, name):
     family, bias = few_experts(FAMILIES[name]), architecture_of(FAMILIES[name].config["architectures"][0]).needed
     tensors = {tensor.replace(bias, "mlp.gate.e_score_correction_bias"): entry for tensor, entry in family.tensors().items()}

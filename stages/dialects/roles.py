@@ -35,7 +35,7 @@ class Role:
 ROLES = (
     Role("routed_experts", _LAYER + _BLOCK + r"experts\.(?:\d+\.)?" + _MLP),
     Role("routed_experts", _LAYER + r"moe\." + _MLP),  # Step-3.7 stacks them without `experts`
-    Role("shared_experts", _LAYER + rf"(?:{_BLOCK})?share(?:d)?_experts?\." + _MLP),
+    Role("shared_experts", _LAYER + rf"(?:{_BLOCK})?share(?:d)?_(?:experts?|mlp)\." + _MLP),
     Role("router", _LAYER + _BLOCK + r"(?:router\.gate|gate|router|shared_expert_gate)\.(?:weight|bias|expert_bias|e_score_correction_bias|tid2eid)"),
     Role("router", _LAYER + _BLOCK + r"(?:router_bias|expert_bias|e_score_correction_bias)"),
     Role("dense_mlp", _LAYER + r"mlp\." + _MLP),
