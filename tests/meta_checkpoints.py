@@ -416,7 +416,7 @@ BF16 4096x4096 model.visual.merger.proj.weight""" + (
 )
 
 def qwen3_vl_moe(layers: int, hidden: int, queries: int, inner: int, scheme: str = "bf16") -> str:
-    """Rows of Qwen3-VL-MoE; experts are fused (3D) and transposed: inputs first."""
+    """Rows of Qwen3-VL-MoE; experts are fused (3D) and transposed: inputs first. In BF16 as many parameters as are published."""
     layer, vision, kind = f"model.language_model.layers.[0-{layers - 1}]", "model.visual", "BF16" if scheme == "bf16" else "F8_E4M3"
     # unconfirmed: that FP8 is stacked, too (so mcore-bridge and vllm.rs read it, and vLLM turns the scales), and its scales' dtype
     scales = "" if scheme == "bf16" else f"""

@@ -114,7 +114,7 @@ class {name}(PreTrainedConfig):
 IMAGE_PROCESSOR = {"kimi_k25": {"media_proc_cfg": {
     "patch_size": 14, "merge_kernel_size": 2, "temporal_merge_kernel_size": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "in_patch_limit": 64,
     "in_patch_limit_each_frame": 64, "in_patch_limit_video": 256, "patch_limit_on_one_side": 16, "fixed_output_tokens": None}}}
-UNQUANTIZED = r"embed|head|eh_proj|\.gate\.|shared_expert_gate|in_proj_(?:a|b|ba)\.|visual|vision|mm_projector|mtp\.fc|norm"
+UNQUANTIZED = r"embed|head|eh_proj|\.gate\.|shared_expert_gate|in_proj_(?:a|b|ba)\.|conv1d|visual|vision|mm_projector|mtp\.fc|norm"
 PLAIN = {"mimo_v2_flash": UNQUANTIZED + "|o_proj"}  # of families that leave more
 
 
