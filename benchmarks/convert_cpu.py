@@ -51,7 +51,7 @@ writer.os.fdatasync = writer.os.fsync = lambda handle: None
 reader, buffer, packed = ShardReader(sys.argv[1]), bytearray(8 << 20), np.empty((1280 * 4096) // 2, np.uint8)
 quantize_matrix(np.zeros((1, 32), np.uint8), np.ones((1, 1), np.float32))  # loads the kernel
 start = time.perf_counter()
-names = [name for name in reader.header.tensors if name.endswith("proj.weight")]
+names = [name for name in reader.header.tensors if ".moe." in name and name.endswith("proj.weight")]
 shapes = {name: reader.info(name).shape for name in names}
 specs = [spec for name in names for spec in ((name, "U8", (*shapes[name][:2], shapes[name][2] // 2)),
                                              (name + "_scale", "U8", (*shapes[name][:2], shapes[name][2] // 32)))]
@@ -70,12 +70,19 @@ print(time.perf_counter() - start)
 """
 
 
+def beside_experts(block: str, experts: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a model of one layer has beside its routed experts, small; all BF16."""
+    layer = "model.layers.0"
+    return {"model.embed_tokens.weight": (32, COLUMNS), "model.norm.weight": (COLUMNS,), "lm_head.weight": (32, COLUMNS),
+            **{f"{layer}.self_attn.{name}_proj.weight": (32, COLUMNS) for name in "qkv"}, f"{layer}.self_attn.o_proj.weight": (COLUMNS, 32),
+            f"{layer}.{block}.gate.weight": (experts, COLUMNS)}
+
+
 def make_source(directory: Path, experts: int) -> Path:
     """One shard with one layer of `experts` routed experts: gaussian weights, one scale per tile."""
     directory.mkdir()
     shapes = {"gate": (ROWS, COLUMNS), "up": (ROWS, COLUMNS), "down": (COLUMNS, ROWS)}
-    ends = (("model.embed_tokens.weight", (32, COLUMNS)), ("model.norm.weight", (COLUMNS,)), ("lm_head.weight", (32, COLUMNS)))  # a model has more than experts
-    specs = sorted_specs([(name, "BF16", shape) for name, shape in ends] + [(f"model.layers.0.moe.{name}_proj.{part}", dtype, shape)
+    specs = sorted_specs([(name, "BF16", shape) for name, shape in beside_experts("moe", experts).items()] + [(f"model.layers.0.moe.{name}_proj.{part}", dtype, shape)
                           for name, (rows, columns) in shapes.items()
                           for part, dtype, shape in (("weight", "F8_E4M3", (experts, rows, columns)),
                                                      ("weight_scale_inv", "F32", (experts, rows // 128, columns // 128)))])

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from convert_cpu import COLUMNS, PROJECT, ROWS, read_into_cache, timed
+from convert_cpu import COLUMNS, PROJECT, ROWS, beside_experts, read_into_cache, timed
 
 from stages.checkpoint.header import render_header, sorted_specs
 
@@ -45,8 +45,8 @@ def make_source(directory: Path, experts: int) -> int:
         for expert in range(experts):
             prefix = f"model.layers.0.mlp.experts.{expert}.{name}_proj.weight"
             tensors[prefix], tensors[f"{prefix}_scale_inv"] = ("F8_E4M3", codes.view(torch.uint8)), ("F32", scale)
-    for name, shape in (("model.embed_tokens.weight", (32, COLUMNS)), ("model.norm.weight", (COLUMNS,)), ("lm_head.weight", (32, COLUMNS))):
-        tensors[name] = ("BF16", torch.ones(shape, dtype=torch.bfloat16).view(torch.int16))  # a model has more than experts
+    for name, shape in beside_experts("mlp", experts).items():
+        tensors[name] = ("BF16", torch.ones(shape, dtype=torch.bfloat16).view(torch.int16))
     specs = sorted_specs([(name, dtype, tuple(tensor.shape)) for name, (dtype, tensor) in tensors.items()])
     with open(directory / "model.safetensors", "wb") as file:
         file.write(render_header(specs, {"format": "pt"}))

@@ -12,7 +12,6 @@ from stages.download import fetch_metadata
 from stages.errors import UserError
 from stages.schemes import tensor_parallel
 from stages.settings import load
-from tests.conftest import TINY
 from tests.small_models import save
 
 
@@ -59,7 +58,8 @@ def small(tmp_path_factory):
     (r"\.moe\.up_proj\.", "up projection of the routed experts"), (r"\.self_attn\.k_proj\.", "key projection"), (r"\.moe\.gate\.", "router"),
     (r"share_expert", "shared experts"), (r"layers\.0\.self_attn\.o_proj", "layer 0"), (r"layers\.0\.input_layernorm", "layer 0.*input_layernorm"),
     (r"layers\.0\.mlp\.down_proj", "layer 0"), (r"resblocks\.1\.", r"resblocks\.1"), (r"resblocks\.0\.ln_1", r"resblocks\.0\.ln_1"),
-    (r"vit_large_projector", "projector"), (r"lm_head", "output head"), (r"layers\.7\.self_attn\.v_proj", "layer 7"), (r"layers\.7\.eh_proj", "layer 7"),
+    (r"vit_large_projector", "projector"), (r"lm_head", "output head"), (r"layers\.7\.self_attn\.v_proj", "layer 7"),
+    (r"layers\.7\.eh_proj", "layer 7"),
 ])
 def test_a_part_of_the_tiny_model_that_is_gone_is_missed(checkpoint, tmp_path, pattern, named):
     refused(without(checkpoint, pattern), tmp_path / "results", named)

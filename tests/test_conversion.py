@@ -453,8 +453,11 @@ def test_memory_stays_bounded_on_a_shard_much_larger_than_the_bound(tmp_path):
     directory = tmp_path / "large"
     directory.mkdir()
     experts, rows, columns = 96, 1280, 4096
-    ends = (("model.embed_tokens.weight", (32, columns)), ("model.norm.weight", (columns,)), ("lm_head.weight", (32, columns)))
-    specs = sorted_specs([(name, "BF16", shape) for name, shape in ends] + [(f"model.layers.{layer}.moe.{projection}_proj.{part}", dtype, shape)
+    layer = "model.layers.0"
+    beside = {"model.embed_tokens.weight": (32, columns), "model.norm.weight": (columns,), "lm_head.weight": (32, columns),
+              **{f"{layer}.self_attn.{name}_proj.weight": (32, columns) for name in "qkv"}, f"{layer}.self_attn.o_proj.weight": (columns, 32),
+              **{f"{layer}.share_expert.{name}_proj.weight": (32, 32) for name in ("gate", "up", "down")}, f"{layer}.moe.gate.weight": (experts, columns)}
+    specs = sorted_specs([(name, "BF16", shape) for name, shape in beside.items()] + [(f"model.layers.{layer}.moe.{projection}_proj.{part}", dtype, shape)
                           for layer in (0,) for projection, r, c in (("gate", rows, columns), ("up", rows, columns),
                                                                      ("down", columns, rows))
                           for part, dtype, shape in (("weight", "F8_E4M3", (experts, r, c)),

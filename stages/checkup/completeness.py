@@ -85,7 +85,8 @@ def layers(checkpoint: Checkpoint) -> Iterator[str]:
         lacking_of = unlike_their_kind({layer: tails for layer, tails in held.items() if layer < count}, apart, alone=False)
     else:
         lacking_of = lacking_layers(held, count, apart, has_shared_experts(checkpoint.config))
-        for check, arguments in ((check_ends, (is_tied(checkpoint.config, row.tied),)), (check_tower, (tower_blocks(checkpoint.config), row.projector))):
+        ends, tower = (is_tied(checkpoint.config, row.tied),), (tower_blocks(checkpoint.config), row.projector)
+        for check, arguments in ((check_ends, ends), (check_tower, tower)):
             try:
                 check(checkpoint.tensors, count, *arguments)
             except UserError as error:

@@ -17,7 +17,6 @@ from stages.planning.outputs import release_config
 from stages.schemes import draft_scales
 from stages.schemes.modules import matrices, module_of
 
-
 OF_ITS_WRITER = ("transformers_version", "_name_or_path", "use_cache")  # keys of config.json that say nothing of a model
 RENAMED = {"torch_dtype": "dtype"}  # by transformers 5
 

@@ -104,8 +104,8 @@ def lost_parts(tails: Iterable[str], shared_experts: bool) -> list[str]:
 def check_layers(entries: Mapping[str, Mapping], layers: int, drafts: int, apart: Container[int], shared_experts: bool) -> None:
     """UserError for a text layer that is missing, one past those that config.json counts, and one that lacks what it must have.
 
-    entries: tensor name -> {"belongs_to", ...}; layers, drafts, apart (layers of a kind of their own) and shared_experts: by config.json. Draft layers may be
-    left out; those that are there are held to be layers like others.
+    entries: tensor name -> {"belongs_to", ...}; layers, drafts, apart (layers of a kind of their own) and shared_experts: by config.json. Draft
+    layers may be left out; those that are there are held to be layers like others.
     """
     names = [name for name, entry in entries.items() if not entry["belongs_to"]]
     held = held_by_layers(as_numbered_layer(name, layers) for name in names)

@@ -134,7 +134,8 @@ ARCHITECTURES = (
                  never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,
                  tried=_run("experts mxfp4, rest fp8 128x128", transformers=("experts mxfp4",))),
     Architecture(
-        ("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM"), merged=_MINIMAX, experts=MIXTRAL, projector=r"multi_modal_projector\.",
+        ("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM"), merged=_MINIMAX, experts=MIXTRAL,
+        projector=r"multi_modal_projector\.",
         renames=((r"^multi_modal_projector\.", "vision_tower.multi_modal_projector."),
                  (r"^patch_merge_mlp\.", "vision_tower.patch_merge_mlp."), (r"\.mlp\.fc(\d)$", r".fc\1")),
         never=_NEVER.replace(r".*\.eh_proj$|", ""),
