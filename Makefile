@@ -30,7 +30,7 @@ test: setup
 	@$(BIN)/python -m pytest
 
 bench: setup
-	@for script in quantize_cpu convert_cpu workflow_cpu $$(test -d .venv-serve && echo serve_cpu); do \
+	@for script in quantize_cpu hash_cpu convert_cpu workflow_cpu $$(test -d .venv-serve && echo serve_cpu); do \
 	  echo "== benchmarks/$$script.py"; $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 serve-env: setup

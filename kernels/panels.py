@@ -6,6 +6,7 @@ A panel is the only temporary copy of the weights, small enough for the second-l
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -56,6 +57,11 @@ def decode_codes(codes, begin, tile_scale, tile_rows, tile_columns, values, resu
             scale = tile_scale[(begin + row) // tile_rows, t]
             for column in range(t * tile_columns, min((t + 1) * tile_columns, codes.shape[1])):
                 result[row, column] = values[codes[row, column]] * scale
+
+
+def cache_directory() -> Path:
+    """Under which numba keeps the compiled kernels, in a directory for each directory of sources."""
+    return Path(decode_codes.stats.cache_path).parent
 
 
 def float_panel(weight, tile_scale, tile, begin, end):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -29,6 +30,18 @@ def without_collection():
     finally:
         if was_on:
             gc.enable()  # without gc.freeze(), after which triton's modules report at exit that they were never freed
+
+
+@contextmanager
+def loading_kernels():
+    """For the first use of compiled kernels: UserError where the files in which numba keeps them are damaged."""
+    try:
+        yield
+    except (EOFError, pickle.UnpicklingError):
+        from kernels.panels import cache_directory
+
+        raise UserError(f"{cache_directory()}: compiled kernels that numba keeps there are damaged; delete all files *.nbi and *.nbc under it "
+                        "and run again") from None
 
 
 def exit_with_one_line(main: Callable[..., None]) -> Callable[..., None]:

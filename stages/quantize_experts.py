@@ -2,7 +2,7 @@
 
 A shard is streamed in the order of the output file, one expert's matrix (or a panel of rows) at a time, so that resident
 memory does not grow with the shard, but for MXFP8's scales, a byte per 32 weights, which the file has behind all codes. One thread
-converts; others hash the source (which also reads it ahead), hash the output and write it (stages/checkpoint/writer.py). Bytes depend on
+converts; others hash source and output (which also reads the source ahead) and write it (stages/checkpoint/writer.py). Bytes depend on
 the source and the recipe only: not on the backend, the number of workers, or how often the run was interrupted. Converting itself stays
 in one thread: one process per shard keeps cores busier than threads inside one.
 
@@ -15,15 +15,14 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
 
 from kernels.decibels import decibels
-from stages.checkpoint.files import check_disk, human_bytes, sha256_file, write_json
+from stages.checkpoint.files import check_disk, human_bytes, write_json
+from stages.checkpoint.hashing import HashingThread, hashing_threads
 from stages.checkpoint.reader import ShardReader
 from stages.checkpoint.writer import ShardWriter
 from stages.conversion.numbers import check_numbers
@@ -64,23 +63,15 @@ def _check_header(reader: ShardReader, plan: dict, shard: str) -> None:
 
 
 class Original:
-    """The source's shard while it is converted: hashed by a thread of its own, and refused if it changes meanwhile."""
+    """The source's shard while it is converted: hashed meanwhile, and refused if it changes."""
 
-    def __init__(self, settings: Settings, shard: str):
+    def __init__(self, settings: Settings, shard: str, hashing: HashingThread):
         self._settings, self._shard = settings, shard
         self.path = settings.shard_directory / shard
         if not self.path.exists():
             raise UserError(f"{self.path} is missing: run download --shard {shard} first")
-
-    def __enter__(self) -> Original:
-        self._before, self._stop = self._identity(), threading.Event()
-        self._pool = ThreadPoolExecutor(1, "source-hash")
-        self._sha256 = self._pool.submit(sha256_file, self.path, self._stop)  # goes on while kernels are loaded
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stop.set()  # a failure shows at once
-        self._pool.shutdown()
+        self._before = self._identity()
+        self._sha256 = hashing.file(self.path)  # goes on while kernels are loaded
 
     def _identity(self) -> tuple[int, ...]:
         """What changes when a file is replaced or written to."""
@@ -132,7 +123,8 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
     outputs, promised = release_outputs(plan, [shard])[shard], plan["shards"][shard]
     check_disk(target.parent, promised["file_bytes"], f"converted shard {shard}")
     with ExitStack() as stack:
-        original = stack.enter_context(Original(settings, shard))
+        of_source, of_output = hashing_threads(stack)
+        original = Original(settings, shard, of_source)
         reader = stack.enter_context(ShardReader(original.path))
         _check_header(reader, plan, shard)
         progress = ProgressReport(shard, promised["source_bytes"])
@@ -142,7 +134,7 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
             quantizer = Quantizer(places, plan, shard, settings.device.backend, progress)
         start = time.monotonic()
         kept = {output.name for output in outputs if output.part == "weight"}
-        with ShardWriter(target, specs_of(outputs), SHARD_METADATA, kept) as writer:
+        with ShardWriter(target, specs_of(outputs), SHARD_METADATA, kept, of_output) as writer:
             zeros = _write(plan, outputs, reader, quantizer, writer, progress)
             lent = {name: reader.sha256(name) for name in lent_by(plan, shard)}
             digest = original.sha256()  # before the output takes its name

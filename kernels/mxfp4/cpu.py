@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from pathlib import Path
 
 import numpy as np
 
@@ -15,11 +14,6 @@ from kernels.mxfp4.rules import RULE_NUMBER
 from kernels.panels import exact_subnormals, float_panel, panel_height
 
 ROUNDED_WEIGHTS = 1 << 22  # that torch rounds to float16 at once: starting its threads takes milliseconds
-
-
-def cache_directory() -> Path:
-    """Where numba keeps the compiled kernels."""
-    return Path(fp8_matrix.stats.cache_path)
 
 
 def table_shift(weight, tile_scale, tile, importance):

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -166,14 +165,12 @@ def read_json(path: Path, made_by: str | None = None, shown: Path | None = None)
     return result
 
 
-def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
-    """sha256 of a file's bytes as 64 hexadecimal digits. Where `stop` gets set meanwhile, "" at once: nobody asks any more."""
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     buffer = bytearray(1 << 20)  # stays in the cache between reading and hashing
     with naming(path), open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            if stop is not None and stop.is_set():
-                return ""
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
 

@@ -3,8 +3,8 @@
 The header comes first and is fixed by the plan (names, dtypes, shapes, order), so the size of the file is known before
 the first byte and every tensor lands where it was promised. The file takes its name only when all of it is on disk.
 
-Pieces are gathered in blocks; one thread hashes a full block (for the file, and for each tensor that asks for it) while another writes it and
-the caller fills the next: hashlib and `write` release the interpreter lock. Blocks go to the disk past the page cache (O_DIRECT)
+Pieces are gathered in blocks; one thread hashes a full block (for the file, and for each tensor that asks for it; stages/checkpoint/hashing.py)
+while another writes it and the caller fills the next: hashing and `write` release the interpreter lock. Blocks go to the disk past the page cache (O_DIRECT)
 where the file system allows it: a release is larger than memory, so its pages would be evicted unread, and copying into fresh pages
 took more processor time than converting what was in them. Every SYNC_BYTES a further thread asks for what is written to become
 durable, so that the final sync finds little to do. Space is not reserved with fallocate: writing into reserved extents takes ext4
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import math
 import mmap
 import os
@@ -24,15 +23,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from stages.checkpoint.files import DIRECT, atomic_write
+from stages.checkpoint.hashing import HashingThread
 from stages.checkpoint.header import DTYPE_BYTES, render_header
 
 BLOCK_BYTES = 8 << 20  # a multiple of every page size, as direct writes need
 BLOCKS = 3  # one is filled while one is hashed and written; a third covers for a slow one
 SYNC_BYTES = 16 << 20  # written between two requests to make it durable
-HASH_BYTES = 512 << 10  # hashed at once; fits the second-level cache of a core
 
 
 class Block:
@@ -41,7 +38,7 @@ class Block:
     def __init__(self):
         self.memory = memoryview(mmap.mmap(-1, BLOCK_BYTES))
         self.filled = 0
-        self.parts: list[tuple[hashlib._Hash | None, int, int]] = []  # what lies where: the tensor's digest, begin, end
+        self.parts: list[list] = []  # what lies where: the tensor's digest or None, begin, end
         self.pending: list[Future] = []
 
 
@@ -50,20 +47,19 @@ class ShardWriter:
 
     A tensor may come in several pieces, which are copied; it must be complete before the next one starts. A write that failed (a
     full disk) raises its OSError at a later `write` or at the end of the `with`. After the `with`, `sha256` and `size` describe the
-    file, and `tensor_sha256` its tensors, or those named in `hashed`.
+    file, and `tensor_sha256` its tensors, or those named in `hashed`. `hashing` does the hashing; made here where None.
     """
 
     def __init__(self, path: Path, specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict | None,
-                 hashed: Container[str] | None = None):
+                 hashed: Container[str] | None = None, hashing: HashingThread | None = None):
         self.path = Path(path)
         self._remaining = {name: math.prod(shape) * DTYPE_BYTES[dtype] for name, dtype, shape in specs}
         self._order = iter([name for name, _, _ in specs])
         self._current: str | None = None
         self._header = render_header(list(specs), metadata)
-        self._file_digest = hashlib.sha256()
-        self._hashed_piece = np.empty(HASH_BYTES, np.uint8)
+        self._hashing = hashing
         self._hashed = hashed
-        self._digests: dict[str, hashlib._Hash] = {}
+        self._digests: dict = {}
         self._sync: Future | None = None
         self._unsynced = 0
         self.tensor_sha256: dict[str, str] = {}
@@ -74,15 +70,16 @@ class ShardWriter:
         with ExitStack() as stack:
             self._file = stack.enter_context(atomic_write(self.path, direct=True)).fileno()
             # one thread each, so that what is handed over is done in order
-            self._hashing, self._writing, self._syncing = (
-                stack.enter_context(ThreadPoolExecutor(1, f"shard-{work}")) for work in ("hash", "write", "sync"))
+            self._writing, self._syncing = (stack.enter_context(ThreadPoolExecutor(1, f"shard-{work}")) for work in ("write", "sync"))
+            self._hashing = self._hashing or stack.enter_context(HashingThread())
+            self._file_digest = self._hashing.new()
             self._blocks = [Block() for _ in range(BLOCKS)]
             self._fill(self._header, None)
             self._advance()
             self._stack = stack.pop_all()
         return self
 
-    def _fill(self, data, digest: hashlib._Hash | None) -> None:
+    def _fill(self, data, digest) -> None:
         """Copies bytes into blocks and hands over those that are full."""
         position = 0
         while position < len(data):
@@ -91,7 +88,10 @@ class ShardWriter:
                 _settle(block)
             count = min(len(data) - position, BLOCK_BYTES - block.filled)
             block.memory[block.filled:block.filled + count] = data[position:position + count]
-            block.parts.append((digest, block.filled, block.filled + count))
+            if block.parts and block.parts[-1][0] is digest:
+                block.parts[-1][2] += count
+            else:
+                block.parts.append([digest, block.filled, block.filled + count])
             block.filled += count
             position += count
             if block.filled == BLOCK_BYTES:
@@ -102,7 +102,8 @@ class ShardWriter:
         """Lets the current block be hashed and written, and takes the next one."""
         block = self._blocks.pop(0)
         data = block.memory[:block.filled]
-        block.pending = [self._writing.submit(self._put, data), self._hashing.submit(self._hash, data, block.parts)]
+        block.pending = [self._writing.submit(self._put, data)] + [
+            self._hashing.put(data[begin:end], [self._file_digest] + [digest] * (digest is not None)) for digest, begin, end in block.parts]
         block.filled, block.parts = 0, []
         self._blocks.append(block)
         self._unsynced += len(data)
@@ -111,18 +112,6 @@ class ShardWriter:
                 self._sync.result()
             self._sync = self._syncing.submit(os.fdatasync, self._file)
             self._unsynced = 0
-
-    def _hash(self, data: memoryview, parts: list) -> None:
-        """Copies a piece beside the core first: copying waits for many lines of memory at once, sha256 for one after the other."""
-        array = np.frombuffer(data, np.uint8)
-        for digest, first, last in parts:
-            for begin in range(first, last, HASH_BYTES):
-                source = array[begin:min(begin + HASH_BYTES, last)]
-                piece = self._hashed_piece[:source.size]
-                np.copyto(piece, source)
-                self._file_digest.update(piece)
-                if digest is not None:
-                    digest.update(piece)
 
     def _put(self, data: memoryview) -> None:
         if len(data) < BLOCK_BYTES:
@@ -145,7 +134,7 @@ class ShardWriter:
         while True:
             name = self._current = next(self._order, None)
             if name is not None and (self._hashed is None or name in self._hashed):
-                self._digests[name] = hashlib.sha256()
+                self._digests[name] = self._hashing.new()
             if name is None or self._remaining[name]:
                 return
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from stages.conversion.places import Places
 from stages.conversion.progress import ProgressReport
 from stages.dialects import Claim
 from stages.dialects.reading import Tensors, stored_rows
-from stages.errors import UserError
+from stages.errors import UserError, loading_kernels
 from stages.schemes import SCHEMES
 from stages.schemes.modules import Matrix
 
@@ -30,14 +29,9 @@ class Quantizer:
             raise UserError(f"device.backend={backend} does not run on this machine; choose one of "
                             f"{', '.join(mxfp4.backends())}")
         weights = [entry for entry in plan["tensors"].values() if entry["shard"] == shard and entry["scheme"]]
-        try:  # compiles or loads the kernels before the clock starts; Triton compiles others for a single row and for each rule
+        with loading_kernels():  # or compiling them, before the clock starts; Triton compiles others for a single row and for each rule
             for scheme in {entry["scheme"] for entry in weights}:
                 SCHEMES[scheme].quantize(np.zeros((128, 256), np.uint8), np.ones((1, 2), np.float32), (128, 128), plan["exponent_rule"], backend)
-        except (EOFError, pickle.UnpicklingError):
-            from kernels.mxfp4 import cpu
-
-            raise UserError(f"{cpu.cache_directory()}: the compiled kernels that numba keeps there are damaged; delete that directory "
-                            "and run again") from None
         self._tensors, self._plan, self._backend, self._progress = Tensors(places), plan, backend, progress
         largest = max((entry["bytes"] // (entry["matrix"][0] if len(entry["matrix"]) == 3 else 1) for entry in weights), default=0)
         self._buffer = bytearray(min(largest, 4 * PANEL_WEIGHTS))
