@@ -4,7 +4,8 @@ A hash is a chain: each of the 64 rounds waits for the one before it, four cycle
 two. hashlib hashes one stream, so that the units stand idle most of the time; rounds of two or three streams in turn fill them. A
 converted shard has such streams: the source, the output, and a tensor that passes through. benchmarks/hash_cpu.py measures it.
 
-Where the instructions are missing, `available` says so and callers use hashlib, which gives the same digests.
+Where the instructions are missing, `available` says so and callers use hashlib, which gives the same digests. The proof of a release
+(stages/verify_release.py) hashes with hashlib always, so that an error here would show.
 """
 
 from __future__ import annotations

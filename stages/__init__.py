@@ -6,6 +6,7 @@ They share settings, provenance, errors, receipts and plots; workflow and curren
 Imports run one way, from the Snakefile through these to the rooms beside them and to kernels: tests/test_imports.py has the order.
 """
 
+import atexit
 import gc
 import os
 import sys
@@ -19,7 +20,14 @@ def _say_in_one_line(kind, error, trace) -> None:
         sys.__excepthook__(kind, error, trace)
 
 
+def _leave_uncollected() -> None:
+    """Spares the interpreter's last look through all that numba made, 0.2 s. Triton's modules would report that they were never freed."""
+    if "triton" not in sys.modules:
+        gc.freeze()
+
+
 if sys.argv[:1] == ["-m"]:  # a stage is being started; `exit_with_one_line` turns collection on again
     sys.excepthook = _say_in_one_line
+    atexit.register(_leave_uncollected)
     gc.disable()  # torch and numba make objects by the hundred thousand on import that all live on: a fifth of the start
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which no stage multiplies with; its threads would wait for work, spinning

@@ -123,7 +123,8 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
     outputs, promised = release_outputs(plan, [shard])[shard], plan["shards"][shard]
     check_disk(target.parent, promised["file_bytes"], f"converted shard {shard}")
     with ExitStack() as stack:
-        of_source, of_output = hashing_threads(stack)
+        with without_collection():
+            of_source, of_output = hashing_threads(stack)
         original = Original(settings, shard, of_source)
         reader = stack.enter_context(ShardReader(original.path))
         _check_header(reader, plan, shard)
