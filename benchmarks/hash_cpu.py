@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kernels import sha256  # noqa: E402
-from stages.checkpoint.hashing import PIECE_BYTES  # noqa: E402
+from stages.checkpoint.hashing import PIECE_BYTES, one_by_one  # noqa: E402
 
 STREAM_BYTES = 64 << 20
 
@@ -29,12 +29,6 @@ def run(data, new, together):
     for begin in range(0, STREAM_BYTES, PIECE_BYTES):
         together([(digest, part[begin:begin + PIECE_BYTES]) for digest, part in zip(digests, data)])
     return [digest.hexdigest() for digest in digests]
-
-
-def one_by_one(updates):
-    """hashlib's way: a stream after the other."""
-    for digest, piece in updates:
-        digest.update(piece)
 
 
 def main():

@@ -53,7 +53,7 @@ CONSTANTS = fractions_of_primes(ROUNDS, 3)
 
 def lanes_of(builder, first, second, lanes):
     """Four of the eight lanes of two vectors."""
-    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(WORD, 4), list(lanes)))
+    return builder.shuffle_vector(first, second, ir.Constant(WORDS, list(lanes)))
 
 
 def instruction(builder, name, *operands):
@@ -62,25 +62,29 @@ def instruction(builder, name, *operands):
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), operands)
 
 
+def pointer(builder, address, offset, kind):
+    """To a value of this LLVM type, `offset` bytes behind an address."""
+    return builder.inttoptr(builder.add(address, ir.Constant(address.type, offset)), kind.as_pointer())
+
+
 def loaded(builder, address, offset):
     """Four words at an address that is a multiple of nothing."""
-    pointer = builder.inttoptr(builder.add(address, ir.Constant(address.type, offset)), WORDS.as_pointer())
-    value = builder.load(pointer)
+    value = builder.load(pointer(builder, address, offset, WORDS))
     value.align = 1
     return value
 
 
 def prefetch(builder, address, offset):
     """Asks for a line of memory; an address that is nobody's is passed over."""
-    pointer = builder.inttoptr(builder.add(address, ir.Constant(address.type, offset)), ir.IntType(8).as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, WORD, WORD, WORD])
+    line = pointer(builder, address, offset, ir.IntType(8))
+    kind = ir.FunctionType(ir.VoidType(), [line.type, WORD, WORD, WORD])
     reading, all_caches, data = ir.Constant(WORD, 0), ir.Constant(WORD, 3), ir.Constant(WORD, 1)
-    builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [pointer, reading, all_caches, data])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [line, reading, all_caches, data])
 
 
 def stored(builder, value, address, offset):
     """Writes what `loaded` reads."""
-    builder.store(value, builder.inttoptr(builder.add(address, ir.Constant(address.type, offset)), WORDS.as_pointer()), align=1)
+    builder.store(value, pointer(builder, address, offset, WORDS), align=1)
 
 
 def rounds_of_a_block(builder, states, addresses):
@@ -112,12 +116,7 @@ def compressor(streams):
     def compress(typingctx, states, addresses, blocks):
         def generate(context, builder, signature, arguments):
             places, sources, count = arguments
-
-            def of_stream(table, stream):
-                pointer = builder.inttoptr(builder.add(table, ir.Constant(table.type, 8 * stream)), ir.IntType(64).as_pointer())
-                return builder.load(pointer)
-
-            addresses = [of_stream(sources, stream) for stream in range(streams)]
+            addresses = [builder.load(pointer(builder, sources, 8 * stream, ir.IntType(64))) for stream in range(streams)]
             states = [[cgutils.alloca_once(builder, WORDS) for _ in range(2)] for _ in range(streams)]
             base = [builder.add(places, ir.Constant(places.type, 32 * stream)) for stream in range(streams)]
             for stream in range(streams):
@@ -174,7 +173,7 @@ def available() -> bool:
 def load() -> None:
     """Loads the kernels, or compiles them, before they are needed."""
     data = np.zeros(BLOCK_BYTES, np.uint8)
-    for kernel, streams in zip(KERNELS, range(1, MOST_STREAMS + 1)):
+    for streams, kernel in enumerate(KERNELS, 1):
         kernel(np.zeros((streams, len(ORDER)), np.uint32), np.full(streams, data.ctypes.data), 1)
 
 

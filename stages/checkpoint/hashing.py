@@ -50,7 +50,8 @@ class WholeFile:
             self._handle.close()
 
 
-def _one_by_one(updates: list) -> None:
+def one_by_one(updates: list) -> None:
+    """hashlib's way to add bytes to several digests."""
     for digest, data in updates:
         digest.update(data)
 
@@ -65,7 +66,7 @@ class HashingThread:
         together: adds bytes to several digests, from a list of pairs of both.
     """
 
-    def __init__(self, new=hashlib.sha256, together=_one_by_one):
+    def __init__(self, new=hashlib.sha256, together=one_by_one):
         self.new, self._together = new, together
         self._change = threading.Condition()
         self._pieces: deque[Piece] = deque()
@@ -104,23 +105,27 @@ class HashingThread:
             self._change.notify()
         return work.done
 
+    def _unread(self) -> WholeFile | None:
+        """The file, until its hash is there."""
+        return None if self._file is None or self._file.done.done() else self._file
+
     def _work(self) -> None:
         try:
             while not self._ended:
                 with self._change:
-                    self._change.wait_for(lambda: self._ended or self._pieces or self._file and not self._file.done.done())
+                    self._change.wait_for(lambda: self._ended or self._pieces or self._unread())
                     work = [self._pieces[0]] if self._pieces else []
-                if self._file and not self._file.done.done():
-                    if self._file.read_on():
-                        work.append(self._file)
-                    else:
-                        self._file.done.set_result(self._file.digests[0].hexdigest())
+                    file = self._unread()
+                if file and file.read_on():
+                    work.append(file)
+                elif file:
+                    file.done.set_result(file.digests[0].hexdigest())
                 if work and not self._ended:
                     self._hash(work)
         except BaseException as error:
             with self._change:
                 self._error = error
-                for work in (*self._pieces, *([self._file] if self._file and not self._file.done.done() else [])):
+                for work in filter(None, (*self._pieces, self._unread())):
                     work.done.set_exception(error)
         finally:
             if self._file:
