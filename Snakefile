@@ -7,12 +7,14 @@ from stages.errors import UserError
 from stages.provenance import code_of
 from stages.serving.environment import fingerprint, ingredients
 from stages.settings import as_json
+from stages.settings.handed_over import hand_over
 from stages.workflow import RESULTS, Workflow, serving_code, stage
 try:
     W = Workflow(config)
 except UserError as error:
     sys.exit(f"error: {error}")
 
+hand_over(W.overrides, W.settings)  # to the stages
 S, RUN, SOURCE = W.settings, W.run, W.source
 RELEASE, CODE = f"{RUN}/release/manifest.json", W.converting
 workflow.global_resources.setdefault("lane", S.device.lane)  # source shards on disk and in work at any time
@@ -48,16 +50,17 @@ rule plan:
     log: f"{RUN}/logs/plan.log"
     shell: stage("plan")
 
-rule download_shard:
-    input: f"{RUN}/plan.json", [f"{S.source.path}/{{shard}}.safetensors"] if S.source.path else []
-    output: temp(f"{RUN}/source/{{shard}}.safetensors")
-    log: f"{RUN}/logs/download_shard/{{shard}}.log"
-    resources: lane=1
-    group: "shard"
-    shell: stage("download", "--shard {wildcards.shard:q}.safetensors")
+if S.source.repository:
+    rule download_shard:
+        input: f"{RUN}/plan.json"
+        output: temp(f"{S.shard_directory}/{{shard}}.safetensors")
+        log: f"{RUN}/logs/download_shard/{{shard}}.log"
+        resources: lane=1
+        group: "shard"
+        shell: stage("download", "--shard {wildcards.shard:q}.safetensors")
 
 rule quantize_experts:
-    input: plan=f"{RUN}/plan.json", source=f"{RUN}/source/{{shard}}.safetensors"
+    input: plan=f"{RUN}/plan.json", source=f"{S.shard_directory}/{{shard}}.safetensors"
     output: shard=f"{RUN}/shards/{{shard}}.safetensors", receipt=f"{RUN}/shards/{{shard}}.json"
     log: f"{RUN}/logs/quantize_experts/{{shard}}.log"
     params: code=CODE, **W.params("shards"), source=lambda wildcards: W.watched.get(f"{S.source.path}/{wildcards.shard}.safetensors")

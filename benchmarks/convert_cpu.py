@@ -36,17 +36,13 @@ COPY = ("import os, shutil, sys\n"
 
 
 BARE = """
-import sys, time, types
+import hashlib, sys, time
 import numpy as np
 from kernels.mxfp4.cpu import quantize_matrix
 from stages.checkpoint import writer
+from stages.checkpoint.hashing import HashingThread
 from stages.checkpoint.reader import ShardReader
 
-class NoHash:
-    def update(self, data): pass
-    def hexdigest(self): return ""
-
-writer.hashlib = types.SimpleNamespace(sha256=NoHash)
 writer.os.fdatasync = writer.os.fsync = lambda handle: None
 reader, buffer, packed = ShardReader(sys.argv[1]), bytearray(8 << 20), np.empty((1280 * 4096) // 2, np.uint8)
 quantize_matrix(np.zeros((1, 32), np.uint8), np.ones((1, 1), np.float32))  # loads the kernel
@@ -55,7 +51,7 @@ names = [name for name in reader.header.tensors if ".moe." in name and name.ends
 shapes = {name: reader.info(name).shape for name in names}
 specs = [spec for name in names for spec in ((name, "U8", (*shapes[name][:2], shapes[name][2] // 2)),
                                              (name + "_scale", "U8", (*shapes[name][:2], shapes[name][2] // 32)))]
-with writer.ShardWriter(sys.argv[2], specs, None) as output:
+with HashingThread(hashlib.sha256, lambda updates: None) as hashing, writer.ShardWriter(sys.argv[2], specs, None, hashing=hashing) as output:
     for name in names:
         scales = []
         for expert in range(shapes[name][0]):
@@ -144,8 +140,7 @@ def main() -> None:
         def stage(name, *extra):
             return [sys.executable, "-m", f"stages.{name}", *settings, *extra]
 
-        for command in (stage("download", "--metadata"), stage("inspect_format"), stage("plan"),
-                        stage("download", "--shard", source.name)):
+        for command in (stage("download", "--metadata"), stage("inspect_format"), stage("plan")):
             timed(command)
         convert = stage("quantize_experts", "--shard", source.name)
         copy = [sys.executable, "-c", COPY, str(source), f"{temporary}/copy"]

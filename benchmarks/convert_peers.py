@@ -28,6 +28,8 @@ import torch
 from convert_cpu import COLUMNS, PROJECT, ROWS, beside_experts, read_into_cache, timed
 
 from stages.checkpoint.header import render_header, sorted_specs
+from stages.settings import load
+from stages.settings.handed_over import hand_over
 
 PEER = """
 import sys, time
@@ -76,15 +78,15 @@ def shard_name(layer: int) -> str:
 
 
 def run_stages(settings: list[str], shards: list[str]) -> tuple[float, float, int]:
-    """All stages of mxforge: wall seconds of all, longest of converting a shard, and peak resident bytes of a process that did."""
+    """All stages of mxforge as the Snakefile runs them for a local source, settings composed once: wall seconds of all, longest of converting a shard, and peak resident bytes of a process that did."""
     def stage(name, *extra):
         return timed([sys.executable, "-m", f"stages.{name}", *settings, *extra])
 
     start = time.perf_counter()
+    hand_over(settings, load(settings))
     for command in (["download", "--metadata"], ["inspect_format"], ["plan"]):
         stage(*command)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda shard: stage("download", "--shard", shard), shards))
         converted = list(pool.map(lambda shard: stage("quantize_experts", "--shard", shard), shards))
     stage("assemble_release")
     return time.perf_counter() - start, max(took for took, _, _ in converted), max(resident for _, resident, _ in converted)

@@ -113,12 +113,12 @@ def compressor(streams):
     """The loop over blocks for a number of streams: code for LLVM, written once for each when its kernel is compiled."""
 
     @intrinsic
-    def compress(typingctx, states, addresses, blocks):
+    def compress(typingctx, places, blocks):
         def generate(context, builder, signature, arguments):
-            places, sources, count = arguments
-            addresses = [builder.load(pointer(builder, sources, 8 * stream, ir.IntType(64))) for stream in range(streams)]
+            table, count = arguments
+            places = [builder.load(pointer(builder, table, 8 * number, ir.IntType(64))) for number in range(2 * streams)]
+            base, addresses = places[:streams], places[streams:]
             states = [[cgutils.alloca_once(builder, WORDS) for _ in range(2)] for _ in range(streams)]
-            base = [builder.add(places, ir.Constant(places.type, 32 * stream)) for stream in range(streams)]
             for stream in range(streams):
                 for half in range(2):
                     builder.store(loaded(builder, base[stream], 16 * half), states[stream][half])
@@ -134,7 +134,7 @@ def compressor(streams):
                     stored(builder, builder.load(states[stream][half]), base[stream], 16 * half)
             return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.int64), generate
+        return types.void(types.int64, types.int64), generate
 
     return compress
 
@@ -143,21 +143,21 @@ compress_one, compress_two, compress_three = (compressor(streams) for streams in
 
 
 @jit
-def one(states, addresses, blocks):
-    """uint32 [1, 8] states, int64 [1] addresses of `blocks` blocks: the states afterwards, in place."""
-    compress_one(states.ctypes.data, addresses.ctypes.data, blocks)
+def one(places, blocks):
+    """Adds `blocks` blocks to a state, in place. places: int64 [2], the addresses of the state, uint32 [8], and of the blocks."""
+    compress_one(places.ctypes.data, blocks)
 
 
 @jit
-def two(states, addresses, blocks):
-    """`one` for two streams."""
-    compress_two(states.ctypes.data, addresses.ctypes.data, blocks)
+def two(places, blocks):
+    """`one` for two streams; the addresses of both states come first."""
+    compress_two(places.ctypes.data, blocks)
 
 
 @jit
-def three(states, addresses, blocks):
+def three(places, blocks):
     """`one` for three streams."""
-    compress_three(states.ctypes.data, addresses.ctypes.data, blocks)
+    compress_three(places.ctypes.data, blocks)
 
 
 KERNELS = (one, two, three)
@@ -170,18 +170,24 @@ def available() -> bool:
     return bool(features.get("sha") and features.get("sse4.1")) and not (numba.config.CPU_NAME or numba.config.CPU_FEATURES)
 
 
+def address_of(array: np.ndarray) -> int:
+    """Where an array's memory begins; `array.ctypes.data` takes three times as long."""
+    return array.__array_interface__["data"][0]
+
+
 def load() -> None:
     """Loads the kernels, or compiles them, before they are needed."""
-    data = np.zeros(BLOCK_BYTES, np.uint8)
+    digests, data = [Sha256() for _ in KERNELS], np.zeros(BLOCK_BYTES, np.uint8)
     for streams, kernel in enumerate(KERNELS, 1):
-        kernel(np.zeros((streams, len(ORDER)), np.uint32), np.full(streams, data.ctypes.data), 1)
+        kernel(np.array([digest.place for digest in digests[:streams]] + [address_of(data)] * streams), 1)
 
 
 class Sha256:
     """Like hashlib.sha256(), for `update_together`."""
 
     def __init__(self):
-        self.state = np.array([[INITIAL[word] for word in ORDER]], np.uint32)
+        self.state = np.array([INITIAL[word] for word in ORDER], np.uint32)
+        self.place = address_of(self.state)
         self.rest = b""  # less than a block
         self.size = 0  # bytes so far
 
@@ -194,7 +200,7 @@ class Sha256:
             if len(self.rest) < BLOCK_BYTES:
                 return data
             block, self.rest = np.frombuffer(self.rest, np.uint8), b""
-            one(self.state, np.array([block.ctypes.data]), 1)
+            one(np.array([self.place, address_of(block)]), 1)
         whole = len(data) // BLOCK_BYTES * BLOCK_BYTES
         self.rest = data[whole:].tobytes()
         return data[:whole]
@@ -209,7 +215,7 @@ class Sha256:
         end.state[:], padding = self.state, b"\x80" + bytes((55 - self.size) % BLOCK_BYTES) + (8 * self.size).to_bytes(8, "big")
         end.update(self.rest + padding)
         words = np.empty(8, ">u4")
-        words[list(ORDER)] = end.state[0]
+        words[list(ORDER)] = end.state
         return words.tobytes().hex()
 
 
@@ -219,14 +225,17 @@ def update_together(updates: list) -> None:
     Args:
         updates: pairs of a digest and anything with bytes; a digest at most once.
     """
-    waiting = [(digest, digest.begin(np.frombuffer(data, np.uint8))) for digest, data in updates]
-    waiting = [(digest, blocks) for digest, blocks in waiting if len(blocks)]
+    waiting = []  # [state's address, data's address, blocks]; `updates` keeps the memory
+    for digest, data in updates:
+        blocks = digest.begin(np.frombuffer(data, np.uint8))
+        if len(blocks):
+            waiting.append([digest.place, address_of(blocks), len(blocks) // BLOCK_BYTES])
     while waiting:
-        waiting.sort(key=lambda entry: -len(entry[1]))
-        now, later = waiting[:MOST_STREAMS], waiting[MOST_STREAMS:]
-        fewest = len(now[-1][1])
-        states = np.concatenate([digest.state for digest, _ in now])
-        KERNELS[len(now) - 1](states, np.array([blocks.ctypes.data for _, blocks in now]), fewest // BLOCK_BYTES)
-        for (digest, _), state in zip(now, states):
-            digest.state[0] = state
-        waiting = [(digest, blocks[fewest:]) for digest, blocks in now if len(blocks) > fewest] + later
+        waiting.sort(key=lambda entry: -entry[2])
+        now = waiting[:MOST_STREAMS]
+        fewest = now[-1][2]
+        KERNELS[len(now) - 1](np.array([entry[0] for entry in now] + [entry[1] for entry in now]), fewest)
+        for entry in now:
+            entry[1] += fewest * BLOCK_BYTES
+            entry[2] -= fewest
+        waiting = [entry for entry in waiting if entry[2]]

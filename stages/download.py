@@ -6,7 +6,8 @@ requests of a few kilobytes each, so that a 212-GB checkpoint is inspected and p
 
 Shards of a hub are resumed: what is downloaded lies under a stable name (`<shard>.incomplete`) and the next run goes on
 behind it, which the hub client's own cache does not do across processes. Size and, where the hub gives one, sha256 are
-checked before the file takes its name. A local shard is only linked: the original is never moved, copied or written to.
+checked before the file takes its name. A local shard is read where it lies, and never moved, copied or written to; snakemake does without
+`--shard` for it.
 
 The environment says how to reach the hub: HF_TOKEN (for private and gated repositories), HF_ENDPOINT (a mirror).
 """
@@ -18,7 +19,7 @@ import os
 import shutil
 from pathlib import Path
 
-from stages.checkpoint.files import CHUNK, atomic_write, check_disk, human_bytes, only_one, read_json, sha256_file, write_json
+from stages.checkpoint.files import CHUNK, atomic_write, check_disk, human_bytes, only_one, read_json, sha256_file, write_json, write_rows
 from stages.checkpoint.header import INDEX, Header, read_header
 from stages.errors import UserError, exit_with_one_line
 from stages.settings import Settings, load, stage_parser
@@ -26,6 +27,7 @@ from stages.sources import list_files
 from stages.sources.files import SourceFile, safe_name
 from stages.sources.hub import Hub
 from stages.sources.listing import read_listing, record_of
+from stages.sources.local import check_shard
 
 
 def check_places(settings: Settings) -> None:
@@ -116,7 +118,7 @@ def _fetch_metadata(settings: Settings) -> None:
         os.replace(building, auxiliary)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    write_json(directory / "headers.json", {shard: record_of(header) for shard, header in headers.items()})
+    write_rows(directory / "headers.json", {shard: record_of(header) for shard, header in headers.items()}, levels=3)
     write_json(directory / "listing.json", {
         "path": source.path, "repository": source.repository, "revision": source.revision, "anomalies": anomalies,
         "files": {file.name: {"bytes": file.size, "sha256": hashes.get(file.name, file.sha256), "kind": file.kind, "mtime_ns": file.mtime_ns}
@@ -127,7 +129,7 @@ def _fetch_metadata(settings: Settings) -> None:
 
 
 def fetch_shard(settings: Settings, shard: str) -> Path:
-    """Makes one shard available to this run and returns its path: linked from a local source, else downloaded.
+    """Makes one shard available to this run and returns its path: where it lies in a local source, else downloaded.
 
     Either way its size and header are those that `fetch_metadata` recorded, because the plan was made from them; UserError
     if not, if the hub refuses, or if the disk is too small for what is still to come.
@@ -137,27 +139,15 @@ def fetch_shard(settings: Settings, shard: str) -> Path:
     if listing.get(shard, {}).get("kind") != "shard":
         raise UserError(f"--shard {shard}: not a shard of {settings.source.name}; it has "
                         f"{', '.join(name for name, entry in listing.items() if entry['kind'] == 'shard')}")
-    file = SourceFile(shard, listing[shard]["bytes"], listing[shard]["sha256"], "shard")
     target = settings.shard_directory / shard
     if settings.source.repository:
+        file = SourceFile(shard, listing[shard]["bytes"], listing[shard]["sha256"], "shard")
         if not target.exists() or target.stat().st_size != file.size:
             Hub(settings.source).fetch(file, target)
         _check_header(settings, shard, target)
         return target
-    original = Path(settings.source.path).resolve() / shard
-    if not original.exists():
-        raise UserError(f"{original} is missing, it was there when the source was listed; put it back")
-    if original.stat().st_size != file.size:
-        raise UserError(f"{original} has {original.stat().st_size} bytes, {file.size} when the source was listed; run "
-                        "download --metadata again")
-    _check_header(settings, shard, original)
-    if original.stat().st_mtime_ns != listing[shard].get("mtime_ns"):
-        raise UserError(f"{original} was changed since the source was listed; run download --metadata again")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    link = target.with_name(f"{shard}.link.{os.getpid()}")
-    link.unlink(missing_ok=True)
-    link.symlink_to(original)
-    os.replace(link, target)
+    check_shard(settings.source, shard, listing[shard])
+    _check_header(settings, shard, target)
     return target
 
 

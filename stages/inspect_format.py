@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from stages.checkpoint.files import human_bytes, read_json, write_json
+from stages.checkpoint.files import human_bytes, read_json, write_rows
 from stages.dialects import recognize
 from stages.dialects.config import expert_count, has_shared_experts, is_tied, layers_apart, text_part, tower_blocks
 from stages.dialects.roles import declared_drafts, hidden_layers, layer_of, role_of
@@ -65,7 +65,7 @@ def census(settings: Settings) -> dict:
 def run(settings: Settings) -> dict:
     """Writes inspect.json."""
     result = census(settings)
-    write_json(settings.run_directory / "inspect.json", result)
+    write_rows(settings.run_directory / "inspect.json", result)
     print(f"{len(result['tensors'])} tensors in {len(result['shards'])} shards, "
           f"{human_bytes(result['tensor_bytes'])}: "
           + ", ".join(f"{count} {name}" for name, count in result["dialects"].items()))

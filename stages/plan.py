@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from stages.checkpoint.files import check_disk, write_json
+from stages.checkpoint.files import check_disk, write_rows
 from stages.dialects.config import KEY_VALUE_HEADS, whole_number
 from stages.dialects.roles import draft_layers
 from stages.errors import UserError, exit_with_one_line
@@ -25,7 +25,7 @@ from stages.schemes.engines import engines
 from stages.settings import Settings, as_dict, load, stage_parser
 from stages.sources.listing import read_config
 
-JOBS_OF_A_SHARD, JOBS_OF_A_RUN = 2, 10  # of the workflow: download and quantize; all others
+JOBS_OF_A_RUN = 10  # of the workflow, beside those of shards
 
 
 def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
@@ -52,7 +52,7 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
         "quantized_weights": sum(math.prod(entry["matrix"]) for entry in tensors.values() if entry["decision"] == "quantize"),
         "source_tensor_bytes": census["tensor_bytes"],
         **release_sizes(plan, made, source_config),
-        "jobs": JOBS_OF_A_SHARD * len(shards) + JOBS_OF_A_RUN,
+        "jobs": (2 if settings.source.repository else 1) * len(shards) + JOBS_OF_A_RUN,
         "lane": settings.device.lane,
         "disk_peak_bytes": _disk_peak(settings, shards),
         "tensor_parallel": tensor_parallel.notes(tensors, whole_number(source_config, "num_attention_heads"),
@@ -64,7 +64,7 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
 
 
 def _disk_peak(settings: Settings, shards: dict[str, dict]) -> int:
-    """Bytes of all converted shards, and of the source's that are there at the same time; a local source is only linked."""
+    """Bytes of all converted shards, and of the source's that are there at the same time; a local source is read where it lies."""
     passing = settings.device.lane * max(shard["source_bytes"] for shard in shards.values()) if settings.source.repository else 0
     return sum(shard["file_bytes"] for shard in shards.values()) + passing
 
@@ -76,7 +76,7 @@ def run(settings: Settings) -> dict:
     print_plan(plan)
     there = sum(path.stat().st_size for path in (settings.run_directory / "shards").glob("*.safetensors"))
     check_disk(settings.run_directory, max(0, plan["disk_peak_bytes"] - there), "the whole run, by this plan,")
-    write_json(settings.run_directory / "plan.json", plan)
+    write_rows(settings.run_directory / "plan.json", plan)
     return plan
 
 

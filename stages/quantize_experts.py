@@ -21,7 +21,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from kernels.decibels import decibels
-from stages.checkpoint.files import check_disk, human_bytes, write_json
+from stages.checkpoint.files import check_disk, human_bytes, write_rows
 from stages.checkpoint.hashing import HashingThread, hashing_threads
 from stages.checkpoint.reader import ShardReader
 from stages.checkpoint.writer import ShardWriter
@@ -36,6 +36,7 @@ from stages.receipts import plan_hashes, zeros_note
 from stages.schemes.modules import Matrix, Output
 from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_listing
+from stages.sources.local import check_shard
 
 MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # mallopt's parameter and its value in bytes
 
@@ -66,9 +67,12 @@ class Original:
     """The source's shard while it is converted: hashed meanwhile, and refused if it changes."""
 
     def __init__(self, settings: Settings, shard: str, hashing: HashingThread):
-        self._settings, self._shard = settings, shard
+        self._of_hub, self._shard = bool(settings.source.repository), shard  # what is not of a hub is the user's own
         self.path = settings.shard_directory / shard
-        if not self.path.exists():
+        self._listed = read_listing(settings).get(shard, {})
+        if settings.source.path:
+            check_shard(settings.source, shard, self._listed)
+        elif not self.path.exists():
             raise UserError(f"{self.path} is missing: run download --shard {shard} first")
         self._before = self._identity()
         self._sha256 = hashing.file(self.path)  # goes on while kernels are loaded
@@ -83,8 +87,8 @@ class Original:
         digest = self._sha256.result()
         if self._identity() != self._before:
             raise UserError(f"{self.path} changed while it was converted; {INSPECT}")
-        listed = read_listing(self._settings).get(self._shard, {}).get("sha256")
-        if listed and digest != listed:
+        listed = self._listed.get("sha256")
+        if self._of_hub and listed and digest != listed:
             self.path.unlink()
             raise UserError(f"{self.path}: has sha256 {digest[:12]}..., the hub listed {listed[:12]}...; it was changed after it was downloaded and "
                             f"is deleted, run again (or download --shard {self._shard})")
@@ -155,7 +159,7 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
         "seconds": round(seconds, 3),
         "bytes_per_second": round(size / seconds),
     }
-    write_json(target.with_suffix(".json"), receipt)
+    write_rows(target.with_suffix(".json"), receipt)
     _say(receipt)
     return receipt
 

@@ -25,8 +25,8 @@ class Workflow:
     """Of one `--config`; UserError for what no run could begin with."""
 
     def __init__(self, config: Mapping):
-        overrides = overrides_from(dict(config))
-        self.settings = settings = load(overrides, resolve=resolve)
+        self.overrides = overrides_from(dict(config))
+        self.settings = settings = load(self.overrides, resolve=resolve)
         self.shards = [name.removesuffix(".safetensors") for name in shards_of(settings.source)]
         self.files = local_files(settings.source)  # of a local source, which may change
         self.text = str(text_path(settings))
@@ -37,7 +37,7 @@ class Workflow:
         self.watched = dict(identities([*self.files, self.text]))  # by size and time: an older file in the place of another is new, too
         self.plugin = [str(PLUGIN / path) for path in plugin_files()]
         self.source, self.run = str(settings.source_directory), str(settings.run_directory)
-        self.python, self.overrides = shlex.quote(sys.executable), shlex.join(overrides)
+        self.python, self.arguments = shlex.quote(sys.executable), shlex.join(self.overrides)
         self.converting = code_of(*CONVERTING)
 
     @property
@@ -75,7 +75,7 @@ class Workflow:
 def stage(name: str, arguments: str = "") -> str:
     """A rule's command: the stage's output goes to its log and, marked, to the terminal. What is in braces Snakemake fills in late, so that it
     is no part of the rule's code."""
-    return f"{{W.python}} -m stages.{name} {{W.overrides}} {arguments} 2>&1 | tee {{log:q}} | sed -u 's/^/{name:16} | /'"
+    return f"{{W.python}} -m stages.{name} {{W.arguments}} {arguments} 2>&1 | tee {{log:q}} | sed -u 's/^/{name:16} | /'"
 
 
 def serving_code(*names: str) -> list[str]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from kernels import mxfp4
 from kernels.fp8 import decode_block_fp8
 from stages import assemble_release, download, evaluate, inspect_format, plan, quantize_experts, receipts, report, serve_bench, validate_gemm, verify_release
-from stages.checkpoint.files import read_json
+from stages.checkpoint.files import read_json, write_json
 from stages.checkpoint.header import render_header, sorted_specs
 from stages.conversion import quantizer
 from stages.conversion.places import Loose
@@ -699,8 +699,35 @@ def test_a_shard_that_gained_a_tensor_after_it_was_inspected_is_refused(checkpoi
     shard = sorted(made["shards"])[0]
     tensors = load_file(checkpoint / shard)
     save_file(tensors | {"model.extra.weight": torch.ones(4)}, checkpoint / shard, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="bytes, .* when the source was listed; run download --metadata again"):
+        quantize_experts.convert_shard(settings, made, shard)
+    download.fetch_metadata(settings)  # and nothing more of what the line says
     with pytest.raises(UserError, match="model.extra.weight was not there when it was inspected"):
         quantize_experts.convert_shard(settings, made, shard)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda path: path.unlink(), "is missing, it was there when the source was listed"),
+    (lambda path: os.utime(path, ns=(0, 0)), "was changed since the source was listed"),
+])
+def test_a_local_shard_that_is_not_the_listed_one_is_refused_before_it_is_read(checkpoint, local, change, words):
+    settings, made = prepared(local)
+    shard = sorted(made["shards"])[-1]
+    change(checkpoint / shard)
+    with pytest.raises(UserError, match=words):
+        quantize_experts.convert_shard(settings, made, shard)
+    assert not (settings.run_directory / "shards").exists() or not list((settings.run_directory / "shards").glob("*"))
+
+
+def test_a_local_source_is_never_deleted(checkpoint, local):
+    """A hub's download that is not what the hub listed is; even where a listing names a hash for a local file, which none does."""
+    settings, made = prepared(local)
+    shard = sorted(made["shards"])[-1]
+    listing = read_json(settings.source_directory / "listing.json", "download")
+    listing["files"][shard]["sha256"] = "0" * 64
+    write_json(settings.source_directory / "listing.json", listing)
+    quantize_experts.convert_shard(settings, made, shard)
+    assert (checkpoint / shard).exists()
 
 
 def test_a_source_that_changes_while_it_is_converted_is_refused(checkpoint, local, monkeypatch):

@@ -545,9 +545,12 @@ def test_a_shard_that_was_swapped_for_another_of_its_size_is_refused(checkpoint,
     settings = load(local)
     download.fetch_metadata(settings)
     assert download.fetch_shard(settings, SHARD).resolve() == path
-    raw = path.read_bytes()
+    raw, status = path.read_bytes(), path.stat()
     length = int.from_bytes(raw[:8], "little")
     path.write_bytes(raw[:8] + raw[8:8 + length].replace(b"model.layers.3.", b"model.layers.9.") + raw[8 + length:])
+    with pytest.raises(UserError, match="was changed since the source was listed"):
+        download.fetch_shard(settings, SHARD)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(UserError, match="not the one that was inspected"):
         download.fetch_shard(settings, SHARD)
 

@@ -1,7 +1,11 @@
 """conf/ and its schema: what a user types is understood, or answered with one line."""
 
 import dataclasses
+import json
+import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -11,7 +15,9 @@ from stages.checkpoint.files import write_json
 from stages.errors import UserError
 from stages.settings import CONF, Settings, choices, load
 from stages.settings.commands import command_for, overrides_from
+from stages.settings.handed_over import VARIABLE, hand_over, handed_over
 
+PROJECT = CONF.parent
 GROUPS = [field.name for field in dataclasses.fields(Settings) if field.name != "results"]
 
 
@@ -114,3 +120,46 @@ def test_the_command_on_the_card_makes_the_same_release(overrides):
     assert "/data" not in " ".join(words)  # the card is published
     again = load([item.replace("=DIRECTORY", "='/data/my model'") for item in overrides_from(config)])
     assert (again.source, again.recipe, again.release) == (settings.source, settings.recipe, settings.release)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """In which settings may be handed over, and are forgotten afterwards."""
+    monkeypatch.setenv(VARIABLE, "")
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("recipe", "serving"), [("mxfp4_experts_mxfp8_rest", "vllm_cpu"), ("mxfp4_all_linear", "endpoint"), ("mxfp8_experts", "none")])
+def test_settings_that_are_handed_over_are_those_that_were_composed(environment, recipe, serving):
+    overrides = [f"recipe={recipe}", f"serving={serving}", "serving.url=http://127.0.0.1:1", "serving.goodput_ms={ttft: 200}", "results='/tmp/ä b'"]
+    settings = load(overrides)
+    hand_over(overrides, settings)
+    made = handed_over(overrides)
+    assert made == settings and made is not settings and load(overrides) == settings
+    assert type(made.recipe.groups[0]) is type(settings.recipe.groups[0])
+
+
+def test_settings_are_handed_over_to_the_same_overrides_only(environment):
+    hand_over(["recipe=mxfp8_experts"], load(["recipe=mxfp8_experts"]))
+    assert handed_over([]) is None and load([]).recipe.name == "mxfp4_experts"
+
+
+@pytest.mark.parametrize("change", [
+    lambda found: [], lambda found: found | {"project": "/elsewhere"}, lambda found: {"project": found["project"]},
+    lambda found: found | {"settings": {}}, lambda found: found | {"settings": []}, lambda found: found | {"settings": found["settings"] | {"recipe": None}},
+    lambda found: found | {"settings": found["settings"] | {"device": found["settings"]["device"] | {"unknown": 1}}},
+    lambda found: found | {"settings": found["settings"] | {"device": {"name": "cpu"}}},
+])
+def test_what_another_version_handed_over_is_composed_anew(environment, change):
+    hand_over([], load([]))
+    environment.setenv(VARIABLE, json.dumps(change(json.loads(os.environ[VARIABLE]))))
+    assert handed_over([]) is None and load([]).recipe.name == "mxfp4_experts"
+
+
+def test_a_stage_with_settings_that_were_handed_over_does_without_hydra(environment, tmp_path):
+    overrides = [f"results={tmp_path}", "serving=none"]
+    hand_over(overrides, load(overrides))
+    script = "import sys; from stages.download import main; main(); sys.exit('hydra' in sys.modules and 'hydra was imported')"
+    for arguments, wanted in (([*overrides, "--metadata"], 0), ([*overrides, "device.lane=1", "--metadata"], 1)):
+        ran = subprocess.run([sys.executable, "-c", script, *arguments], cwd=PROJECT, capture_output=True, text=True)
+        assert ran.returncode == wanted and "6 shards" in ran.stdout, ran.stderr

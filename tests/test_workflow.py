@@ -17,6 +17,7 @@ from tests.conftest import PROJECT
 from tests.hub_server import HubServer
 
 pytestmark = pytest.mark.workflow
+REVISION = "0123456789abcdef0123456789abcdef01234567"
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 
 
@@ -67,8 +68,8 @@ def test_the_plan_counts_the_jobs_of_a_whole_run(finished):
     assert made["jobs"] == int(re.search(r"^total +(\d+)", shown.stdout + shown.stderr, re.M)[1])
 
 
-def test_source_shards_are_temporary(finished):
-    assert not list((finished / "results/step37_tiny/mxfp4_experts/source").glob("*"))
+def test_a_local_source_is_read_where_it_lies(finished):
+    assert not (finished / "results/step37_tiny/mxfp4_experts/source").exists()
 
 
 def test_a_second_run_has_nothing_to_do(finished):
@@ -122,10 +123,14 @@ def test_a_changed_file_of_a_local_source_is_noticed(finished, tmp_path):
 def test_a_hub_repository_is_converted_into_a_directory_with_a_space(finished, tmp_path):
     """The command for Step-3.7, with a hub on loopback."""
     directory = workdir(tmp_path / "from a hub")
-    with HubServer(PROJECT / "tests/tiny/step37_tiny", "somebody/tiny", "0123456789abcdef0123456789abcdef01234567") as hub:
-        ran = snakemake(directory, "--cores", "2", "--until", "verify_release", "--config", "source=hub", "results=my results",
-                        "overrides=[source.repository=somebody/tiny]", env=os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"})
+    settings = ["--cores", "2", "--config", "source=hub", "results=my results", "overrides=[source.repository=somebody/tiny]"]
+    with HubServer(PROJECT / "tests/tiny/step37_tiny", "somebody/tiny", REVISION) as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
+        ran = snakemake(directory, "--until", "verify_release", *settings, env=environment)
+        shown = snakemake(directory, "-n", "--forceall", *settings, env=environment)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    jobs = json.loads((directory / "my results/tiny/mxfp4_experts/plan.json").read_text())["jobs"]
+    assert jobs == int(re.search(r"^total +(\d+)", shown.stdout + shown.stderr, re.M)[1])
     made = directory / "my results/tiny/mxfp4_experts"
     theirs = finished / "results/step37_tiny/mxfp4_experts"
     assert not list((made / "source").glob("*")), "downloaded shards are deleted behind their conversion"
@@ -195,16 +200,17 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(tmp_path, config, words
 
 
 def test_the_lane_bounds_how_many_source_shards_are_on_disk(tmp_path):
-    """`lane=1`: at no moment do two source shards lie in the staging area."""
+    """`lane=1`: at no moment do two downloaded shards lie in the staging area."""
     directory = workdir(tmp_path / "lane")
-    process = subprocess.Popen(
-        [*SNAKEMAKE, "--directory", str(directory), "-s", str(PROJECT / "Snakefile"), "--cores", "2", "--until",
-         "assemble_release", "--config", "overrides=[device.lane=1]"], cwd=PROJECT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True)
-    staging, most = directory / "results/step37_tiny/mxfp4_experts/source", 0
-    while process.poll() is None:
-        most = max(most, len(list(staging.glob("*.safetensors"))))
-        time.sleep(0.005)
+    with HubServer(PROJECT / "tests/tiny/step37_tiny", "somebody/tiny", REVISION) as hub:
+        process = subprocess.Popen(
+            [*SNAKEMAKE, "--directory", str(directory), "-s", str(PROJECT / "Snakefile"), "--cores", "2", "--until", "assemble_release", "--config",
+             "source=hub", "overrides=[device.lane=1,source.repository=somebody/tiny]"], cwd=PROJECT, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, env=os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"})
+        staging, most = directory / "results/tiny/mxfp4_experts/source", 0
+        while process.poll() is None:
+            most = max(most, len(list(staging.glob("*.safetensors"))))
+            time.sleep(0.005)
     assert process.returncode == 0, process.stdout.read()
     assert most == 1
 

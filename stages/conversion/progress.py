@@ -5,9 +5,6 @@ from __future__ import annotations
 import sys
 import time
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from stages.checkpoint.files import human_bytes
 
 REPORT_SECONDS = 10.0  # between progress lines where the output is no terminal
@@ -21,6 +18,9 @@ class ProgressReport:
         self._start = self._last = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
             self._bar = Progress(TextColumn(shard), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
                                  TimeRemainingColumn(), console=Console(stderr=True))
             self._task = self._bar.add_task(shard, total=total_bytes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from stages.dialects.config import text_part, whole_number
 from stages.errors import UserError
@@ -66,6 +67,7 @@ def hidden_layers(config: dict) -> int:
     return layers
 
 
+@cache  # asked ten times of each name
 def layer_and_tail(name: str) -> tuple[int | None, str]:
     """(layer number, what the tensor is called in its layer) of a text tensor; (None, its name) outside the layers."""
     match = re.match(_LAYER, name)
@@ -77,6 +79,7 @@ def layer_of(name: str) -> int | None:
     return layer_and_tail(name)[0]
 
 
+@cache
 def role_in_layer(name: str) -> str:
     """Role of a tensor name, whether its layer is a draft layer or not."""
     return next(role for role, pattern in _COMPILED if pattern.fullmatch(name))

@@ -9,7 +9,8 @@ from stages.checkpoint.files import read_json, write_json
 from stages.errors import UserError
 from stages.settings.checks import check
 from stages.settings.commands import stage_parser
-from stages.settings.composing import CONF, PROJECT, choices, composed
+from stages.settings.conf import CONF, PROJECT, choices
+from stages.settings.handed_over import handed_over
 from stages.settings.schema import EvaluationSettings, Settings, SourceSettings, as_dict, as_json, scoring
 
 __all__ = ["CONF", "PROJECT", "EvaluationSettings", "Settings", "SourceSettings", "as_dict", "as_json", "choices", "load", "scoring", "stage_parser",
@@ -17,13 +18,18 @@ __all__ = ["CONF", "PROJECT", "EvaluationSettings", "Settings", "SourceSettings"
 
 
 def load(overrides: list[str] | tuple[str, ...] = (), resolve: Callable[[str, None], tuple[str, list[str]]] | None = None) -> Settings:
-    """Composes conf/ with Hydra overrides (`recipe=...`, `source.path=...`) and checks it against the schema.
+    """Composes conf/ with Hydra overrides (`recipe=...`, `source.path=...`), unless the workflow has handed over what it composed of the same
+    overrides, and checks it against the schema.
 
     resolve: gives (revision, shards) of a repository that is named without a revision, and is asked once (stages.sources.hub.resolve); without
     it, what was recorded then is read.
     Raises UserError with one line for a misspelt key, an unknown choice or a value of the wrong type.
     """
-    settings = composed(overrides)
+    settings = handed_over(overrides)
+    if settings is None:
+        from stages.settings.composing import composed  # Hydra
+
+        settings = composed(overrides)
     check(settings)
     if settings.source.repository and not settings.source.revision:
         _pin(settings, resolve)

@@ -9,7 +9,7 @@ import re
 import shlex
 
 from stages.errors import UserError
-from stages.settings.composing import choices, composed
+from stages.settings.conf import choices
 from stages.settings.schema import Settings, as_dict
 
 
@@ -62,6 +62,8 @@ def command_for(settings: Settings) -> str:
 
     It is published: a local source is DIRECTORY in it, whatever its path on this machine, unless conf/ names that path.
     """
+    from stages.settings.composing import composed  # Hydra, which stages without this command do without
+
     source, of_conf = settings.source, None
     if source.name in choices("source"):  # as a local folder may be called, too
         named = composed([f"source={source.name}"]).source

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -20,17 +19,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stages.errors import UserError
+from stages.settings.conf import CONF, choices
 from stages.settings.schema import GroupSettings, Settings
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
-CONF = PROJECT / "conf"
 OPEN_DICTIONARY = re.compile(r"\+{0,2}serving\.(goodput_ms|variables)\b")  # whose keys the user names, for which Hydra wants `++`
 ConfigStore.instance().store(name="schema", node=Settings)  # the first entry of conf/config.yaml's defaults list
-
-
-def choices(group: str) -> list[str]:
-    """Names of the alternatives that conf/ offers for one settings group."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def _keys() -> list[str]:

@@ -134,8 +134,9 @@ class Settings:
 
     @property
     def shard_directory(self) -> Path:
-        """Source shards while they are needed; of one run, so that two recipes never wait for or delete each other's."""
-        return self.run_directory / "source"
+        """Where source shards lie: a local source itself; those of a hub while they are needed, for one run, so that two recipes never wait for or
+        delete each other's."""
+        return Path(self.source.path) if self.source.path else self.run_directory / "source"
 
     @property
     def run_directory(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from stages.errors import UserError
@@ -51,6 +52,18 @@ def list_directory(source: SourceSettings) -> list[SourceFile]:
             status = path.stat()
             files.append(SourceFile(relative, status.st_size, None, kind, mtime_ns=status.st_mtime_ns))
     return files
+
+
+def check_shard(source: SourceSettings, shard: str, entry: Mapping) -> None:
+    """UserError unless a local source's shard is still the file that `fetch_metadata` listed, in listing.json's `entry`."""
+    path = Path(source.path).resolve() / shard
+    if not path.exists():
+        raise UserError(f"{path} is missing, it was there when the source was listed; put it back")
+    status = path.stat()
+    if status.st_size != entry.get("bytes"):
+        raise UserError(f"{path} has {status.st_size} bytes, {entry.get('bytes')} when the source was listed; run download --metadata again")
+    if status.st_mtime_ns != entry.get("mtime_ns"):
+        raise UserError(f"{path} was changed since the source was listed; run download --metadata again")
 
 
 def local_files(source: SourceSettings) -> list[str]:
