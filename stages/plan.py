@@ -44,7 +44,7 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
                         "use recipe.layout=per_expert")
     plan["quantization_config"], plan["runtime_modules"] = proven_config(plan)
     plan["draft_layers"] = drafts = draft_layers(source_config, tensors)
-    plan["draft_scales"] = draft_scales.draft_scales(drafts, census["text_layers"]) if settings.release.draft_scales else {}
+    plan["draft_scales"] = draft_scales.draft_scales(drafts, census["text_layers"], tensors) if settings.release.draft_scales else {}
     made = release_outputs(plan, census["shards"])
     plan["shards"] = shards = shard_sizes(made, census["shards"])
     plan |= {

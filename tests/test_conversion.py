@@ -5,6 +5,7 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -827,4 +828,15 @@ def test_a_model_published_without_its_draft_layers_is_converted_and_served_with
     _, found, loading = step37.load(release, torch.bfloat16)
     assert found is None and loading == {"missing": 0, "unexpected": 0}
     with pytest.raises(UserError, match="the model has no draft layers"):
+        plan.run(load([*local, "release.draft_scales=true"]))
+
+
+def test_draft_scales_that_the_source_holds_are_not_added_again(local, checkpoint):
+    shard, name = "model-00005.safetensors", "model.layers.6.self_attn.attn.q_scale"
+    save_file(load_file(checkpoint / shard) | {name: torch.ones(1)}, checkpoint / shard, {"format": "pt"})
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    index["weight_map"][name] = shard
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    prepared(local)
+    with pytest.raises(UserError, match=f"the source holds {re.escape(name)} already"):
         plan.run(load([*local, "release.draft_scales=true"]))

@@ -10,6 +10,7 @@ plugin cures, and that makes the scalars unnecessary. docs/serving.md has what w
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 from stages.checkpoint.header import sorted_specs
 from stages.dialects.roles import TEXT_ROOT
@@ -21,12 +22,15 @@ VALUES = {f"{part}_{kind}": value for kind, value in (("scale", 1.0), ("zero_poi
 NAME = re.compile(rf"{TEXT_ROOT}\.layers\.\d+\.self_attn\.attn\.[qkv]_(scale|zero_point)")
 
 
-def draft_scales(layers: int, text_layers: int) -> dict[str, float]:
-    """Tensor name -> value of all inert scalars; UserError for a model without draft layers."""
+def draft_scales(layers: int, text_layers: int, present: Container[str]) -> dict[str, float]:
+    """Tensor name -> value of all inert scalars; UserError for a model without draft layers, or where the source's tensors, `present`, have them."""
     if not layers:
         raise UserError("release.draft_scales=true, but the model has no draft layers (num_nextn_predict_layers, and tensors of them)")
-    return {f"model.layers.{layer}.self_attn.attn.{name}": value
-            for layer in range(text_layers, text_layers + layers) for name, value in VALUES.items()}
+    scales = {f"model.layers.{layer}.self_attn.attn.{name}": value
+              for layer in range(text_layers, text_layers + layers) for name, value in VALUES.items()}
+    if there := next((name for name in scales if name in present), None):
+        raise UserError(f"release.draft_scales=true, but the source holds {there} already; leave it out, the source's tensors pass through")
+    return scales
 
 
 def specs_of_scales(names) -> list[tuple[str, str, tuple[int, ...]]]:
