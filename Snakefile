@@ -63,7 +63,7 @@ rule quantize_experts:
     input: plan=f"{RUN}/plan.json", source=f"{S.shard_directory}/{{shard}}.safetensors"
     output: shard=f"{RUN}/shards/{{shard}}.safetensors", receipt=f"{RUN}/shards/{{shard}}.json"
     log: f"{RUN}/logs/quantize_experts/{{shard}}.log"
-    params: code=CODE, **W.params("shards"), source=lambda wildcards: W.watched.get(f"{S.source.path}/{wildcards.shard}.safetensors")
+    params: code=CODE, **W.params("shards"), source=lambda wildcards: W.watched.get(f"{S.shard_directory}/{wildcards.shard}.safetensors")
     benchmark: f"{RUN}/benchmarks/quantize_experts/{{shard}}.tsv"
     resources: lane=1, mem_mb=S.device.memory_mb
     priority: 10

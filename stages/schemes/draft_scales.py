@@ -29,7 +29,7 @@ def draft_scales(layers: int, text_layers: int, present: Container[str]) -> dict
     scales = {f"model.layers.{layer}.self_attn.attn.{name}": value
               for layer in range(text_layers, text_layers + layers) for name, value in VALUES.items()}
     if there := next((name for name in scales if name in present), None):
-        raise UserError(f"release.draft_scales=true, but the source holds {there} already; leave it out, the source's tensors pass through")
+        raise UserError(f"release.draft_scales=true, but the source holds {there} already; leave release.draft_scales out, the source's pass through")
     return scales
 
 
