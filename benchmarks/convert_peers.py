@@ -29,7 +29,7 @@ from convert_cpu import COLUMNS, PROJECT, ROWS, beside_experts, read_into_cache,
 
 from stages.checkpoint.header import render_header, sorted_specs
 from stages.settings import load
-from stages.settings.handed_over import hand_over
+from stages.settings.handed_over import VARIABLE, hand_over
 
 PEER = """
 import sys, time
@@ -78,11 +78,13 @@ def shard_name(layer: int) -> str:
 
 
 def run_stages(settings: list[str], shards: list[str]) -> tuple[float, float, int]:
-    """All stages of mxforge as the Snakefile runs them for a local source, settings composed once: wall seconds of all, longest of converting a shard, and peak resident bytes of a process that did."""
+    """All stages of mxforge as the Snakefile runs them for a local source, settings composed once: wall seconds of all, longest of converting a
+    shard, and peak resident bytes of a process that did."""
     def stage(name, *extra):
         return timed([sys.executable, "-m", f"stages.{name}", *settings, *extra])
 
     start = time.perf_counter()
+    os.environ.pop(VARIABLE, None)  # what the run before handed over
     hand_over(settings, load(settings))
     for command in (["download", "--metadata"], ["inspect_format"], ["plan"]):
         stage(*command)

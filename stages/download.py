@@ -144,9 +144,8 @@ def fetch_shard(settings: Settings, shard: str) -> Path:
         file = SourceFile(shard, listing[shard]["bytes"], listing[shard]["sha256"], "shard")
         if not target.exists() or target.stat().st_size != file.size:
             Hub(settings.source).fetch(file, target)
-        _check_header(settings, shard, target)
-        return target
-    check_shard(settings.source, shard, listing[shard])
+    else:
+        check_shard(settings.source, shard, listing[shard])
     _check_header(settings, shard, target)
     return target
 

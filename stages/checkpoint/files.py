@@ -147,7 +147,7 @@ def render_rows(value: object, levels: int = 2, indent: str = "") -> str:
     if levels and isinstance(value, dict) and value:
         inner = indent + "  "
         lines = (f"{inner}{ON_ONE_LINE.encode(key)}: {render_rows(part, levels - 1, inner)}" for key, part in value.items())
-        return "{\n" + ",\n".join(lines) + f"\n{indent}}}" + ("" if indent else "\n")
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
     return ON_ONE_LINE.encode(value)
 
 
@@ -157,8 +157,8 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_rows(path: Path, value: dict, levels: int = 2) -> None:
-    """Writes JSON atomically, in the form of `render_rows`."""
-    write_text(path, render_rows(value, levels))
+    """Writes JSON atomically, in the form of `render_rows`, ending with a newline."""
+    write_text(path, render_rows(value, levels) + "\n")
 
 
 def read_json(path: Path, made_by: str | None = None, shown: Path | None = None) -> dict:

@@ -67,7 +67,7 @@ def hidden_layers(config: dict) -> int:
     return layers
 
 
-@cache  # asked ten times of each name
+@cache  # asked several times of each name
 def layer_and_tail(name: str) -> tuple[int | None, str]:
     """(layer number, what the tensor is called in its layer) of a text tensor; (None, its name) outside the layers."""
     match = re.match(_LAYER, name)
