@@ -7,6 +7,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 CORES ?= all
+# tests in several processes, each with torch (1 GB); one after the other where they start vLLM, which takes all cores
+PARALLEL ?= $(if $(wildcard .venv-serve),,-n logical --maxprocesses 4 --dist worksteal)
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -27,7 +29,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 bench: setup
 	@for script in quantize_cpu hash_cpu convert_cpu workflow_cpu $$(test -d .venv-serve && echo serve_cpu); do \

@@ -14,16 +14,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in these tests may reach
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def convert(*overrides: str):
-    """Runs the conversion's stages in process up to the verified release; returns the settings."""
-    from stages import assemble_release, download, inspect_format, plan, quantize_experts, verify_release
+def pytest_configure(config):
+    """Of several processes of `pytest -n`, each computes on its share of the cores."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if processes > 1:
+        import torch
+
+        torch.set_num_threads(max(1, os.cpu_count() // processes))
+
+
+def planned(*overrides: str):
+    """Runs the stages in process up to the plan; returns the settings and the plan."""
+    from stages import download, inspect_format, plan
     from stages.settings import load
-    from stages.sources import shards_of
 
     settings = load([*overrides])
     download.fetch_metadata(settings)
     inspect_format.run(settings)
-    made = plan.run(settings)
+    return settings, plan.run(settings)
+
+
+def convert(*overrides: str):
+    """Runs the conversion's stages in process up to the verified release; returns the settings."""
+    from stages import assemble_release, download, quantize_experts, verify_release
+    from stages.sources import shards_of
+
+    settings, made = planned(*overrides)
     for shard in shards_of(settings.source):
         download.fetch_shard(settings, shard)
         quantize_experts.convert_shard(settings, made, shard)

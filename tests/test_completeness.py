@@ -7,11 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages import checkup, inspect_format, plan
-from stages.download import fetch_metadata
+from stages import checkup
 from stages.errors import UserError
 from stages.schemes import tensor_parallel
-from stages.settings import load
+from tests.conftest import planned
 from tests.small_models import save
 
 
@@ -28,16 +27,13 @@ def without(directory, pattern):
     return directory
 
 
-def planned(directory, results, recipe="mxfp4_experts"):
-    settings = load(["source=local", f"source.path={directory}", f"results={results}", f"recipe={recipe}"])
-    fetch_metadata(settings)
-    inspect_format.run(settings)
-    return plan.run(settings)
+def plan_of(directory, results, recipe="mxfp4_experts"):
+    return planned("source=local", f"source.path={directory}", f"results={results}", f"recipe={recipe}")[1]
 
 
 def refused(directory, results, named):
     with pytest.raises(UserError, match=named) as found:
-        planned(directory, results)
+        plan_of(directory, results)
     assert "\n" not in str(found.value)
 
 
@@ -83,7 +79,7 @@ def test_a_part_of_another_family_that_is_gone_is_missed(small, tmp_path, family
 def test_a_model_that_has_lost_all_its_experts_is_missed(small, tmp_path):
     directory = without(small("qwen3_moe", False, tmp_path), r"\.mlp\.")
     with pytest.raises(UserError, match="MLP"):
-        planned(directory, tmp_path / "results", "mxfp4_all_linear")
+        plan_of(directory, tmp_path / "results", "mxfp4_all_linear")
 
 
 @pytest.mark.parametrize(("pattern", "named"), [
@@ -120,8 +116,8 @@ def test_the_stacked_layout_is_for_architectures_whose_loader_reads_it(small, tm
             tensors[f"model.layers.{layer}.mlp.experts.{name}.weight"] = torch.stack(members)
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(UserError, match="one by one only.*per_expert"):
-        planned(directory, tmp_path / "results", "mxfp4_experts_stacked")
-    assert planned(directory, tmp_path / "results")["engines"][0]["loads"] != "no"
+        plan_of(directory, tmp_path / "results", "mxfp4_experts_stacked")
+    assert plan_of(directory, tmp_path / "results")["engines"][0]["loads"] != "no"
 
 
 def test_ranks_that_do_not_divide_the_heads_are_not_offered():

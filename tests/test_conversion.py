@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from kernels import mxfp4
 from kernels.fp8 import decode_block_fp8
-from stages import assemble_release, download, evaluate, inspect_format, plan, quantize_experts, receipts, report, serve_bench, validate_gemm, verify_release
+from stages import assemble_release, download, evaluate, plan, quantize_experts, receipts, report, serve_bench, validate_gemm, verify_release
 from stages.checkpoint.files import read_json, write_json
 from stages.checkpoint.header import render_header, sorted_specs
 from stages.conversion import quantizer
@@ -36,7 +36,7 @@ from stages.serving import launcher
 from stages.serving.commands import serve_commands
 from stages.settings import load
 from stages.settings.schema import FEWEST_TOKENS
-from tests.conftest import PROJECT, TINY, convert
+from tests.conftest import PROJECT, TINY, convert, planned
 from tests.hub_server import HubServer
 from tests.small_models import save
 
@@ -586,10 +586,7 @@ def test_scales_in_another_shard_are_fetched_from_it(converted, tmp_path, monkey
                           "source.shards=[model-00001-of-00002.safetensors,model-00002-of-00002.safetensors]"]
         else:
             overrides += ["source=local", f"source.path={source}"]
-        settings = load(overrides)
-        download.fetch_metadata(settings)
-        inspect_format.run(settings)
-        made = plan.run(settings)
+        settings, made = planned(*overrides)
         download.fetch_shard(settings, "model-00001-of-00002.safetensors")
         before = hub.sent["model-00002-of-00002.safetensors"]
         receipt = quantize_experts.convert_shard(settings, made, "model-00001-of-00002.safetensors")
@@ -644,10 +641,7 @@ def test_experts_of_one_source_are_not_released_as_those_of_another_with_the_sam
     tensors = load_file(other / shard)
     tensors[name] = tensors[name].flip(0)
     save_file(tensors, other / shard, metadata={"format": "pt"})
-    settings = load([*local, f"source.path={other}"])
-    download.fetch_metadata(settings)
-    inspect_format.run(settings)
-    plan.run(settings)
+    settings, _ = planned(*local, f"source.path={other}")
     for stage in (assemble_release, verify_release, evaluate, validate_gemm):
         with pytest.raises(UserError, match=f"model-00003.json was made from another file than the {shard} of {other}; run download --shard"):
             stage.run(settings)
@@ -665,10 +659,7 @@ def test_a_shard_of_which_nothing_goes_into_the_release_is_proven_too(tmp_path):
 
 def prepared(overrides):
     """Settings and plan of a source whose shards are there, ready to be converted."""
-    settings = load(overrides)
-    download.fetch_metadata(settings)
-    inspect_format.run(settings)
-    made = plan.run(settings)
+    settings, made = planned(*overrides)
     for shard in made["shards"]:
         download.fetch_shard(settings, shard)
     return settings, made

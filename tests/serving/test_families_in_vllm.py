@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from stages.checkup.source import Source
 from stages.dialects.reading import decoded
-from stages.planning.record import read_plan
 from stages.schemes.architectures import ARCHITECTURES, VLLM
 from stages.schemes.engines import form_of
 from stages.schemes.modules import matrices
@@ -20,7 +19,7 @@ from stages.serving.environment import is_current
 from stages.serving.launcher import server
 from stages.serving.score import token_log_probabilities
 from stages.settings import load
-from tests.conftest import PROJECT, TINY, convert
+from tests.conftest import PROJECT, TINY, convert, planned
 from tests.small_models import expanded, save, unquantized
 
 CASES = [("qwen3", False, "mxfp4_all_linear"), ("qwen3_moe", True, "mxfp4_experts"), ("qwen3_moe", False, "mxfp8_experts"),
@@ -54,19 +53,19 @@ def log_probabilities(settings, directory, *flags):
         return token_log_probabilities(running, TOKENS, [(0, len(TOKENS), 1)])
 
 
-def converted(family, fp8, recipe, directory):
+def overrides_for(family, fp8, recipe, directory):
     source = save(family, directory / family, fp8)
-    return convert("source=local", f"source.path={source}", f"results={directory / 'results'}", f"recipe={recipe}", "serving=none")
+    return ["source=local", f"source.path={source}", f"results={directory / 'results'}", f"recipe={recipe}", "serving=none"]
 
 
 def test_every_form_that_is_said_to_load_in_vllm_has_a_case_here(tmp_path):
     run = {}
     for number, (family, fp8, recipe) in enumerate(CASES):
-        made = read_plan(converted(family, fp8, recipe, tmp_path / str(number)))
+        _, made = planned(*overrides_for(family, fp8, recipe, tmp_path / str(number)))
         run.setdefault(made["architecture"], set()).add(form_of(made))
         assert made["engines"][0]["loads"] == "yes"
     for recipe in OF_THE_TINY_MODEL:
-        made = read_plan(convert(f"source.path={TINY}", f"results={tmp_path / 'results'}", f"recipe={recipe}", "serving=none"))
+        _, made = planned(f"source.path={TINY}", f"results={tmp_path / 'results'}", f"recipe={recipe}", "serving=none")
         run.setdefault(made["architecture"], set()).add(form_of(made))
     said = {row.names[0]: set(entry.forms) for row in ARCHITECTURES for entry in row.tried if entry.engine == VLLM}
     assert run == said
@@ -76,7 +75,7 @@ def test_every_form_that_is_said_to_load_in_vllm_has_a_case_here(tmp_path):
 @pytest.mark.serving
 @pytest.mark.parametrize(("family", "fp8", "recipe"), CASES)
 def test_a_family_says_the_same_in_both_forms(family, fp8, recipe, tmp_path):
-    settings = converted(family, fp8, recipe, tmp_path)
+    settings = convert(*overrides_for(family, fp8, recipe, tmp_path))
     release = settings.run_directory / "release"
     flags = FLAGS.get(family, [])
     found = log_probabilities(settings, release, *flags)
@@ -88,7 +87,7 @@ def test_a_family_says_the_same_in_both_forms(family, fp8, recipe, tmp_path):
 @pytest.mark.serving
 def test_vllm_reads_transposed_experts_as_they_are_converted(tmp_path):
     """Its gate_up_proj is square: nothing but the order of its dimensions tells the published one from its transpose."""
-    settings = converted("qwen3_vl_moe", False, "mxfp4_experts", tmp_path)
+    settings = convert(*overrides_for("qwen3_vl_moe", False, "mxfp4_experts", tmp_path))
     tensors = load_file(tmp_path / "qwen3_vl_moe" / "model.safetensors")
     with Source(tmp_path / "qwen3_vl_moe") as source:
         source.read(tmp_path)
