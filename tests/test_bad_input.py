@@ -183,6 +183,21 @@ def infinity_in_a_norm(checkpoint):
     rewrite(checkpoint / "model-00003.safetensors", change)
 
 
+def scales_that_divide(checkpoint):
+    def change(tensors):
+        tensors["model.layers.3.moe.up_proj.weight_scale_inv"].reciprocal_()
+    rewrite(checkpoint / "model-00003.safetensors", change)
+
+
+def huge_plain_experts(checkpoint):
+    def change(tensors):
+        del tensors["model.layers.3.moe.up_proj.weight_scale_inv"]
+        weight = tensors["model.layers.3.moe.up_proj.weight"]
+        tensors["model.layers.3.moe.up_proj.weight"] = weight.bfloat16() * 2.0**20
+    without_index(checkpoint)
+    rewrite(checkpoint / "model-00003.safetensors", change)
+
+
 def name_with_a_line_break(checkpoint):
     without_index(checkpoint)
     rewrite(checkpoint / "model-00003.safetensors", lambda tensors: tensors.update({'a b"\n\t.weight': torch.zeros(4, 4)}))
@@ -240,6 +255,8 @@ def overlapping_offsets(checkpoint):
     (odd_tensor_among_the_experts, ["model.layers.3.moe.gate_proj.bias"]),
     (nan_in_a_weight_that_passes_through, ["model.layers.3.self_attn.o_proj.weight[3, 5]"]),
     (infinity_in_a_norm, ["model.layers.3.input_layernorm.weight[7]"]),
+    (scales_that_divide, ["model.layers.3.moe.up_proj.weight[0] decodes to weights of", "its scales are not those of block_fp8"]),
+    (huge_plain_experts, ["model.layers.3.moe.up_proj.weight[0] decodes to weights of", "the source is damaged"]),
     (tensor_in_two_shards, ["two shards", "model-00009.safetensors"]),
     (overlapping_offsets, ["model-00001.safetensors"]),
 ])

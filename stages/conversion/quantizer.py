@@ -71,8 +71,9 @@ class Quantizer:
         if not size:
             self.zeros.append(source if expert is None else f"{source}[{expert}]")
         elif not USUAL_SIZES[0] < size < USUAL_SIZES[1]:
+            why = f"its scales are not those of {claim.dialect}, or are damaged" if claim.scale else "the source is damaged, get that shard again"
             raise UserError(f"{entry['shard']}: {source}{'' if expert is None else [expert]} decodes to weights of {size:.1e} (root mean "
-                            f"square), which no network has; its scales are not those of {claim.dialect}, or are damaged")
+                            f"square), which no network has; {why}")
         number = expert if matrix.number is None else matrix.number
         self.sums.setdefault(matrix.group, []).append([number, *total])
 
