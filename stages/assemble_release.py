@@ -54,7 +54,7 @@ def source_identity(settings: Settings, receipts: dict) -> dict:
     """What was converted: repository and revision, or just a name, and the hash of every source shard."""
     source = settings.source
     return {"name": source.name, "repository": source.repository, "revision": source.revision,
-            "shards": {shard: receipt["source"]["sha256"] for shard, receipt in receipts.items()}}
+            "shards": {shard: receipt["source"]["sha256"] for shard, receipt in sorted(receipts.items())}}
 
 
 def manifest_of(settings: Settings, plan: dict, receipts: dict, files: dict[str, dict]) -> dict:

@@ -27,20 +27,7 @@ from stages.sources import list_files
 from stages.sources.files import SourceFile, safe_name
 from stages.sources.hub import Hub
 from stages.sources.listing import read_listing, record_of
-from stages.sources.local import check_shard
-
-
-def check_places(settings: Settings) -> None:
-    """UserError when results and a local source are the same place or one lies in the other."""
-    if not settings.source.path:
-        return
-    source = Path(settings.source.path).resolve()
-    for place in (settings.source_directory.parent.resolve(), Path(settings.results).resolve()):
-        if place == source or source in place.parents:
-            raise UserError(f"results={settings.results}: lies in the source {source}; choose a directory outside of it")
-    for place in (settings.source_directory.parent.resolve(), settings.run_directory.resolve()):
-        if place in source.parents:
-            raise UserError(f"source.path={source}: lies in the results {place} of this run; choose other results")
+from stages.sources.local import check_file
 
 
 def _index_anomalies(directory: Path, headers: dict[str, Header], place: str) -> list[str]:
@@ -78,7 +65,6 @@ def fetch_metadata(settings: Settings) -> None:
     Raises UserError for what `list_files` refuses, a damaged header, a tensor in two shards, or an index that names shards
     or tensors that are not there, or leaves a whole shard out. What the index merely omits is read from the headers and noted as an anomaly.
     """
-    check_places(settings)
     with only_one(settings.source_directory / ".metadata.lock", "reading this source"):
         _fetch_metadata(settings)
 
@@ -134,7 +120,6 @@ def fetch_shard(settings: Settings, shard: str) -> Path:
     Either way its size and header are those that `fetch_metadata` recorded, because the plan was made from them; UserError
     if not, if the hub refuses, or if the disk is too small for what is still to come.
     """
-    check_places(settings)
     listing = read_listing(settings)
     if listing.get(shard, {}).get("kind") != "shard":
         raise UserError(f"--shard {shard}: not a shard of {settings.source.name}; it has "
@@ -145,7 +130,7 @@ def fetch_shard(settings: Settings, shard: str) -> Path:
         if not target.exists() or target.stat().st_size != file.size:
             Hub(settings.source).fetch(file, target)
     else:
-        check_shard(settings.source, shard, listing[shard])
+        check_file(settings.source, shard, listing[shard])
     _check_header(settings, shard, target)
     return target
 

@@ -30,6 +30,7 @@ from stages.receipts import read_receipts
 from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, load, scoring, stage_parser, text_path
 from stages.settings.schema import FEWEST_TOKENS
+from stages.sources.listing import check_source
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -220,9 +221,13 @@ def perplexity(settings: Settings, plan: dict) -> dict:
     if source is None or (evaluation.via == "vllm" and settings.serving.kind == "endpoint"):
         result["source_not_measured"] = ("the endpoint serves the release only" if source else
                                          "the source's shards are temporary; only the release was measured")
+    check_source(settings)
     if evaluation.via == "vllm":
-        return result | measure_served(settings, tokens)
-    return result | measure(source, release, tokens, evaluation.context, evaluation.stride, evaluation.dtype)
+        result |= measure_served(settings, tokens)
+    else:
+        result |= measure(source, release, tokens, evaluation.context, evaluation.stride, evaluation.dtype)
+    check_source(settings)  # which could have changed meanwhile
+    return result
 
 
 def run(settings: Settings) -> dict:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from stages.checkpoint.files import human_bytes, read_json, write_rows
+from stages.checkpoint.files import human_bytes, write_rows
 from stages.dialects import recognize
 from stages.dialects.config import expert_count, has_shared_experts, is_tied, layers_apart, text_part, tower_blocks
 from stages.dialects.roles import declared_drafts, hidden_layers, layer_of, role_of
@@ -16,7 +16,7 @@ from stages.errors import UserError, exit_with_one_line
 from stages.provenance import RESULTS_FORMAT
 from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, load, stage_parser
-from stages.sources.listing import read_config, read_headers
+from stages.sources.listing import read_anomalies, read_config, read_headers
 
 
 def census(settings: Settings) -> dict:
@@ -26,10 +26,10 @@ def census(settings: Settings) -> dict:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{settings.source_directory / 'headers.json'} is damaged ({type(error).__name__}: {str(error)[:100]}): delete it and run "
                         "download --metadata again") from None
+    anomalies = read_anomalies(settings)
     config = read_config(settings)
     layers = hidden_layers(config)
     claims = recognize(tensors, where, config)
-    listing = read_json(settings.source_directory / "listing.json", "download --metadata")
     entries = {}
     for name in sorted(tensors):
         info, claim = tensors[name], claims[name]
@@ -57,7 +57,7 @@ def census(settings: Settings) -> dict:
         "dialects": dict(sorted(Counter(entry["dialect"] for entry in entries.values()).items())),
         "dtypes": dict(sorted(Counter(entry["dtype"] for entry in entries.values()).items())),
         "bytes_by_role": dict(sorted(by_role.items())),
-        "anomalies": list(listing.get("anomalies", [])),
+        "anomalies": anomalies,
         "tensors": entries,
     }
 

@@ -36,7 +36,7 @@ from stages.receipts import plan_hashes, zeros_note
 from stages.schemes.modules import Matrix, Output
 from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_listing
-from stages.sources.local import check_shard
+from stages.sources.local import check_file
 
 MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # mallopt's parameter and its value in bytes
 
@@ -71,7 +71,7 @@ class Original:
         self.path = settings.shard_directory / shard
         self._listed = read_listing(settings).get(shard, {})
         if settings.source.path:
-            check_shard(settings.source, shard, self._listed)
+            check_file(settings.source, shard, self._listed)
         elif not self.path.exists():
             raise UserError(f"{self.path} is missing: run download --shard {shard} first")
         self._before = self._identity()

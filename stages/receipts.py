@@ -18,6 +18,8 @@ from stages.provenance import RESULTS_FORMAT
 from stages.settings import Settings
 from stages.sources.listing import read_listing
 
+CONTENT = {"source": dict, "output": dict, "tensors": dict, "quantized": dict, "borrowed": dict, "lent": dict, "zeros": list, "seconds": int | float,
+           "bytes_per_second": int | float}  # of a receipt
 DECISIVE = ("shard", "dtype", "shape", "decision", "scheme")  # of a plan's entry, beside the fields of its Claim
 
 
@@ -45,7 +47,7 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
     for shard in plan["shards"]:
         path = (settings.run_directory / "shards" / shard).with_suffix(".json")
         receipt = read_json(path, f"quantize_experts --shard {shard}")
-        if not all(isinstance(receipt.get(key), dict) for key in ("source", "output", "tensors", "quantized", "borrowed", "lent")):
+        if not _is_whole(receipt, plan, shard):
             raise UserError(f"{path} is damaged: delete it and run quantize_experts --shard {shard} again")
         if receipt.get("plan_sha256") != hashes[shard]:
             raise UserError(f"{path} was made under another plan; run quantize_experts --shard {shard} again")
@@ -60,6 +62,18 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
                 raise UserError(f"{shard}: was converted with other bytes of {name} than {owner} holds; remove {settings.run_directory / 'shards' / shard} "
                                 "and run again")
     return receipts
+
+
+def _is_whole(receipt: dict, plan: dict, shard: str) -> bool:
+    """Whether a receipt holds what later stages take for granted: of each kind, a file's bytes and sha256, the sha256 of every tensor that passed
+    through, and sums that are numbers."""
+    if not all(isinstance(receipt.get(key), kind) for key, kind in CONTENT.items()):
+        return False
+    kept = {name for name, entry in plan["tensors"].items() if entry["shard"] == shard and entry["decision"] in ("pass through", "keep")}
+    files = all(isinstance(receipt[key].get("bytes"), int) and isinstance(receipt[key].get("sha256"), str) for key in ("source", "output"))
+    sums = [entry for found in receipt["quantized"].values() for entry in (found if isinstance(found, list) else [None])]
+    return files and len(receipt["tensors"]) == len(kept) and receipt["borrowed"].keys() <= plan["tensors"].keys() and all(
+        isinstance(entry, list) and len(entry) == 4 and all(isinstance(number, int | float) for number in entry[1:]) for entry in sums)
 
 
 def _is_of(converted: dict, listed: dict) -> bool:

@@ -29,6 +29,7 @@ from stages.planning.record import read_plan
 from stages.receipts import read_receipts, shards_sha256
 from stages.schemes.modules import Output
 from stages.settings import Settings, load, stage_parser
+from stages.sources.listing import check_source
 
 MINIMUM_ARITHMETIC_DB = 45.0
 MINIMUM_FORMAT_DB = 6.0  # scales off by one give 0, another tensor's weights -3
@@ -159,6 +160,7 @@ def run(settings: Settings) -> dict:
 
     plan = read_plan(settings)
     receipts = read_receipts(settings, plan)
+    check_source(settings)
     backends = [backend for backend in mxfp4.backends() if backend != "reference"]
     rows, shapes = [], set()
     for shard, made in release_outputs(plan).items():

@@ -33,7 +33,7 @@ from stages.schemes import draft_scales
 from stages.schemes.modules import Output
 from stages.serving.plugin import PLUGIN
 from stages.settings import Settings, load, stage_parser
-from stages.sources.listing import read_config, read_listing
+from stages.sources.listing import check_source, read_config, read_listing
 
 RELATIVE_TOLERANCE = 1e-9  # of sums of squares that two implementations add up in different orders
 PANEL_BYTES = 1 << 20  # of codes read at once: they stay in the cache until they were hashed and summed
@@ -313,7 +313,9 @@ class Verification:
 
 def run(settings: Settings) -> dict:
     """Verifies the release; writes verify.json; UserError when a check fails."""
-    result = Verification(settings).run()
+    verification = Verification(settings)
+    check_source(settings, missing="allowed")  # else the release would be blamed for what happened to the source
+    result = verification.run()
     for row in result["checks"]:
         count = "" if row["count"] is None else f" ({row['count']})"
         print(f"{'pass' if row['passed'] else 'FAIL'}  {row['title']}{count}")

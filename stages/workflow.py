@@ -14,6 +14,7 @@ from stages.serving.environment import marker_inputs
 from stages.serving.plugin import PLUGIN, plugin_files
 from stages.settings import as_json, load, scoring, text_path
 from stages.settings.commands import overrides_from
+from stages.settings.handed_over import forget
 from stages.sources import shards_of
 from stages.sources.hub import resolve
 from stages.sources.local import identities, local_files
@@ -25,6 +26,7 @@ class Workflow:
     """Of one `--config`; UserError for what no run could begin with."""
 
     def __init__(self, config: Mapping):
+        forget()  # what a run before has left in the environment
         self.overrides = overrides_from(dict(config))
         self.settings = settings = load(self.overrides, resolve=resolve)
         self.shards = [name.removesuffix(".safetensors") for name in shards_of(settings.source)]
@@ -76,6 +78,11 @@ def stage(name: str, arguments: str = "") -> str:
     """A rule's command: the stage's output goes to its log and, marked, to the terminal. What is in braces Snakemake fills in late, so that it
     is no part of the rule's code."""
     return f"{{W.python}} -m stages.{name} {{W.arguments}} {arguments} 2>&1 | tee {{log:q}} | sed -u 's/^/{name:16} | /'"
+
+
+def as_they_are(values: Mapping) -> dict[str, Callable]:
+    """Parameters of a rule, as functions: in plain text Snakemake would read braces as wildcards, which regular expressions have, too."""
+    return {key: lambda wildcards, value=value: value for key, value in values.items()}
 
 
 def serving_code(*names: str) -> list[str]:

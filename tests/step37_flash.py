@@ -81,8 +81,14 @@ def tensors(fp8: bool = True) -> dict[str, dict[str, tuple[str, tuple[int, ...]]
     return shards
 
 
-def write_metadata(directory: Path, fp8: bool = True) -> None:
+def empty_listing(source) -> dict:
+    """listing.json of a source of which nothing but headers and config.json is there."""
+    return {"path": source.path, "repository": source.repository, "revision": source.revision, "anomalies": [], "files": {}}
+
+
+def write_metadata(settings, fp8: bool = True) -> None:
     """Writes what `download --metadata` would have written: headers.json, listing.json, auxiliary/config.json."""
+    directory = settings.source_directory
     headers = {}
     for shard, entries in tensors(fp8).items():
         specs = sorted_specs([(name, dtype, shape) for name, (dtype, shape) in entries.items()])
@@ -96,7 +102,7 @@ def write_metadata(directory: Path, fp8: bool = True) -> None:
                           "data_start": prefix, "tensors": table}
     (directory / "auxiliary").mkdir(parents=True)
     (directory / "headers.json").write_text(json.dumps(headers))
-    (directory / "listing.json").write_text(json.dumps({"anomalies": []}))
+    (directory / "listing.json").write_text(json.dumps(empty_listing(settings.source)))
     (directory / "auxiliary" / "config.json").write_text(json.dumps(config(fp8)))
 
 

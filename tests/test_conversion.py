@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from kernels import mxfp4
 from kernels.fp8 import decode_block_fp8
-from stages import assemble_release, download, evaluate, plan, quantize_experts, receipts, report, serve_bench, validate_gemm, verify_release
+from stages import assemble_release, download, evaluate, inspect_format, plan, quantize_experts, receipts, report, serve_bench, validate_gemm, verify_release
 from stages.checkpoint.files import read_json, write_json
 from stages.checkpoint.header import render_header, sorted_specs
 from stages.conversion import quantizer
@@ -644,6 +644,43 @@ def test_a_scale_that_one_shard_lent_and_another_used_must_be_the_same_bytes(tmp
         receipts.read_receipts(settings, made)
 
 
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_nothing_is_compared_with_a_source_that_is_not_the_converted_one_any_more(checkpoint, local, damage):
+    settings = convert(*local, "serving=none")
+    shard, proof = checkpoint / "model-00003.safetensors", settings.run_directory / "verify.json"
+    before = proof.read_bytes()
+    if damage == "changed":
+        data = bytearray(shard.read_bytes())
+        data[-1500000:-100000] = bytes(byte ^ 0x80 for byte in data[-1500000:-100000])
+        shard.write_bytes(data)
+    else:
+        shard.unlink()
+    for stage in (evaluate, validate_gemm, *([verify_release] if damage == "changed" else [])):
+        with pytest.raises(UserError, match=f"{shard.name} {'was changed since' if damage == 'changed' else 'is missing, it was there when'} the source"):
+            stage.run(settings)
+    assert proof.read_bytes() == before, "the release is not to blame"
+    assert not any((settings.run_directory / name).exists() for name in ("gemm.json", "perplexity.json", "verify.failed.json"))
+
+
+def test_a_plan_whose_rule_was_edited_is_refused(converted, tmp_path):
+    settings = ready_to_convert(converted, tmp_path)
+    path = settings.run_directory / "plan.json"
+    text = path.read_text()
+    path.write_text(text.replace('"exponent_rule": "mse"', '"exponent_rule": "ocp_floor"', 1))
+    with pytest.raises(UserError, match="plan.json: was made for other settings"):
+        read_plan(settings)
+    path.write_text(text)
+    assert read_plan(settings)["exponent_rule"] == "mse"
+
+
+def test_the_listing_of_another_source_of_the_same_name_is_refused_by_the_first_stage_that_reads_it(checkpoint, local, tmp_path):
+    planned(*local)
+    other = shutil.copytree(checkpoint, tmp_path / "other" / checkpoint.name)
+    for stage in (inspect_format, plan):
+        with pytest.raises(UserError, match="listing.json: lists .*, which is not the source that the settings name"):
+            stage.run(load([*local, f"source.path={other}"]))
+
+
 def test_experts_of_one_source_are_not_released_as_those_of_another_with_the_same_names_and_shapes(checkpoint, local, tmp_path, monkeypatch):
     convert(*local)
     other = tmp_path / "other" / checkpoint.name
@@ -778,12 +815,18 @@ def test_a_receipt_outlives_other_words_in_the_plan_but_no_other_decision(conver
     assert receipts.plan_hashes({**made, "exponent_rule": "even"})[shard] != before
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"plan_sha256": "x", "source": 1}'])
-def test_a_receipt_of_another_form_is_named(tmp_path, converted, text):
+@pytest.mark.parametrize("change", [
+    lambda receipt: {}, lambda receipt: [], lambda receipt: None, lambda receipt: {"plan_sha256": "x", "source": 1},
+    lambda receipt: {key: value for key, value in receipt.items() if key != "seconds"}, lambda receipt: receipt | {"tensors": {}},
+    lambda receipt: receipt | {"output": {}}, lambda receipt: receipt | {"borrowed": {"nobody": "x"}}, lambda receipt: receipt | {"zeros": 5},
+    lambda receipt: receipt | {"quantized": {name: [[*entry[:3], None] for entry in sums] for name, sums in receipt["quantized"].items()}},
+    lambda receipt: receipt | {"quantized": dict.fromkeys(receipt["quantized"], 5)},
+])
+def test_a_receipt_of_another_form_is_named(tmp_path, converted, change):
     shutil.copytree(converted.results, tmp_path / "results", symlinks=True)
     settings = load([f"results={tmp_path / 'results'}", f"source.path={TINY}", "serving=none"])
     path = settings.run_directory / "shards" / "model-00003.json"
-    path.write_text(text)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(UserError, match="model-00003.json is damaged"):
         assemble_release.run(settings)
 

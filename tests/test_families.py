@@ -27,6 +27,7 @@ from tests import small_models
 from tests.conftest import convert
 from tests.meta_checkpoints import FAMILIES, VARIANTS
 from tests.small_models import expanded, save
+from tests.step37_flash import empty_listing
 
 EXPERT = re.compile(r".*layers\.(?P<layer>\d+)\..*\.experts\.(?:\d+\.)?\w+")
 PUBLISHED = {  # bytes of all tensors, as the published headers have them
@@ -46,7 +47,7 @@ def planned(tmp_path, family, recipe="mxfp4_experts", drop=()):
     for name in drop:
         del table[name]
     headers = {"model.safetensors": {"file_size": position, "metadata": None, "data_start": 0, "tensors": table}}
-    for path, content in (("headers.json", headers), ("listing.json", {}), ("auxiliary/config.json", family.config)):
+    for path, content in (("headers.json", headers), ("listing.json", empty_listing(settings.source)), ("auxiliary/config.json", family.config)):
         (settings.source_directory / path).parent.mkdir(parents=True, exist_ok=True)
         (settings.source_directory / path).write_text(json.dumps(content))
     return plan.make_plan(settings, inspect_format.census(settings), family.config)

@@ -24,7 +24,7 @@ def large_disk(monkeypatch):
 
 def planned(tmp_path, *overrides, fp8=True):
     settings = load([f"results={tmp_path}", *overrides])
-    step37_flash.write_metadata(settings.source_directory, fp8)
+    step37_flash.write_metadata(settings, fp8)
     census = inspect_format.run(settings)
     return settings, census, plan.run(settings)
 

@@ -15,7 +15,8 @@ from stages.checkpoint.files import write_json
 from stages.errors import UserError
 from stages.settings import CONF, PROJECT, Settings, choices, load
 from stages.settings.commands import command_for, overrides_from
-from stages.settings.handed_over import VARIABLE, hand_over, handed_over
+from stages.settings.handed_over import MOST_BYTES, VARIABLE, hand_over, handed_over
+from stages.workflow import Workflow
 
 GROUPS = [field.name for field in dataclasses.fields(Settings) if field.name != "results"]
 
@@ -136,6 +137,35 @@ def test_settings_that_are_handed_over_are_those_that_were_composed(environment,
     made = handed_over(overrides)
     assert made == settings and made is not settings and load(overrides) == settings
     assert type(made.recipe.groups[0]) is type(settings.recipe.groups[0])
+
+
+def test_the_workflow_composes_anew_what_was_handed_over_before(environment):
+    stale = load([])
+    stale.recipe.exponent_rule = "ocp_floor"
+    hand_over([], stale)
+    assert load([]).recipe.exponent_rule == "ocp_floor", "as a stage would read it"
+    assert Workflow({}).settings.recipe.exponent_rule == "mse"
+    hand_over([], stale)
+    stale.evaluation.name = "x" * MOST_BYTES
+    hand_over([], stale)  # more than fits
+    assert load([]).recipe.exponent_rule == "mse"
+
+
+@pytest.mark.parametrize("value", ["2026_11_27", "20261127", "1.10", "007", "1e3", "true", "nan", "-0", "0x10"])
+def test_a_text_stays_as_it_was_written(value):
+    made = load(["source=local", f"source.path={value}", "source.name=x", f"serving.model={value}", f"results=r{value}"])
+    assert (made.source.path, made.serving.model, made.results) == (value, value, f"r{value}")
+    assert load(["source.license=null"]).source.license is None
+
+
+def test_results_and_source_do_not_lie_in_each_other(tmp_path):
+    source = tmp_path / "a" / "model"
+    for results, word in ((tmp_path / "a", "is"), (source, "lies in"), (source / "out", "lies in")):
+        with pytest.raises(UserError, match=f"results={results}: .* {word} the source {source}"):
+            load(["source=local", f"source.path={source}", f"results={results}"])
+    with pytest.raises(UserError, match="lies in the results"):
+        load(["source=local", f"source.path={tmp_path / 'r/name/deep'}", "source.name=name", f"results={tmp_path / 'r'}"])
+    assert load(["source=local", f"source.path={source}", f"results={tmp_path / 'a'}", "source.name=other"]).source.name == "other"
 
 
 def test_settings_are_handed_over_to_the_same_overrides_only(environment):

@@ -184,12 +184,21 @@ def test_every_recipe_and_every_pinned_source_dry_runs(tmp_path, source, recipe)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+def test_patterns_and_flags_may_hold_braces(tmp_path):
+    overrides = ["recipe.groups=[{scheme: mxfp4, patterns: ['model[.]layers[.][0-9]{1}[.]moe[.](up|down|gate)_proj[.]weight']}]",
+                 "serving.variables={A: '{b} {c'}"]
+    ran = snakemake(workdir(tmp_path / "dry"), "-n", "--quiet", "all", "--config", f"overrides={json.dumps(overrides)}")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
 @pytest.mark.parametrize(("config", "words"), [
     (["recip=mxfp4_experts"], "recip=mxfp4_experts: unknown"),
     (["recipe=mxfp5"], "no recipe 'mxfp5'"),
     (["overrides=[recipe.layot=stacked]"], "did you mean 'recipe.layout'"),
     (["source=local", "overrides=[source.path=/nonexistent]"], "/nonexistent"),
     (["overrides=[evaluation.text=/nonexistent]"], "/nonexistent"),
+    (["results=007"], "results=7: Snakemake reads"),
+    (["results="], "results=None: Snakemake reads"),
     (["overrides=[evaluation.via=vllm,serving.environment=nonexistent]"], "evaluation.via=vllm needs a server: run make serve-env"),
 ])
 def test_a_mistake_on_the_command_line_is_one_clear_line(tmp_path, config, words):

@@ -36,8 +36,10 @@ def read_plan(settings: Settings) -> dict:
 
 
 def is_plan_for(plan: dict, settings: Settings) -> bool:
-    """Whether a plan was made for this recipe."""
-    return plan.get("recipe_settings") == as_dict(settings.recipe) and bool(plan.get("draft_scales")) == settings.release.draft_scales
+    """Whether a plan was made for this recipe, and says the same wherever it names a setting."""
+    recipe = as_dict(settings.recipe)
+    named = all(plan.get(key) == recipe[key] for key in ("exponent_rule", "layout"))
+    return named and plan.get("recipe_settings") == recipe and bool(plan.get("draft_scales")) == settings.release.draft_scales
 
 
 def current(path: Path, stage: str) -> dict:

@@ -16,6 +16,7 @@ def check(settings: Settings) -> None:
     """UserError for settings that cannot be meant. A source without a name takes its directory's or its repository's."""
     _check_source(settings.source)
     _check_places(settings)
+    _check_apart(settings)
     _check_limits(settings)
     _check_evaluation(settings.evaluation, settings.serving)
     _check_serving(settings.serving)
@@ -50,6 +51,20 @@ def _check_places(settings: Settings) -> None:
                             "another word than 'source', of letters, digits, '.', '_' and '-'")
     if not settings.results or settings.results.startswith("-") or ((results.exists() or results.is_symlink()) and not results.is_dir()):
         raise UserError(f"conf: results is {settings.results or 'empty'}: name the directory that everything is written to, made where it is missing")
+
+
+def _check_apart(settings: Settings) -> None:
+    """Results and a local source: neither is the other or lies in it. Checked before Snakemake makes a log or removes an old result there."""
+    if not settings.source.path:
+        return
+    source, ours = Path(settings.source.path).resolve(), settings.source_directory.parent.resolve()
+    for place in (ours, Path(settings.results).resolve()):
+        if place == source or source in place.parents:
+            raise UserError(f"conf: results={settings.results}: this run's {place} {'is' if place == source else 'lies in'} the source {source}; choose "
+                            "results outside of it, or another source.name")
+    for place in (ours, settings.run_directory.resolve()):
+        if place in source.parents:
+            raise UserError(f"conf: source.path={source}: lies in the results {place} of this run; choose other results")
 
 
 def _check_limits(settings: Settings) -> None:

@@ -34,6 +34,9 @@ def overrides_from(config: dict) -> list[str]:
             continue
         if key not in groups:
             raise UserError(f"--config {key}={value}: unknown; choose from {', '.join(groups)} and overrides")
+        if key == "results" and not isinstance(value, str):
+            raise UserError(f"--config results={value}: Snakemake reads nothing, a number, true or false there, whatever was written; give it as "
+                            "'overrides=[\"results=...\"]'")
         result.append(f"{key}={value}")
     extra = config.get("overrides") or []
     if not isinstance(extra, str | list | tuple):

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
+from typing import get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -62,9 +63,26 @@ def _one_line(error: Exception) -> str:
     return "conf: " + (f"{key.group(1)}: " if key else "") + " ".join(keep[:2])
 
 
+def _text_keys() -> set[str]:
+    """Dotted keys of the settings that are text."""
+    kinds = {f"{group.name}.{key}": kind for group in dataclasses.fields(Settings) if group.name != "results"
+             for key, kind in get_type_hints(group.default_factory).items()}
+    return {"results", *(key for key, kind in kinds.items() if kind in (str, str | None))}
+
+
+TEXT = _text_keys()
+
+
+def _quoted(override: str) -> str:
+    """An override of a text whose value looks like a number, in quotes: Hydra would make 20261127 of 2026_11_27 and 1.1 of 1.10."""
+    key, equals, value = override.partition("=")
+    words = re.fullmatch(r"[\w.+-]+", value, re.ASCII) and value.lower() != "null"
+    return f"{key}='{value}'" if equals and key.lstrip("+") in TEXT and (words or (key, value) == ("results", "")) else override
+
+
 def composed(overrides: Iterable[str]) -> Settings:
     """conf/ with overrides, not yet checked beyond keys and types."""
-    overrides = ["++" + item.lstrip("+") if OPEN_DICTIONARY.match(item) else item for item in overrides]
+    overrides = ["++" + item.lstrip("+") if OPEN_DICTIONARY.match(item) else _quoted(item) for item in overrides]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="mxforge"):
@@ -72,6 +90,8 @@ def composed(overrides: Iterable[str]) -> Settings:
         # merged once more because Hydra's `+key=value` may add keys that the schema does not have
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.to_container(made)))
     except ValueError as error:
+        if isinstance(error, OmegaConfBaseException):
+            raise UserError(_one_line(error)) from None
         if "Config group override" not in str(error):
             raise
         groups = ", ".join(field_.name for field_ in dataclasses.fields(Settings) if field_.name != "results")

@@ -14,8 +14,14 @@ VARIABLE = "MXFORGE_SETTINGS"  # environment variable
 MOST_BYTES = 100_000  # that Linux takes in one variable, and some to spare
 
 
+def forget() -> None:
+    """Takes back what was handed over, by this process or by those before it."""
+    os.environ.pop(VARIABLE, None)
+
+
 def hand_over(overrides: Sequence[str], settings: Settings) -> None:
     """Leaves settings to the stages that this process starts with the same overrides; they compose others themselves."""
+    forget()
     text = json.dumps({"project": str(PROJECT), "overrides": list(overrides), "settings": as_dict(settings)})
     if len(text.encode()) < MOST_BYTES:
         os.environ[VARIABLE] = text
@@ -31,5 +37,5 @@ def handed_over(overrides: Sequence[str]) -> Settings | None:
         made = Settings(**{name: groups[name](**part) if name in groups else part for name, part in found["settings"].items()})
         made.recipe.groups = [GroupSettings(**group) for group in made.recipe.groups]
         return made if as_dict(made) == found["settings"] else None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -10,7 +10,10 @@ from stages.dialects.config import read_source_config
 from stages.errors import UserError
 from stages.settings import Settings, SourceSettings
 from stages.sources.hub import Hub
-from stages.sources.local import list_directory
+from stages.sources.local import check_file, list_directory
+
+
+FIELDS = {"bytes", "sha256", "kind"}  # of a listed file; times came later
 
 
 def lists_source(listing: dict, source: SourceSettings) -> bool:
@@ -27,15 +30,37 @@ def lists_files(listing: dict, source: SourceSettings) -> bool:
     return not source.path or listed == {file.name: (file.size, file.mtime_ns) for file in list_directory(source) if file.kind != "ignored"}
 
 
-def read_listing(settings: Settings) -> dict[str, dict]:
-    """The files of the source as `fetch_metadata` listed them; UserError where those are of another source than the settings name."""
+def _whole_listing(settings: Settings) -> dict:
+    """listing.json; UserError where it is of another source than the settings name, or not as `fetch_metadata` writes it."""
     path = settings.source_directory / "listing.json"
     listing = read_json(path, "download --metadata")
+    files, anomalies = listing.get("files"), listing.get("anomalies")
+    if not (isinstance(files, dict) and isinstance(anomalies, list) and all(isinstance(entry, dict) and FIELDS <= entry.keys() for entry in files.values())):
+        raise UserError(f"{path} is damaged (its files are not listed as they should be): delete it and run download --metadata again")
     if not lists_source(listing, settings.source):
         listed = listing.get("path") or f"{listing.get('repository')} at {listing.get('revision')}"
         raise UserError(f"{path}: lists {listed}, which is not the source that the settings name; run download --metadata again, or set source.name: "
                         "results are kept by it")
-    return listing["files"]
+    return listing
+
+
+def read_listing(settings: Settings) -> dict[str, dict]:
+    """The files of the source as `fetch_metadata` listed them; UserError as for `_whole_listing`."""
+    return _whole_listing(settings)["files"]
+
+
+def read_anomalies(settings: Settings) -> list[str]:
+    """What `fetch_metadata` found odd about the source but harmless; UserError as for `_whole_listing`."""
+    return _whole_listing(settings)["anomalies"]
+
+
+def check_source(settings: Settings, missing: str = "refused") -> None:
+    """UserError unless a local source still has the files that it was listed with, by size and time, so that nothing is compared with others. What
+    is `missing` may be "allowed". A hub's revision cannot change."""
+    source = settings.source
+    for name, entry in sorted(read_listing(settings).items()) if source.path else ():
+        if entry["kind"] != "ignored" and (missing == "refused" or (Path(source.path) / name).exists()):
+            check_file(source, name, entry)
 
 
 def read_headers(settings: Settings) -> tuple[dict[str, TensorInfo], dict[str, str], dict]:
@@ -52,7 +77,8 @@ def read_headers(settings: Settings) -> tuple[dict[str, TensorInfo], dict[str, s
 
 
 def read_config(settings: Settings) -> dict:
-    """The source's config.json, as `read_source_config` gives it."""
+    """The source's config.json, as `read_source_config` gives it; UserError where the copy is of another source."""
+    _whole_listing(settings)
     source, copies = settings.source, settings.source_directory / "auxiliary"
     if not (copies / "config.json").exists():
         return read_json(copies / "config.json", "download --metadata")

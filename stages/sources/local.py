@@ -54,9 +54,9 @@ def list_directory(source: SourceSettings) -> list[SourceFile]:
     return files
 
 
-def check_shard(source: SourceSettings, shard: str, entry: Mapping) -> None:
-    """UserError unless a local source's shard is still the file that `fetch_metadata` listed, in listing.json's `entry`."""
-    path = Path(source.path).resolve() / shard
+def check_file(source: SourceSettings, name: str, entry: Mapping) -> None:
+    """UserError unless a local source's file is still the one that `fetch_metadata` listed, in listing.json's `entry`."""
+    path = Path(source.path).resolve() / name
     if not path.exists():
         raise UserError(f"{path} is missing, it was there when the source was listed; put it back")
     status = path.stat()
