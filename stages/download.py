@@ -14,49 +14,20 @@ The environment says how to reach the hub: HF_TOKEN (for private and gated repos
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 from stages.checkpoint.files import CHUNK, atomic_write, check_disk, human_bytes, only_one, read_json, sha256_file, write_json, write_rows
-from stages.checkpoint.header import INDEX, Header, read_header
+from stages.checkpoint.header import Header, read_header
 from stages.errors import UserError, exit_with_one_line
 from stages.settings import Settings, load, stage_parser
 from stages.sources import list_files
-from stages.sources.files import SourceFile, safe_name
+from stages.sources.files import SourceFile
 from stages.sources.hub import Hub
+from stages.sources.index import index_anomalies
 from stages.sources.listing import read_listing, record_of
 from stages.sources.local import check_file
-
-
-def _index_anomalies(directory: Path, headers: dict[str, Header], place: str) -> list[str]:
-    """Checks the index, where there is one, against the headers; returns what is odd about it but harmless."""
-    if not (directory / INDEX).exists():
-        return []
-    try:
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: {INDEX} is not valid JSON ({str(error)[:120]}); restore the original") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise UserError(f"{place}: {INDEX} has no weight_map of names; restore the original")
-    for name, shard in weight_map.items():
-        safe_name(shard, INDEX)
-        if shard not in headers:
-            raise UserError(f"{place}: {INDEX} names {shard} (for {name}), which is not there; the checkpoint is "
-                            "incomplete, download the missing shard")
-        if name not in headers[shard].tensors:
-            elsewhere = next((s for s, header in headers.items() if name in header.tensors), None)
-            where = f"it is in {elsewhere}" if elsewhere else "no shard has it"
-            raise UserError(f"{place}: {INDEX} says that {name} is in {shard}, but {where}; the checkpoint is inconsistent, "
-                            "get it again")
-    unlisted = sum(name not in weight_map for header in headers.values() for name in header.tensors)
-    anomalies = [f"the source's {INDEX} omits {unlisted} tensors that its shards hold"] if unlisted else []
-    if strangers := sorted(set(headers) - set(weight_map.values())):
-        raise UserError(f"{place}: {INDEX} does not name {', '.join(strangers)}, so that engines will not load it (often it is a second copy of the "
-                        "weights in another form); remove it, or complete the index")
-    return anomalies
 
 
 def fetch_metadata(settings: Settings) -> None:
@@ -99,7 +70,7 @@ def _fetch_metadata(settings: Settings) -> None:
                     raise UserError(f"{place}: tensor {name} is in two shards, {where[name]} and {file.name}; remove the "
                                     "stale file")
                 where[name] = file.name
-        anomalies = _index_anomalies(building, headers, place)
+        anomalies = index_anomalies(building, headers, place)
         shutil.rmtree(auxiliary, ignore_errors=True)
         os.replace(building, auxiliary)
     finally:

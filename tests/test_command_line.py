@@ -313,7 +313,12 @@ def test_the_manifest_shows_any_changed_byte(converted, release):
 
 
 def test_a_source_that_is_none_is_named_and_not_blamed_on_the_release(release, tmp_path):
-    for source, words in ((release, "is a release itself"), (tmp_path, "holds no tensor")):
+    links, part = tmp_path / "links", tmp_path / "part"
+    shutil.copytree(release, links, copy_function=os.link)
+    shutil.copytree(TINY, part)
+    (part / "model-00003.safetensors").unlink()
+    for source, words in ((release, "is a release itself"), (links, "is a release itself"), (tmp_path, "holds no tensor"),
+                          (part, "names model-00003.safetensors")):
         shown = mxforge("verify", release, "--source", source)
         assert shown.returncode == 1 and f"--source {source}" in shown.stderr and words in shown.stderr, shown.stderr
     damaged = tmp_path / "damaged"

@@ -155,6 +155,7 @@ def test_the_workflow_composes_anew_what_was_handed_over_before(environment):
 def test_a_text_stays_as_it_was_written(value):
     made = load(["source=local", f"source.path={value}", "source.name=x", f"serving.model={value}", f"results=r{value}"])
     assert (made.source.path, made.serving.model, made.results) == (value, value, f"r{value}")
+    assert load([f"serving.variables.A={value}"]).serving.variables["A"] == value
     assert load(["source.license=null"]).source.license is None
 
 

@@ -13,6 +13,7 @@ from stages.dialects.config import read_source_config
 from stages.dialects.reading import Tensors
 from stages.errors import UserError
 from stages.schemes.modules import Matrix, matrices
+from stages.sources.index import weight_map_of
 
 
 class Source(Shards):
@@ -32,9 +33,11 @@ class Source(Shards):
             self.open_shard(path)
         if not self.tensors:
             raise UserError(f"--source {self.directory}: holds no tensor; name the checkpoint that the release was made from")
+        weight_map_of(self.directory, {shard: reader.header for shard, reader in self.readers.items()}, f"--source {self.directory}")
         self.config = read_source_config(self.directory)
         self.claims = recognize(self.tensors, self.where, self.config)
-        if self.directory.resolve() == release.resolve():  # another release may be a source
+        if all((release / shard).exists() and reader.path.samefile(release / shard)
+               for shard, reader in self.readers.items()):  # by links, too; another release may be a source
             raise UserError(f"--source {self.directory}: is a release itself, not a source; name the checkpoint that the release was made from")
         for name, claim in self.claims.items():
             for layout in ("stacked", "per_expert") if claim.matrix else ():

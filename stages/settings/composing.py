@@ -76,13 +76,14 @@ TEXT = _text_keys()
 def _quoted(override: str) -> str:
     """An override of a text whose value looks like a number, in quotes: Hydra would make 20261127 of 2026_11_27 and 1.1 of 1.10."""
     key, equals, value = override.partition("=")
+    is_text = key.lstrip("+") in TEXT or key.startswith("++serving.variables.")
     words = re.fullmatch(r"[\w.+-]+", value, re.ASCII) and value.lower() != "null"
-    return f"{key}='{value}'" if equals and key.lstrip("+") in TEXT and (words or (key, value) == ("results", "")) else override
+    return f"{key}='{value}'" if equals and is_text and (words or (key, value) == ("results", "")) else override
 
 
 def composed(overrides: Iterable[str]) -> Settings:
     """conf/ with overrides, not yet checked beyond keys and types."""
-    overrides = ["++" + item.lstrip("+") if OPEN_DICTIONARY.match(item) else _quoted(item) for item in overrides]
+    overrides = [_quoted("++" + item.lstrip("+") if OPEN_DICTIONARY.match(item) else item) for item in overrides]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="mxforge"):
