@@ -47,10 +47,11 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
     for shard in plan["shards"]:
         path = (settings.run_directory / "shards" / shard).with_suffix(".json")
         receipt = read_json(path, f"quantize_experts --shard {shard}")
-        if not _is_whole(receipt, plan, shard):
-            raise UserError(f"{path} is damaged: delete it and run quantize_experts --shard {shard} again")
-        if receipt.get("plan_sha256") != hashes[shard]:
+        of_this_form = all(isinstance(receipt.get(key), kind) for key, kind in CONTENT.items())
+        if of_this_form and receipt.get("plan_sha256") != hashes[shard]:
             raise UserError(f"{path} was made under another plan; run quantize_experts --shard {shard} again")
+        if not (of_this_form and _is_whole(receipt, plan, shard)):
+            raise UserError(f"{path} is damaged: delete it and run quantize_experts --shard {shard} again")
         if not _is_of(receipt["source"], listing.get(shard, {})):
             raise UserError(f"{path} was made from another file than the {shard} of {settings.source.path or settings.source.repository}; run "
                             f"download --shard {shard} and quantize_experts --shard {shard} again")
@@ -65,10 +66,8 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
 
 
 def _is_whole(receipt: dict, plan: dict, shard: str) -> bool:
-    """Whether a receipt holds what later stages take for granted: of each kind, a file's bytes and sha256, the sha256 of every tensor that passed
-    through, and sums that are numbers."""
-    if not all(isinstance(receipt.get(key), kind) for key, kind in CONTENT.items()):
-        return False
+    """Whether a receipt of this plan holds what later stages take for granted: bytes and sha256 of both files, a sha256 for every tensor that
+    passed through, and sums that are numbers."""
     kept = {name for name, entry in plan["tensors"].items() if entry["shard"] == shard and entry["decision"] in ("pass through", "keep")}
     files = all(isinstance(receipt[key].get("bytes"), int) and isinstance(receipt[key].get("sha256"), str) for key in ("source", "output"))
     sums = [entry for found in receipt["quantized"].values() for entry in (found if isinstance(found, list) else [None])]
