@@ -95,7 +95,7 @@ rule verify_release:
 rule evaluate:
     input: RELEASE, ancient(f"{RUN}/verify.json"), W.text, W.server if W.served else []
     output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
-    params: **as_they_are(W.params("perplexity.json")), **as_they_are({"text": W.watched[W.text], "server": as_json(S.serving) if W.served else ""}),
+    params: **as_they_are(W.params("perplexity.json") | {"text": W.watched[W.text], "server": as_json(S.serving) if W.served else ""}),
         code=code_of("stages/evaluate.py", "stages/models", "kernels/decibels.py", *(serving_code("score", "launcher") if W.served else []))
     resources: mem_mb=int(1000 * S.evaluation.memory_gb), server=1
     log: f"{RUN}/logs/evaluate.log"

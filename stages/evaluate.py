@@ -221,13 +221,14 @@ def perplexity(settings: Settings, plan: dict) -> dict:
     if source is None or (evaluation.via == "vllm" and settings.serving.kind == "endpoint"):
         result["source_not_measured"] = ("the endpoint serves the release only" if source else
                                          "the source's shards are temporary; only the release was measured")
-    if "source_not_measured" not in result:
+    compared = "source_not_measured" not in result
+    if compared:
         check_source(settings)
     if evaluation.via == "vllm":
         result |= measure_served(settings, tokens)
     else:
         result |= measure(source, release, tokens, evaluation.context, evaluation.stride, evaluation.dtype)
-    if "source_not_measured" not in result:
+    if compared:
         check_source(settings)  # it could have changed meanwhile
     return result
 
