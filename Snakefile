@@ -8,7 +8,7 @@ from stages.provenance import code_of
 from stages.serving.environment import fingerprint, ingredients
 from stages.settings import as_json
 from stages.settings.handed_over import hand_over
-from stages.workflow import RESULTS, Workflow, as_they_are, serving_code, stage
+from stages.workflow import RESULTS, Workflow, serving_code, stage
 try:
     W = Workflow(config)
 except UserError as error:
@@ -28,7 +28,7 @@ rule all:
 rule download_metadata:
     input: W.files
     output: listing=f"{SOURCE}/listing.json", headers=f"{SOURCE}/headers.json", auxiliary=directory(f"{SOURCE}/auxiliary")
-    params: **as_they_are(W.params("listing.json"))
+    params: **W.params("listing.json")
     log: f"{SOURCE}/logs/metadata.log"
     shell: stage("download", "--metadata")
 
@@ -46,7 +46,7 @@ def known_results(wildcards):
 rule plan:
     input: f"{RUN}/inspect.json", known_results
     output: f"{RUN}/plan.json"
-    params: code=CODE, **as_they_are(W.params("plan.json"))
+    params: code=CODE, **W.params("plan.json")
     log: f"{RUN}/logs/plan.log"
     shell: stage("plan")
 
@@ -63,7 +63,7 @@ rule quantize_experts:
     input: plan=f"{RUN}/plan.json", source=f"{S.shard_directory}/{{shard}}.safetensors"
     output: shard=f"{RUN}/shards/{{shard}}.safetensors", receipt=f"{RUN}/shards/{{shard}}.json"
     log: f"{RUN}/logs/quantize_experts/{{shard}}.log"
-    params: code=CODE, **as_they_are(W.params("shards")), source=lambda wildcards: W.watched.get(f"{S.shard_directory}/{wildcards.shard}.safetensors")
+    params: code=CODE, **W.params("shards"), source=lambda wildcards: W.watched.get(f"{S.shard_directory}/{wildcards.shard}.safetensors")
     benchmark: f"{RUN}/benchmarks/quantize_experts/{{shard}}.tsv"
     resources: lane=1, mem_mb=S.device.memory_mb
     priority: 10
@@ -80,14 +80,14 @@ rule validate_gemm:
 rule assemble_release:
     input: f"{RUN}/plan.json", rules.download_metadata.output.listing, W.plugin, expand(f"{RUN}/shards/{{shard}}.json", shard=W.shards)
     output: RELEASE
-    params: **as_they_are(W.params("shards")), files=[W.watched[path] for path in W.files], code=code_of("stages/assemble_release.py")
+    params: **W.params("shards"), files=[W.watched[path] for path in W.files], code=code_of("stages/assemble_release.py")
     log: f"{RUN}/logs/assemble_release.log"
     shell: stage("assemble_release")
 
 rule verify_release:
     input: RELEASE, expand(f"{RUN}/shards/{{shard}}.safetensors", shard=W.shards)
     output: f"{RUN}/verify.json"
-    params: **as_they_are(W.params("verify.json")), code=code_of("stages/verify_release.py", "kernels/energy.py", "kernels/decibels.py")
+    params: **W.params("verify.json"), code=code_of("stages/verify_release.py", "kernels/energy.py", "kernels/decibels.py")
     log: f"{RUN}/logs/verify_release.log"
     threads: 64  # as many as there are
     shell: stage("verify_release")
@@ -95,7 +95,7 @@ rule verify_release:
 rule evaluate:
     input: RELEASE, ancient(f"{RUN}/verify.json"), W.text, W.server if W.served else []
     output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
-    params: **as_they_are(W.params("perplexity.json") | {"text": W.watched[W.text], "server": as_json(S.serving) if W.served else ""}),
+    params: **W.params("perplexity.json", text=W.watched[W.text], server=as_json(S.serving) if W.served else ""),
         code=code_of("stages/evaluate.py", "stages/models", "kernels/decibels.py", *(serving_code("score", "launcher") if W.served else []))
     resources: mem_mb=int(1000 * S.evaluation.memory_gb), server=1
     log: f"{RUN}/logs/evaluate.log"
@@ -112,7 +112,7 @@ rule serve_environment:
 rule serve_bench:
     input: RELEASE, ancient(f"{RUN}/verify.json"), W.server
     output: f"{RUN}/serving.json"
-    params: **as_they_are({"serving": as_json(S.serving)}), code=code_of("stages/serve_bench.py", *serving_code("launcher", "load", "statistics"))
+    params: **W.params(serving=as_json(S.serving)), code=code_of("stages/serve_bench.py", *serving_code("launcher", "load", "statistics"))
     resources: server=1
     log: f"{RUN}/logs/serve_bench.log"
     threads: 64  # as many as there are
@@ -121,7 +121,7 @@ rule serve_bench:
 rule report:
     input: f"{RUN}/plan.json", f"{RUN}/verify.json", f"{RUN}/gemm.json", f"{RUN}/sqnr.json", f"{RUN}/perplexity.json", f"{RUN}/serving.json"
     output: f"{RUN}/report.html", f"{RUN}/card.md", f"{RUN}/metrics.json", f"{RUN}/settings.yaml"
-    params: **as_they_are({"settings": [as_json(part) for part in (S.source, S.recipe, S.release)]}),
+    params: **W.params(settings=[as_json(part) for part in (S.source, S.recipe, S.release)]),
         code=code_of("stages/report.py", "stages/plots.py", *serving_code("commands", "plots"), "stages/templates/card.md.j2", "stages/templates/report.html.j2")
     log: f"{RUN}/logs/report.log"
     shell: stage("report")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 
 from stages.checkpoint.files import read_json
@@ -44,13 +45,14 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
     """Shard -> receipt; UserError for a missing one, for one that was made under another plan, and for one of other bytes than the source was
     listed with: a checkpoint of the same name and shapes has the same plan."""
     receipts, hashes, listing = {}, plan_hashes(plan), read_listing(settings)
+    passed = Counter(entry["shard"] for entry in plan["tensors"].values() if entry["decision"] in ("pass through", "keep"))
     for shard in plan["shards"]:
         path = (settings.run_directory / "shards" / shard).with_suffix(".json")
         receipt = read_json(path, f"quantize_experts --shard {shard}")
         of_this_form = all(isinstance(receipt.get(key), kind) for key, kind in CONTENT.items())
         if of_this_form and receipt.get("plan_sha256") != hashes[shard]:
             raise UserError(f"{path} was made under another plan; run quantize_experts --shard {shard} again")
-        if not (of_this_form and _is_whole(receipt, plan, shard)):
+        if not (of_this_form and _is_whole(receipt, passed[shard], plan)):
             raise UserError(f"{path} is damaged: delete it and run quantize_experts --shard {shard} again")
         if not _is_of(receipt["source"], listing.get(shard, {})):
             raise UserError(f"{path} was made from another file than the {shard} of {settings.source.path or settings.source.repository}; run "
@@ -65,13 +67,12 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
     return receipts
 
 
-def _is_whole(receipt: dict, plan: dict, shard: str) -> bool:
-    """Whether a receipt of this plan holds what later stages take for granted: bytes and sha256 of both files, a sha256 for every tensor that
-    passed through, and sums that are numbers."""
-    kept = {name for name, entry in plan["tensors"].items() if entry["shard"] == shard and entry["decision"] in ("pass through", "keep")}
+def _is_whole(receipt: dict, passed: int, plan: dict) -> bool:
+    """Whether a receipt of this plan holds what later stages take for granted: bytes and sha256 of both files, a sha256 for each of the tensors
+    that `passed` through, and sums that are numbers."""
     files = all(isinstance(receipt[key].get("bytes"), int) and isinstance(receipt[key].get("sha256"), str) for key in ("source", "output"))
     sums = [entry for found in receipt["quantized"].values() for entry in (found if isinstance(found, list) else [None])]
-    return files and len(receipt["tensors"]) == len(kept) and receipt["borrowed"].keys() <= plan["tensors"].keys() and all(
+    return files and len(receipt["tensors"]) == passed and receipt["borrowed"].keys() <= plan["tensors"].keys() and all(
         isinstance(entry, list) and len(entry) == 4 and all(isinstance(number, int | float) for number in entry[1:]) for entry in sums)
 
 

@@ -314,7 +314,7 @@ class Verification:
 def run(settings: Settings) -> dict:
     """Verifies the release; writes verify.json; UserError when a check fails."""
     verification = Verification(settings)
-    check_source(settings, missing="allowed")  # else the release would be blamed for what happened to the source
+    check_source(settings, may_be_gone=True)  # else the release would be blamed for what happened to the source
     result = verification.run()
     for row in result["checks"]:
         count = "" if row["count"] is None else f" ({row['count']})"

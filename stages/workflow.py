@@ -47,7 +47,12 @@ class Workflow:
         """Whether perplexity is measured through the server."""
         return self.settings.evaluation.via == "vllm"
 
-    def params(self, result: str) -> dict:
+    def params(self, result: str = "", **further: object) -> dict[str, Callable]:
+        """Parameters of a rule, what its result is `made_with` and further ones: as functions, because in plain text Snakemake would read braces as
+        wildcards, which regular expressions have, too."""
+        return {key: lambda wildcards, value=value: value for key, value in (self.made_with(result) | further).items()}
+
+    def made_with(self, result: str) -> dict:
         """The settings that a result was made with: it is made again when they change."""
         source, recipe, release = self.settings.source, self.settings.recipe, self.settings.release
         made_from = [source.path, source.repository, source.revision]
@@ -68,7 +73,7 @@ class Workflow:
         a stage by hand.
         """
         for stale in of_other_settings(self.settings):
-            record, made_with = record_of(stale), self.params(stale.name)
+            record, made_with = record_of(stale), self.made_with(stale.name)
             if record is None or (made_with and {repr(value) for value in made_with.values()} <= set(record["params"])):
                 sys.exit(f"error: {stale} was made for other settings or from other files of the source, and not by a run that this working "
                          "directory knows of: remove it, or choose other results=")
@@ -78,11 +83,6 @@ def stage(name: str, arguments: str = "") -> str:
     """A rule's command: the stage's output goes to its log and, marked, to the terminal. What is in braces Snakemake fills in late, so that it
     is no part of the rule's code."""
     return f"{{W.python}} -m stages.{name} {{W.arguments}} {arguments} 2>&1 | tee {{log:q}} | sed -u 's/^/{name:16} | /'"
-
-
-def as_they_are(values: Mapping) -> dict[str, Callable]:
-    """Parameters of a rule, as functions: in plain text Snakemake would read braces as wildcards, which regular expressions have, too."""
-    return {key: lambda wildcards, value=value: value for key, value in values.items()}
 
 
 def serving_code(*names: str) -> list[str]:

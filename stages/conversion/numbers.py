@@ -11,7 +11,8 @@ from stages.checkpoint.reader import as_array
 from stages.errors import UserError
 
 USUAL_SIZES = (1e-9, 1e4)  # root mean square of a network's weights; outside of it a scale was misunderstood
-UNUSABLE = "no number that a weight can be made of; the source is damaged, get that shard again"
+DAMAGED = "the source is damaged, get that shard again"
+UNUSABLE = f"no number that a weight can be made of; {DAMAGED}"
 EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}  # all bits of it set: NaN or infinite
 
 

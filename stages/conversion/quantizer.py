@@ -8,7 +8,7 @@ import numpy as np
 
 from kernels import mxfp4
 from kernels.errors import NonFiniteError
-from stages.conversion.numbers import UNUSABLE, USUAL_SIZES
+from stages.conversion.numbers import DAMAGED, UNUSABLE, USUAL_SIZES
 from stages.conversion.places import Places
 from stages.conversion.progress import ProgressReport
 from stages.dialects import Claim
@@ -71,7 +71,7 @@ class Quantizer:
         if not size:
             self.zeros.append(source if expert is None else f"{source}[{expert}]")
         elif not USUAL_SIZES[0] < size < USUAL_SIZES[1]:
-            why = f"its scales are not those of {claim.dialect}, or are damaged" if claim.scale else "the source is damaged, get that shard again"
+            why = f"its scales are not those of {claim.dialect}, or are damaged" if claim.scale else DAMAGED
             raise UserError(f"{entry['shard']}: {source}{'' if expert is None else [expert]} decodes to weights of {size:.1e} (root mean "
                             f"square), which no network has; {why}")
         number = expert if matrix.number is None else matrix.number

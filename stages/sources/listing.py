@@ -12,7 +12,6 @@ from stages.settings import Settings, SourceSettings
 from stages.sources.hub import Hub
 from stages.sources.local import check_file, list_directory
 
-
 FIELDS = {"bytes", "sha256", "kind"}  # of a listed file; times came later
 
 
@@ -54,12 +53,12 @@ def read_anomalies(settings: Settings) -> list[str]:
     return _whole_listing(settings)["anomalies"]
 
 
-def check_source(settings: Settings, missing: str = "refused") -> None:
-    """UserError unless a local source still has the files that it was listed with, by size and time, so that nothing is compared with others. What
-    is `missing` may be "allowed". A hub's revision cannot change."""
+def check_source(settings: Settings, may_be_gone: bool = False) -> None:
+    """UserError unless a local source still has the files that it was listed with, by size and time, so that nothing is compared with others;
+    may_be_gone: or does not have them any more. A hub's revision cannot change."""
     source = settings.source
     for name, entry in sorted(read_listing(settings).items()) if source.path else ():
-        if entry["kind"] != "ignored" and (missing == "refused" or (Path(source.path) / name).exists()):
+        if entry["kind"] != "ignored" and not (may_be_gone and not (Path(source.path) / name).exists()):
             check_file(source, name, entry)
 
 
