@@ -51,6 +51,8 @@ TABLE_SCALES = 2.0**-117, 2.0**112  # with a tile scale outside a tensor goes th
 VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 POWER = 2.0 ** np.arange(-160, 161)  # POWER[e + 160] is 2^e; a call of ldexp costs as much as half a block
+LESS = -(2.0 ** np.arange(-160, 128)).astype(np.float32)  # LESS[e + 160] is -2^e
+LOWEST = 128  # no exponent of a block, nor its tile's lowest, is below -LOWEST
 
 
 # --- Vectors ----------------------------------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ class VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, ir.VectorType(manager.lookup(vector.element).get_value_type(), vector.lanes))
 
 
-U8, U16, U32, F32, F64 = types.uint8, types.uint16, types.uint32, types.float32, types.float64
+U8, U16, U32, I64, F32, F64 = types.uint8, types.uint16, types.uint32, types.int64, types.float32, types.float64
 INDEX = ir.IntType(32)
 
 
@@ -243,18 +245,6 @@ def multiply_add(typingctx, a, b, c):
 
 
 @intrinsic
-def fold_squares(typingctx, a):
-    """Half as many lanes: the squares of lane i and of lane i of the upper half."""
-    half = Vector(a.element, a.lanes // 2)
-
-    def generate(context, builder, signature, args):
-        low, high = halves(builder, args[0])
-        return fused(builder, low, low, builder.fmul(high, high))
-
-    return half(a), generate
-
-
-@intrinsic
 def fold(typingctx, a):
     """Half as many lanes: lane i of the upper half is added to lane i."""
     half = Vector(a.element, a.lanes // 2)
@@ -276,9 +266,21 @@ widen_to_64 = define_conversion("fpext", F64, 8)
 bits_of = define_conversion("bitcast", U32)
 as_bytes = define_conversion("bitcast", U8)
 as_pairs = define_conversion("bitcast", U16, BLOCK // 2)
-widen_to_16 = define_conversion("zext", U16)
 narrow = define_conversion("trunc", U8)
 number = define_conversion("sitofp", F32)
+
+
+@intrinsic
+def high_bytes(typingctx, v):
+    """uint16 with the bytes as their upper halves, in the order in which x86 puts them into its registers with one instruction each."""
+
+    def generate(context, builder, signature, args):
+        order = [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)]
+        zero = ir.Constant(args[0].type, [0] * v.lanes)
+        mask = ir.Constant(ir.VectorType(INDEX, 2 * v.lanes), [place for lane in order for place in (lane, v.lanes + lane)])
+        return builder.bitcast(builder.shuffle_vector(zero, args[0], mask), context.get_value_type(signature.return_type))
+
+    return Vector(U16, v.lanes)(v), generate
 
 
 @intrinsic
@@ -314,22 +316,79 @@ def fold_pairs(typingctx, pairs):
 
 @intrinsic
 def add_squares(typingctx, sums, v):
-    """Adds the squares of a float32 vector to float64 sums of 8 lanes, lane i to i modulo 8."""
+    """Adds the squares of a float32 vector to sums of fewer lanes, float32 or float64: lane i to i modulo their number."""
 
     def generate(context, builder, signature, args):
-        value, wide = args[0], context.get_value_type(sums)
+        value, kind = args[0], context.get_value_type(sums)
         for begin in range(0, v.lanes, sums.lanes):
-            part = builder.fpext(shuffled(builder, args[1], range(begin, begin + sums.lanes)), wide)
+            part = shuffled(builder, args[1], range(begin, begin + sums.lanes))
+            part = builder.fpext(part, kind) if sums.element == F64 else part
             value = fused(builder, part, part, value)
         return value
 
     return sums(sums, v), generate
 
 
+def define_no_sums(element, lanes):
+    """Sums of nothing."""
+
+    @intrinsic
+    def no_sums(typingctx):
+        return Vector(element, lanes)(), lambda context, builder, signature, args: ir.Constant(context.get_value_type(signature.return_type), [0.0] * lanes)
+
+    return no_sums
+
+
+no_sums, no_short_sums = define_no_sums(F64, 8), define_no_sums(F32, 16)
+
+
+def has_avx2(context):
+    """Whether code is made for a processor with x86's instructions on 32 bytes."""
+    return "+avx2" in context.codegen().magic_tuple()[2].split(",")
+
+
+def call(builder, name, result, *operands):
+    """One of LLVM's intrinsics."""
+    return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [part.type for part in operands]), name), operands)
+
+
 @intrinsic
-def no_sums(typingctx):
-    """Eight float64 sums of nothing."""
-    return Vector(F64, 8)(), lambda context, builder, signature, args: ir.Constant(context.get_value_type(signature.return_type), [0.0] * 8)
+def squares(typingctx, code):
+    """Four times the squared values of E2M1 codes (0-7): whole numbers below 256, so a byte each."""
+
+    def generate(context, builder, signature, args):
+        kind, table = args[0].type, [int(4 * value * value) for value in VALUES]
+        if has_avx2(context):
+            return call(builder, "llvm.x86.avx2.pshuf.b", kind, ir.Constant(kind, (table + [0] * 8) * 2), args[0])
+        result = ir.Constant(kind, [0] * code.lanes)
+        for value in range(1, 8):
+            found = builder.icmp_unsigned("==", args[0], ir.Constant(kind, [value] * code.lanes))
+            result = builder.select(found, ir.Constant(kind, [table[value]] * code.lanes), result)
+        return result
+
+    return code(code), generate
+
+
+@intrinsic
+def add_bytes(typingctx, array, index, v):
+    """Adds a vector of uint8 to four int64 of an array from `index` on, which share the sum between them."""
+    four = Vector(I64, 4)
+
+    def generate(context, builder, signature, args):
+        kind = context.get_value_type(four)
+        if has_avx2(context):
+            part = call(builder, "llvm.x86.avx2.psad.bw", kind, args[2], ir.Constant(args[2].type, [0] * v.lanes))
+        else:
+            part = builder.zext(args[2], ir.VectorType(ir.IntType(64), v.lanes))
+            while part.type.count > 4:
+                part = builder.add(*halves(builder, part))
+        place = at(context, builder, types.none(array, index, four), args)
+        before = builder.load(place)
+        before.align = 8
+        builder.store(builder.add(before, part), place).align = 8
+        return context.get_dummy_value()
+
+    return types.none(array, index, v), generate
 
 
 inline = numba.njit(forceinline=True, boundscheck=False)
@@ -436,15 +495,15 @@ def magnitudes(source, begin):
 def decoded(codes, unit):
     """float32(code) * scale * 2^-n from code magnitudes, rounded once. unit: the tile's scale * 2^(8 - n).
 
-    Code bits moved to a float16's exponent and mantissa make the code's value * 2^-8, subnormal codes included.
+    Code bits moved to a float16's exponent and mantissa make the code's value * 2^-8, subnormal codes included. Lanes are in the order of `high_bytes`.
     """
-    return half_precision(widen_to_16(codes) << fill(np.uint16(7))) * floats(unit)
+    return half_precision(high_bytes(codes) >> fill(np.uint16(1))) * floats(unit)
 
 
 @inline
 def nearest(code):
-    """float32 values of E2M1 codes (0-7) * 2^-14."""
-    return half_precision(widen_to_16(code) << fill(np.uint16(9)))
+    """float32 values of E2M1 codes (0-7) * 2^-14, in the order of `high_bytes`."""
+    return half_precision(high_bytes(code + code))
 
 
 @jit
@@ -464,19 +523,24 @@ def fill_exponents(exponent, bits, lowest, rule):
 
 
 @jit
-def fill_last(last, begin, weight, t, e):
+def fill_last(last, begin, weight, t, e, scale):
     """last[begin + i] = four times the largest code that does not pass midpoint i under exponent e, 126 if none does."""
-    low = 0
     for i in range(7):
-        middle, high = MIDPOINTS[i] * power(e), 127
-        while low < high:
-            code = (low + high) >> 1
-            w = np.float64(weight[t, code])
-            if w > middle or (w == middle and i & 1):
-                high = code
-            else:
-                low = code + 1
-        last[begin + i] = (low - 1) * 0x01010101
+        middle = MIDPOINTS[i] * power(e)
+        # near the code: e4m3's exponent and mantissa in the bits of float32, or whole multiples of its smallest number
+        near = np.float32(middle / scale)
+        code = min(126, (np.int64(near.view(np.uint32)) >> 20) - 960 if near >= np.float32(2.0**-6) else np.int64(near * np.float32(512.0)))
+        while code < 126 and not passes(weight[t, code + 1], middle, i):
+            code += 1
+        while passes(weight[t, code], middle, i):
+            code -= 1
+        last[begin + i] = code * 0x01010101
+
+
+@inline
+def passes(w, middle, i):
+    """Whether a magnitude is rounded up at midpoint i, given scaled."""
+    return w > middle or (w == middle and i & 1)
 
 
 @inline
@@ -505,21 +569,21 @@ def decide_exponents(source, begin, shift, lowest, unit, octave, chosen, open_bl
 
 
 @inline
-def write_row(source, begin, blocks, shift, lowest, unit, octave, weight, chosen, last, has_last, packed, scales, statistics):
+def write_row(source, begin, blocks, shift, lowest, unit, octave, weight, scale, chosen, last, has_last, packed, scales, statistics, square):
     """Loop 3: bytes of a row, and its share of the statistics."""
-    signal, error, square = no_sums(), no_sums(), no_sums()
+    signal, error = no_sums(), no_sums()
     zero = fill(np.uint8(0))
     span = SPAN if shift >= np.uint64(2) else 1 << np.int64(shift)
     for first in range(0, blocks, span):
         t = np.uint64(first) >> shift
-        signal_of, error_of = fill(np.float32(0)), fill(np.float32(0))
+        signal_of, error_of = no_short_sums(), no_short_sums()
         for block in range(first, min(first + span, blocks)):
             k = np.uint64(chosen[block])
             e = lowest[t] + chosen[block]
             table = t * np.uint64(OCTAVES) + k
             passed = table << np.uint64(3)
             if not has_last[table]:
-                fill_last(last, passed, weight, t, e)
+                fill_last(last, passed, weight, t, e, scale[t])
                 has_last[table] = True
             start = begin + np.uint64(BLOCK * block)
             target = start >> np.uint64(5)
@@ -531,21 +595,16 @@ def write_row(source, begin, blocks, shift, lowest, unit, octave, weight, chosen
             code = code + above(codes, as_bytes(eight(last[passed + np.uint64(4)]))) + above(codes, as_bytes(eight(last[passed + np.uint64(5)])))
             code = zero - (code + above(codes, as_bytes(eight(last[passed + np.uint64(6)]))))
             write_block(code, (source_codes >> fill(np.uint8(4))) & fill(np.uint8(8)), target, packed)
-            if k == ZERO_BLOCK:
-                scales[target] = 0
-                continue
-            scales[target] = e + 127
-            w, q = decoded(codes, unit[t]), nearest(code)
-            difference = multiply_add(q, floats(-power(e - octave[t] + 14)), w)
-            signal_of = multiply_add(w, w, signal_of)
-            error_of = multiply_add(difference, difference, error_of)
-            square = multiply_add(eight(power(e + 14) * power(e + 14)), widen_to_64(fold(fold_squares(q))), square)
+            scales[target] = 0 if k == ZERO_BLOCK else e + 127
+            w = decoded(codes, unit[t])
+            difference = multiply_add(nearest(code), fill(LESS[np.uint64(e - octave[t] + 174)]), w)
+            signal_of, error_of = add_squares(signal_of, w), add_squares(error_of, difference)
+            add_bytes(square, np.uint64(e + LOWEST) << np.uint64(2), squares(code))
         factor = eight(power(octave[t]) * power(octave[t]))
-        signal = multiply_add(factor, widen_to_64(fold(fold(signal_of))), signal)
-        error = multiply_add(factor, widen_to_64(fold(fold(error_of))), error)
+        signal = multiply_add(factor, widen_to_64(fold(signal_of)), signal)
+        error = multiply_add(factor, widen_to_64(fold(error_of)), error)
     statistics[0] += total(signal)
     statistics[1] += total(error)
-    statistics[2] += total(square)
 
 
 @jit
@@ -561,15 +620,17 @@ def fp8_matrix(source, rows, columns, tile_scale, tile_rows, shift, base, rule, 
     exponent = np.empty((tiles, 128), np.int8)
     last = np.empty(tiles * OCTAVES * 8, np.uint32)
     has_last = np.empty(tiles * OCTAVES, np.bool_)
+    square = np.zeros(4 * 256, np.int64)  # four sums of (2 w_hat 2^-e)^2 for each exponent e, from -LOWEST on
     chosen = np.empty(blocks, np.int8)
     open_blocks = np.empty(blocks + 1, np.int32)
     for row in range(rows):
         if row % tile_rows == 0:
             for t in range(tiles):
-                octave[t] = exponent_of(np.float32(tile_scale[row // tile_rows, t]).view(np.uint32), FLOOR) + 2
-                unit[t] = tile_scale[row // tile_rows, t] * power(8 - octave[t])
+                scale = tile_scale[row // tile_rows, t]
+                octave[t] = exponent_of(np.float32(scale).view(np.uint32), FLOOR) + 2
+                unit[t] = scale * power(8 - octave[t])
                 for code in range(128):
-                    weight[t, code] = base[code] * tile_scale[row // tile_rows, t]
+                    weight[t, code] = base[code] * scale
             fill_exponents(exponent, bits, lowest, rule)
             has_last[:] = False
         begin = np.uint64(row * columns)
@@ -577,7 +638,10 @@ def fp8_matrix(source, rows, columns, tile_scale, tile_rows, shift, base, rule, 
         if found < 0:
             return False
         decide_exponents(source, begin, shift, lowest, unit, octave, chosen, open_blocks[:found])
-        write_row(source, begin, blocks, shift, lowest, unit, octave, weight, chosen, last, has_last, packed, scales, statistics)
+        write_row(source, begin, blocks, shift, lowest, unit, octave, weight, tile_scale[row // tile_rows], chosen, last, has_last, packed, scales, statistics, square)
+    for e in range(256):
+        of_exponent = square[4 * e] + square[4 * e + 1] + square[4 * e + 2] + square[4 * e + 3]
+        statistics[2] += of_exponent * (power(e - LOWEST) * power(e - LOWEST)) * 0.25
     return True
 
 
