@@ -40,11 +40,12 @@ import hashlib, sys, time
 import numpy as np
 from kernels.mxfp4.cpu import quantize_matrix
 from stages.checkpoint import writer
+from stages.checkpoint.files import memory
 from stages.checkpoint.hashing import HashingThread
 from stages.checkpoint.reader import ShardReader
 
 writer.os.fdatasync = writer.os.fsync = lambda handle: None
-reader, buffer, packed = ShardReader(sys.argv[1]), bytearray(8 << 20), np.empty((1280 * 4096) // 2, np.uint8)
+reader, buffer, packed = ShardReader(sys.argv[1]), memory(8 << 20), np.empty((1280 * 4096) // 2, np.uint8)
 quantize_matrix(np.zeros((1, 32), np.uint8), np.ones((1, 1), np.float32))  # loads the kernel
 start = time.perf_counter()
 names = [name for name in reader.header.tensors if ".moe." in name and name.endswith("proj.weight")]

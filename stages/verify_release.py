@@ -21,7 +21,7 @@ from pathlib import Path
 from kernels.decibels import decibels
 from kernels.energy import energy
 from stages.assemble_release import REPORTS, auxiliary_files, bundled_files, manifest_of, other_files
-from stages.checkpoint.files import read_json, sha256_file, write_json
+from stages.checkpoint.files import memory, read_json, sha256_file, write_json
 from stages.checkpoint.header import INDEX, Header, read_header
 from stages.checkpoint.reader import ShardReader
 from stages.errors import UserError, exit_with_one_line
@@ -96,7 +96,7 @@ def _energy(reader: ShardReader, codes: Output, scale: Output, expert: int | Non
     """Sum of squares of what one matrix decodes to; its codes also go into the digest `whole`."""
     rows, width = codes.shape[-2:]
     total, step = 0.0, max(1, PANEL_BYTES // max(1, width))
-    buffer = bytearray(min(step, rows) * width)
+    buffer = memory(min(step, rows) * width)
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         panel = reader.matrix_array(codes.name, expert, begin, end, buffer)

@@ -12,13 +12,14 @@ Every block, whatever its source, takes the same steps:
     codes     how many of the seven midpoints a magnitude has passed
     sums      of w^2, (w - w_hat)^2 and w_hat^2. w - w_hat is exact in float32 (w_hat lies within a factor of two of w, or is 0).
               Squares are added in float64, those of w and w - w_hat from block-FP8 in float32 first, 8 per lane, scaled by a
-              power of two so that none leaves float32's range: relative error at most 6e-7. Those of w_hat stay exact
+              power of two so that none leaves float32's range: relative error at most 6e-7. Those of w_hat from block-FP8 are whole
+              numbers below 256 times 4^e / 4, added as such for each e: exact
 
 Block-FP8. All codes of a tile share one scale, so a tile has 127 magnitudes |w| = float32(code) * scale, rounded to float32,
 in the order of their codes; 2^octave is the scale's own power of two. Tables per tile give b by code, and per exponent the
 codes at which the seven midpoints are passed: `codes` compares bytes. A row of the matrix goes through three loops
 (exponents, changes, bytes), because a branch on what a block needs, taken at random, costs more than reading the row from
-the cache again.
+the cache again. The processor's vector units are what limits the third loop, so it is their instructions that count there.
 
 BF16, F16 and F32 weights, `importance`, and tiles too small to pay for tables come as float32 row panels.
 
@@ -334,7 +335,8 @@ def define_no_sums(element, lanes):
 
     @intrinsic
     def no_sums(typingctx):
-        return Vector(element, lanes)(), lambda context, builder, signature, args: ir.Constant(context.get_value_type(signature.return_type), [0.0] * lanes)
+        kind = Vector(element, lanes)
+        return kind(), lambda context, builder, signature, args: ir.Constant(context.get_value_type(kind), [0.0] * lanes)
 
     return no_sums
 
@@ -495,7 +497,8 @@ def magnitudes(source, begin):
 def decoded(codes, unit):
     """float32(code) * scale * 2^-n from code magnitudes, rounded once. unit: the tile's scale * 2^(8 - n).
 
-    Code bits moved to a float16's exponent and mantissa make the code's value * 2^-8, subnormal codes included. Lanes are in the order of `high_bytes`.
+    Code bits moved to a float16's exponent and mantissa make the code's value * 2^-8, subnormal codes included. In the order of
+    `high_bytes`.
     """
     return half_precision(high_bytes(codes) >> fill(np.uint16(1))) * floats(unit)
 
@@ -564,12 +567,13 @@ def decide_exponents(source, begin, shift, lowest, unit, octave, chosen, open_bl
     for block in open_blocks:
         t, low = np.uint64(block) >> shift, chosen[block] & LOW
         k = chosen[block] - low
-        w = decoded(magnitudes(source, begin + np.uint64(BLOCK * block)), unit[t])
-        chosen[block] = k + step_up(w * floats(power(octave[t] - lowest[t] - k)), low != 0)
+        x = decoded(magnitudes(source, begin + np.uint64(BLOCK * block)), np.float32(unit[t] * power(octave[t] - lowest[t] - k)))
+        chosen[block] = k + step_up(x, low != 0)
 
 
 @inline
-def write_row(source, begin, blocks, shift, lowest, unit, octave, weight, scale, chosen, last, has_last, packed, scales, statistics, square):
+def write_row(source, begin, blocks, shift, lowest, unit, octave, weight, scale, chosen, last, has_last,
+              packed, scales, statistics, square):
     """Loop 3: bytes of a row, and its share of the statistics."""
     signal, error = no_sums(), no_sums()
     zero = fill(np.uint8(0))
@@ -638,7 +642,8 @@ def fp8_matrix(source, rows, columns, tile_scale, tile_rows, shift, base, rule, 
         if found < 0:
             return False
         decide_exponents(source, begin, shift, lowest, unit, octave, chosen, open_blocks[:found])
-        write_row(source, begin, blocks, shift, lowest, unit, octave, weight, tile_scale[row // tile_rows], chosen, last, has_last, packed, scales, statistics, square)
+        write_row(source, begin, blocks, shift, lowest, unit, octave, weight, tile_scale[row // tile_rows], chosen, last, has_last,
+                  packed, scales, statistics, square)
     for e in range(256):
         of_exponent = square[4 * e] + square[4 * e + 1] + square[4 * e + 2] + square[4 * e + 3]
         statistics[2] += of_exponent * (power(e - LOWEST) * power(e - LOWEST)) * 0.25

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -18,6 +19,15 @@ CHUNK = 8 << 20  # bytes read or written at a time
 DIRECT = getattr(os, "O_DIRECT", 0)  # past the page cache; only whole pages can be written so
 DISK_MARGIN = 1.01
 ON_ONE_LINE = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+def memory(size: int) -> memoryview:
+    """Bytes to read into or to write from, which begin at a page's edge.
+
+    Direct writes need that. And AMD's Zen 3 copies out of the page cache at a quarter of its speed to where lies 1 to 31 bytes behind the
+    source, counted from their pages' edges: a large bytearray does, for a file that is read from its beginning.
+    """
+    return memoryview(mmap.mmap(-1, max(1, size)))[:size]
 
 
 def sync_directory(directory: Path) -> None:
@@ -186,10 +196,10 @@ def read_json(path: Path, made_by: str | None = None, shown: Path | None = None)
 def sha256_file(path: Path) -> str:
     """sha256 of a file's bytes as 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    buffer = bytearray(1 << 20)  # stays in the cache between reading and hashing
+    buffer = memory(1 << 20)  # stays in the cache between reading and hashing
     with naming(path), open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 

@@ -13,10 +13,10 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 
-from stages.checkpoint.files import naming
+from stages.checkpoint.files import memory, naming
 from stages.errors import loading_kernels
 
-PIECE_BYTES = 512 << 10  # of each stream in one go; what was read of a file still lies in the second-level cache of a core then
+PIECE_BYTES = 1 << 20  # of each stream in one go; what was read of a file still lies in a cache then
 
 
 class Piece:
@@ -32,7 +32,7 @@ class WholeFile:
     def __init__(self, path: Path, digest):
         self.path, self.digests, self.done = path, [digest], Future()
         self.data = memoryview(b"")
-        self._buffer = memoryview(bytearray(PIECE_BYTES))
+        self._buffer = memory(PIECE_BYTES)
         self._handle = None
 
     def read_on(self) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.checkpoint.files import CHUNK, naming
+from stages.checkpoint.files import CHUNK, memory, naming
 from stages.checkpoint.header import Header, TensorInfo, read_header
 from stages.errors import UserError
 
@@ -66,12 +66,12 @@ class ShardReader:
         except KeyError:
             raise UserError(f"{self.path}: holds no tensor {name}; it is not the file that was expected") from None
 
-    def _read(self, begin: int, end: int, buffer: bytearray | None = None) -> memoryview:
+    def _read(self, begin: int, end: int, buffer: memoryview | None = None) -> memoryview:
         """Bytes begin..end of the data section; in the caller's buffer if that is large enough, fresh memory costs more
         than the read itself."""
         if buffer is None or len(buffer) < end - begin:
-            buffer = bytearray(end - begin)
-        view, position = memoryview(buffer)[:end - begin], begin
+            buffer = memoryview(bytearray(end - begin))
+        view, position = buffer[:end - begin], begin
         while position < end:
             with naming(self.path):
                 count = os.preadv(self._handle, [view[position - begin:]], self.header.data_start + position)
@@ -89,7 +89,7 @@ class ShardReader:
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Raw bytes of a tensor, at most CHUNK at a time; each is valid until the next is asked for."""
         info = self.info(name)
-        buffer = bytearray(min(CHUNK, info.nbytes))
+        buffer = memory(min(CHUNK, info.nbytes))
         for begin in range(info.begin, info.end, CHUNK):
             yield self._read(begin, min(begin + CHUNK, info.end), buffer)
 
@@ -108,7 +108,7 @@ class ShardReader:
         raw = self._read(info.begin + begin * stride, info.begin + end * stride)
         return as_tensor(self._array(name, raw, (end - begin, *info.shape[1:])), info.dtype)
 
-    def matrix_array(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None) -> np.ndarray:
+    def matrix_array(self, name: str, expert: int | None, begin: int, end: int, buffer: memoryview | None = None) -> np.ndarray:
         """Rows begin..end of a 2D tensor, or of matrix `expert` of a tensor that has experts first; shape [end - begin, in].
 
         What follows the rows' dimension is one row (gpt-oss stores blocks of a row in a dimension of their own). With

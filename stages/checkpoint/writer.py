@@ -16,14 +16,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import math
-import mmap
 import os
 from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from stages.checkpoint.files import DIRECT, atomic_write
+from stages.checkpoint.files import DIRECT, atomic_write, memory
 from stages.checkpoint.hashing import HashingThread
 from stages.checkpoint.header import DTYPE_BYTES, render_header
 
@@ -36,7 +35,7 @@ class Block:
     """Memory for BLOCK_BYTES of the file, aligned to pages, and which of them belong to which tensor's hash."""
 
     def __init__(self):
-        self.memory = memoryview(mmap.mmap(-1, BLOCK_BYTES))
+        self.memory = memory(BLOCK_BYTES)
         self.filled = 0
         self.parts: list[list] = []  # what lies where: the tensor's digest or None, begin, end
         self.pending: list[Future] = []

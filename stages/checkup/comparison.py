@@ -14,6 +14,7 @@ import numpy as np
 from kernels.decibels import decibels
 from kernels.difference import difference
 from kernels.errors import NonFiniteError
+from stages.checkpoint.files import memory
 from stages.checkpoint.header import FLOATS
 from stages.checkpoint.reader import as_tensor
 from stages.checkup.checkpoint import SAMPLED_ROWS, Checkpoint, Pair
@@ -42,14 +43,14 @@ class Buffers(threading.local):
     """Memory of each thread's own for what is read: fresh memory costs more than reading."""
 
     @cached_property
-    def codes(self) -> bytearray:
+    def codes(self) -> memoryview:
         """For the release's."""
-        return bytearray(4 * ROWS_AT_ONCE)
+        return memory(4 * ROWS_AT_ONCE)
 
     @cached_property
-    def source(self) -> bytearray:
+    def source(self) -> memoryview:
         """For the source's."""
-        return bytearray(4 * ROWS_AT_ONCE)
+        return memory(4 * ROWS_AT_ONCE)
 
 
 def compare_matrix(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match) -> str | None:

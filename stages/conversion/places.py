@@ -40,7 +40,7 @@ class Loose:
         """All of it."""
         return self._array
 
-    def matrix_array(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None) -> np.ndarray:
+    def matrix_array(self, name: str, expert: int | None, begin: int, end: int, buffer: memoryview | None = None) -> np.ndarray:
         """Rows begin..end of one matrix, as ShardReader gives them."""
         rows = (self._array if expert is None else self._array[expert])[begin:end]
         return np.ascontiguousarray(rows.reshape(len(rows), -1))

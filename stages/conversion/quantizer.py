@@ -8,6 +8,7 @@ import numpy as np
 
 from kernels import mxfp4
 from kernels.errors import NonFiniteError
+from stages.checkpoint.files import memory
 from stages.conversion.numbers import DAMAGED, UNUSABLE, USUAL_SIZES
 from stages.conversion.places import Places
 from stages.conversion.progress import ProgressReport
@@ -34,7 +35,7 @@ class Quantizer:
                 SCHEMES[scheme].quantize(np.zeros((128, 256), np.uint8), np.ones((1, 2), np.float32), (128, 128), plan["exponent_rule"], backend)
         self._tensors, self._plan, self._backend, self._progress = Tensors(places), plan, backend, progress
         largest = max((entry["bytes"] // (entry["matrix"][0] if len(entry["matrix"]) == 3 else 1) for entry in weights), default=0)
-        self._buffer = bytearray(min(largest, 4 * PANEL_WEIGHTS))
+        self._buffer = memory(min(largest, 4 * PANEL_WEIGHTS))
         self._codes = np.empty(0, np.uint8)  # memory for those of a panel
         self.sums: dict[str, list[list]] = {}  # group -> [number of the expert or None, signal, error, decoded]
         self.zeros: list[str] = []  # weights of which nothing but zeros came

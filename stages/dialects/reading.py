@@ -27,7 +27,7 @@ class Tensors:
         """The whole tensor."""
         return self._place(name).array(name)
 
-    def matrix_array(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None) -> np.ndarray:
+    def matrix_array(self, name: str, expert: int | None, begin: int, end: int, buffer: memoryview | None = None) -> np.ndarray:
         """Rows begin..end of one matrix, [end - begin, bytes or elements of a row]."""
         return self._place(name).matrix_array(name, expert, begin, end, buffer)
 
@@ -35,13 +35,13 @@ class Tensors:
         """`array` for torch."""
         return as_tensor(self.array(name), self._place(name).info(name).dtype)
 
-    def matrix_rows(self, name: str, expert: int | None, begin: int, end: int, buffer: bytearray | None = None) -> torch.Tensor:
+    def matrix_rows(self, name: str, expert: int | None, begin: int, end: int, buffer: memoryview | None = None) -> torch.Tensor:
         """`matrix_array` for torch."""
         return as_tensor(self.matrix_array(name, expert, begin, end, buffer), self._place(name).info(name).dtype)
 
 
 def stored_rows(tensors: Tensors, name: str, claim: Claim, expert: int | None, begin: int, end: int,
-                buffer: bytearray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+                buffer: memoryview | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """(rows begin..end, their float32 tile scales or None) of one matrix of a weight, in the form of kernels/arrays.py.
 
     Float rows are the values themselves. FP8 codes come with the scales of their tiles, so that kernels can decode them as
@@ -53,7 +53,7 @@ def stored_rows(tensors: Tensors, name: str, claim: Claim, expert: int | None, b
 
 
 def _transposed_rows(tensors: Tensors, name: str, claim: Claim, expert: int | None, begin: int, end: int,
-                     buffer: bytearray | None) -> tuple[np.ndarray, np.ndarray | None]:
+                     buffer: memoryview | None) -> tuple[np.ndarray, np.ndarray | None]:
     """`stored_rows` of a weight that has them as columns: all of the matrix is read for them, a slab at a time."""
     import numpy as np
 
