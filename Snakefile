@@ -15,6 +15,7 @@ except UserError as error:
     sys.exit(f"error: {error}")
 
 hand_over(W.overrides, W.settings)  # to the stages
+W.unprotect()  # what DVC has write-protected
 S, RUN, SOURCE = W.settings, W.run, W.source
 RELEASE, CODE = f"{RUN}/release/manifest.json", W.converting
 workflow.global_resources.setdefault("lane", S.device.lane)  # source shards on disk and in work at any time

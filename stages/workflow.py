@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import stat
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from stages.current import of_other_settings
@@ -65,6 +68,16 @@ class Workflow:
             "verify.json": {"release": as_json(release)},
             "perplexity.json": {"evaluation": as_json(scoring(self.settings.evaluation))},
         }.get(result, {})
+
+    def unprotect(self) -> None:
+        """Makes this run's shards and manifest writable again where DVC has write-protected them, as it does with all that its cache has a hard link
+        to: Snakemake would refuse to make them again, and to say what it would do. Nobody writes to their bytes, since both make a new file and
+        rename it; and DVC protects its cache's files once more when it next looks at them, after comparing them with their hash."""
+        release = Path(self.run) / "release" / "manifest.json"
+        for path in (release, *(Path(self.run) / "shards" / f"{shard}.safetensors" for shard in self.shards)):
+            if path.exists() and not os.access(path, os.W_OK):
+                with suppress(PermissionError):  # somebody else's: Snakemake says which
+                    path.chmod(stat.S_IMODE(path.stat().st_mode) | stat.S_IWUSR)
 
     def refuse_foreign_results(self, record_of: Callable[[Path], Mapping | None]) -> None:
         """Ends the run where results of other settings would be taken for these.

@@ -1,5 +1,6 @@
 """The workflow as a user runs it: Snakemake and DVC as processes, on the bundled model."""
 
+import ctypes
 import json
 import os
 import re
@@ -325,6 +326,33 @@ def copied(finished, tmp_path):
     directory = tmp_path / "copied"
     shutil.copytree(finished, directory, symlinks=True)
     return directory
+
+
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of Linux
+
+
+def like_any_user() -> None:
+    """In a new process: what it starts heeds the permissions of files, for root, too."""
+    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+
+
+def test_what_dvc_has_write_protected_can_be_made_again(copied):
+    """DVC's cache has hard links to the release, which has hard links to the shards, and makes them all read-only."""
+    made = copied / "results/step37_tiny/mxfp4_experts"
+    protected = [*(made / "shards").glob("*.safetensors"), made / "release/manifest.json"]
+    (copied / "cache_of_dvc").mkdir()
+    for path in protected:
+        path.chmod(0o444)
+        os.link(path, copied / "cache_of_dvc" / path.name)
+    asked = subprocess.run([sys.executable, "-c", "import os, sys; sys.exit(os.access(sys.argv[1], os.W_OK))", protected[0]], preexec_fn=like_any_user)
+    if asked.returncode:
+        pytest.skip("this root cannot give up its right to write to read-only files")
+    again, inode, kept = protected[0], protected[0].stat().st_ino, protected[0].read_bytes()
+    ran = snakemake(copied, "-n", "--cores", "2", "--forceall", preexec_fn=like_any_user)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    ran = snakemake(copied, "--cores", "2", "--force", str(again.relative_to(copied)), preexec_fn=like_any_user)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert again.stat().st_ino != inode and again.read_bytes() == kept == (copied / "cache_of_dvc" / again.name).read_bytes()
 
 
 def test_a_source_that_was_changed_before_an_interruption_is_converted_by_the_next_run(tmp_path):
