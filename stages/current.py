@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from stages.checkpoint.files import read_json
+from stages.checkpoint.files import read_json, sha256_file
 from stages.errors import UserError
 from stages.planning.record import is_plan_for
 from stages.provenance import RESULTS_FORMAT
@@ -28,6 +28,15 @@ def of_other_settings(settings: Settings) -> list[Path]:
         (run / "settings.yaml", lambda found: all(found.get(part) == as_dict(getattr(settings, part)) for part in ("source", "recipe", "release"))),
     )
     return [path for path, fits in checks if path.exists() and _differs(path, fits)]
+
+
+def is_exchanged(settings: Settings) -> bool:
+    """Whether verify.json is of another release than the one that is there, but not older: somebody put that in the place of the proven one
+    (`dvc checkout` does), and Snakemake, which goes by times, would leave both."""
+    proof, manifest = settings.run_directory / "verify.json", settings.run_directory / "release" / "manifest.json"
+    if not (proof.is_file() and manifest.is_file()) or proof.stat().st_mtime_ns < manifest.stat().st_mtime_ns:
+        return False
+    return _differs(proof, lambda found: found["manifest_sha256"] == sha256_file(manifest))
 
 
 def _differs(path: Path, fits: Callable[[dict], bool]) -> bool:

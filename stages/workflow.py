@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from stages.current import of_other_settings
+from stages.current import is_exchanged, of_other_settings
 from stages.errors import UserError
 from stages.provenance import CONVERTING, RESULTS_FORMAT, code_of
 from stages.serving.environment import marker_inputs
@@ -85,11 +85,21 @@ class Workflow:
         record_of: Snakemake's record of how a file was made. Where it has none, or one of other parameters than the file shows, somebody ran
         a stage by hand.
         """
-        for stale in of_other_settings(self.settings):
+        foreign = of_other_settings(self.settings)
+        for stale in foreign:
             record, made_with = record_of(stale), self.made_with(stale.name)
             if record is None or (made_with and {repr(value) for value in made_with.values()} <= set(record["params"])):
                 sys.exit(f"error: {stale} was made for other settings or from other files of the source, and not by a run that this working "
                          "directory knows of: remove it, or choose other results=")
+        made_again = {"listing.json", "plan.json"} & {stale.name for stale in foreign}
+        if not made_again and self._made_by_this_code("plan.json", record_of) and is_exchanged(self.settings):
+            sys.exit(f"error: {self.run}/release is not the release that {self.run}/verify.json is the proof of; somebody put it there: remove "
+                     f"{self.run}/release and run again, it is made anew")
+
+    def _made_by_this_code(self, name: str, record_of: Callable[[Path], Mapping | None]) -> bool:
+        """Whether Snakemake would leave a result as it is as far as the code goes."""
+        record = record_of(self.settings.run_directory / name)
+        return record is not None and repr(self.converting) in (record["params"] or ())
 
 
 def stage(name: str, arguments: str = "") -> str:

@@ -355,6 +355,19 @@ def test_what_dvc_has_write_protected_can_be_made_again(copied):
     assert again.stat().st_ino != inode and again.read_bytes() == kept == (copied / "cache_of_dvc" / again.name).read_bytes()
 
 
+def test_a_release_that_was_put_in_the_place_of_the_proven_one_is_noticed(copied):
+    """As by `dvc checkout` of another dvc.lock: its files are older than the proof, so that Snakemake sees no reason to run."""
+    release = copied / "results/step37_tiny/mxfp4_experts/release"
+    other = json.loads((release / "manifest.json").read_text()) | {"tensors": {}}
+    (release / "manifest.json").write_text(json.dumps(other))
+    os.utime(release / "manifest.json", (1.6e9, 1.6e9))
+    ran = snakemake(copied, "-n", "--cores", "2")
+    assert ran.returncode != 0 and "release is not the release that" in ran.stderr, ran.stdout + ran.stderr
+    shutil.rmtree(release)  # as the line says
+    ran = snakemake(copied, "-n", "--cores", "2")
+    assert ran.returncode == 0 and {"assemble_release", "verify_release", "report"} <= jobs_of(ran) and "quantize_experts" not in jobs_of(ran)
+
+
 def test_a_source_that_was_changed_before_an_interruption_is_converted_by_the_next_run(tmp_path):
     source, directory = tmp_path / "source", workdir(tmp_path / "changed")
     shutil.copytree(PROJECT / "tests/tiny/step37_tiny", source)
