@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from stages.checkpoint.files import check_disk, write_rows
+from stages.checkpoint.files import check_disk, human_bytes, write_rows
 from stages.dialects.config import KEY_VALUE_HEADS, whole_number
 from stages.dialects.roles import draft_layers
 from stages.errors import UserError, exit_with_one_line
@@ -69,13 +69,25 @@ def _disk_peak(settings: Settings, shards: dict[str, dict]) -> int:
     return sum(shard["file_bytes"] for shard in shards.values()) + passing
 
 
+def _check_disk(settings: Settings, plan: dict) -> None:
+    """UserError unless the whole run fits beside what is there. Shards that were converted before are replaced one by one, which frees only those
+    that have no other name: the release of that run, and DVC's cache, keep what they have hard links to."""
+    release, freed, kept = settings.run_directory / "release", 0, 0
+    for path in (settings.run_directory / "shards").glob("*.safetensors"):
+        status = path.stat()
+        freed += status.st_size if status.st_nlink == 1 else 0
+        kept += status.st_size if status.st_nlink > 1 else 0
+    remedy = (f"remove {release}, which keeps {human_bytes(kept)} of the shards before (so does DVC's cache, if it is pinned), free some" if kept
+              else "free some")
+    check_disk(settings.run_directory, max(0, plan["disk_peak_bytes"] - freed), "the whole run, by this plan,", remedy)
+
+
 def run(settings: Settings) -> dict:
     """Writes plan.json and prints it."""
     census = current(settings.run_directory / "inspect.json", "inspect_format")
     plan = make_plan(settings, census, read_config(settings))
     print_plan(plan)
-    there = sum(path.stat().st_size for path in (settings.run_directory / "shards").glob("*.safetensors"))
-    check_disk(settings.run_directory, max(0, plan["disk_peak_bytes"] - there), "the whole run, by this plan,")
+    _check_disk(settings, plan)
     write_rows(settings.run_directory / "plan.json", plan)
     return plan
 

@@ -321,6 +321,16 @@ def test_a_full_disk_is_told_before_the_first_byte(local, monkeypatch):
     assert not list(load(local).run_directory.glob("shards/*.safetensors"))
 
 
+def test_shards_that_a_release_keeps_are_not_counted_as_space_that_will_be_free(local, monkeypatch):
+    settings = convert(*local)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(UserError, match=r"not enough disk: the whole run.*; remove \S*/release, which keeps 18\.\d+ MB of the shards before"):
+        plan.run(settings)
+    shutil.rmtree(settings.run_directory / "release")  # as the line says
+    plan.run(settings)
+
+
 def stage(name, *arguments):
     return subprocess.run([sys.executable, "-m", f"stages.{name}", *arguments], cwd=PROJECT, capture_output=True, text=True)
 

@@ -212,7 +212,7 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def check_disk(directory: Path, needed_bytes: int, what: str) -> None:
+def check_disk(directory: Path, needed_bytes: int, what: str, remedy: str = "free some") -> None:
     """UserError unless the disk that holds (or will hold) `directory` has room for `needed_bytes` and one percent."""
     existing = Path(directory).absolute()
     while not existing.exists():
@@ -220,4 +220,4 @@ def check_disk(directory: Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed_bytes * DISK_MARGIN:
         raise UserError(f"not enough disk: {what} needs {human_bytes(needed_bytes * DISK_MARGIN)}, {directory} has "
-                        f"{human_bytes(free)} free; free some, or point results= to a larger disk")
+                        f"{human_bytes(free)} free; {remedy}, or point results= to a larger disk")
