@@ -29,7 +29,7 @@ rule all:
 rule download_metadata:
     input: W.files
     output: listing=f"{SOURCE}/listing.json", headers=f"{SOURCE}/headers.json", auxiliary=directory(f"{SOURCE}/auxiliary")
-    params: **W.params("listing.json")
+    params: **W.params("listing.json"), code=code_of("stages/download.py", "stages/sources", "stages/checkpoint/header.py")
     log: f"{SOURCE}/logs/metadata.log"
     shell: stage("download", "--metadata")
 
