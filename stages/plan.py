@@ -82,10 +82,19 @@ def _check_disk(settings: Settings, plan: dict) -> None:
     check_disk(settings.run_directory, max(0, plan["disk_peak_bytes"] - freed), "the whole run, by this plan,", remedy)
 
 
+def planned(settings: Settings) -> dict:
+    """The plan of the source that was inspected."""
+    return make_plan(settings, current(settings.run_directory / "inspect.json", "inspect_format"), read_config(settings))
+
+
+def refuse(settings: Settings) -> None:
+    """UserError where `run` would raise it; writes nothing."""
+    _check_disk(settings, planned(settings))
+
+
 def run(settings: Settings) -> dict:
     """Writes plan.json and prints it."""
-    census = current(settings.run_directory / "inspect.json", "inspect_format")
-    plan = make_plan(settings, census, read_config(settings))
+    plan = planned(settings)
     print_plan(plan)
     _check_disk(settings, plan)
     write_rows(settings.run_directory / "plan.json", plan)

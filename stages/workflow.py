@@ -92,9 +92,21 @@ class Workflow:
                 sys.exit(f"error: {stale} was made for other settings or from other files of the source, and not by a run that this working "
                          "directory knows of: remove it, or choose other results=")
         made_again = {"listing.json", "plan.json"} & {stale.name for stale in foreign}
+        if made_again == {"plan.json"} and self._made_by_this_code("inspect.json", record_of):
+            self._refuse_plan()
         if not made_again and self._made_by_this_code("plan.json", record_of) and is_exchanged(self.settings):
             sys.exit(f"error: {self.run}/release is not the release that {self.run}/verify.json is the proof of; somebody put it there: remove "
                      f"{self.run}/release and run again, it is made anew")
+
+    def _refuse_plan(self) -> None:
+        """Ends the run where these settings cannot be planned, while the plan of the settings before and the shards that were made of it are there:
+        Snakemake would remove that plan before the stage refuses, and with the settings before make it, and so everything, again."""
+        from stages.plan import refuse  # what no other run needs
+
+        try:
+            refuse(self.settings)
+        except UserError as error:
+            sys.exit(f"error: {' '.join(str(error).split())}")
 
     def _made_by_this_code(self, name: str, record_of: Callable[[Path], Mapping | None]) -> bool:
         """Whether Snakemake would leave a result as it is as far as the code goes."""
