@@ -13,7 +13,7 @@ from stages.errors import UserError
 from stages.planning.record import is_plan_for
 from stages.provenance import RESULTS_FORMAT
 from stages.settings import Settings, as_dict, scoring
-from stages.sources.listing import lists_files, lists_source
+from stages.sources.listing import lists_files, lists_place, lists_source
 
 
 def of_other_settings(settings: Settings) -> list[Path]:
@@ -28,6 +28,18 @@ def of_other_settings(settings: Settings) -> list[Path]:
         (run / "settings.yaml", lambda found: all(found.get(part) == as_dict(getattr(settings, part)) for part in ("source", "recipe", "release"))),
     )
     return [path for path, fits in checks if path.exists() and _differs(path, fits)]
+
+
+def refuse_another_source(settings: Settings) -> None:
+    """UserError where the results of this source's name are those of another directory or repository, which these would silently replace: of two
+    with the same last part of their name. A local source may be at another path that leads to the same directory, a hub's at another revision."""
+    path, source = settings.source_directory / "listing.json", settings.source
+    if path.exists() and _differs(path, lambda found: lists_place(found, source)):
+        found = read_json(path)
+        listed = found.get("path") or found.get("repository")
+        raise UserError(f"{path}: the results there are of {listed}, not of {source.path or source.repository}: set source.name to another name; or, "
+                        f"where the source was only moved or those results are not needed any more, remove {settings.source_directory}, and everything "
+                        "is made again")
 
 
 def is_exchanged(settings: Settings) -> bool:

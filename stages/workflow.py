@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from stages.current import is_exchanged, of_other_settings
+from stages.current import is_exchanged, of_other_settings, refuse_another_source
 from stages.errors import UserError
 from stages.provenance import CONVERTING, RESULTS_FORMAT, code_of
 from stages.serving.environment import marker_inputs
@@ -32,6 +32,7 @@ class Workflow:
         forget()  # what a run before has left in the environment
         self.overrides = overrides_from(dict(config))
         self.settings = settings = load(self.overrides, resolve=resolve)
+        refuse_another_source(settings)
         self.shards = [name.removesuffix(".safetensors") for name in shards_of(settings.source)]
         self.files = local_files(settings.source)  # of a local source, which may change
         self.text = str(text_path(settings))

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from stages import assemble_release, download, evaluate, inspect_format, plan, quantize_experts
 from stages.checkpoint.files import only_one
 from stages.checkpoint.header import INDEX, LFS_POINTER, render_header
+from stages.current import refuse_another_source
 from stages.errors import UserError
 from stages.settings import load
 from stages.sources.files import safe_name
@@ -76,6 +77,28 @@ def test_a_source_without_a_revision_is_pinned_once_and_stays_there(hub, tmp_pat
     hub.answered_revision = hub.revision = "f" * 40  # the branch moves on
     for settings in (load(overrides), load(overrides, resolve=resolve)):
         assert settings.source.revision == REVISION and settings.source.shards == SHARDS
+
+
+def test_a_repository_of_the_same_name_is_refused_and_the_recorded_commit_is_kept(hub, tmp_path):
+    overrides = ["source=hub", f"results={tmp_path}"]
+    load([*overrides, "source.repository=somebody/tiny"], resolve=resolve)
+    hub.repository = "else/tiny"
+    with pytest.raises(UserError, match="revision.json: the results there are of somebody/tiny, not of else/tiny: set source.name"):
+        load([*overrides, "source.repository=else/tiny"], resolve=resolve)
+    assert load([*overrides, "source.repository=somebody/tiny"]).source.revision == REVISION
+    assert load([*overrides, "source.repository=else/tiny", "source.name=another"], resolve=resolve).source.revision == REVISION
+    shutil.rmtree(tmp_path / "tiny/source")  # as the line says
+    assert load([*overrides, "source.repository=else/tiny"], resolve=resolve).source.revision == REVISION
+
+
+def test_another_repository_or_directory_of_the_same_name_is_refused_and_another_revision_is_not(hub, tmp_path):
+    settings = load(hub_overrides(tmp_path))
+    download.fetch_metadata(settings)
+    refuse_another_source(load([*hub_overrides(tmp_path), f"source.revision={'f' * 40}"]))
+    for override in ("source.repository=else/tiny", "source.path=tests/tiny/step37_tiny"):
+        others = [item for item in hub_overrides(tmp_path) if "path" not in override or not item.startswith(("source.re", "source.sh", "source=hub"))]
+        with pytest.raises(UserError, match="listing.json: the results there are of somebody/tiny, not of .*: set source.name"):
+            refuse_another_source(load([*others, override]))
 
 
 def test_planning_a_hub_checkpoint_downloads_headers_and_no_weights(hub, settings):

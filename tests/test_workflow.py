@@ -301,7 +301,27 @@ def test_results_of_other_settings_are_not_taken_for_these_where_snakemake_has_l
     assert "Traceback" not in ran.stdout + ran.stderr
     shutil.copytree(PROJECT / "tests/tiny/step37_tiny", tmp_path / "step37_tiny")
     ran = snakemake(directory, "--cores", "2", "--config", "source=local", f"overrides=[source.path={tmp_path / 'step37_tiny'}]")
-    assert ran.returncode != 0 and "listing.json was made for other settings" in ran.stdout + ran.stderr, ran.stdout + ran.stderr
+    assert ran.returncode != 0 and "listing.json: the results there are of tests/tiny/step37_tiny, not of " in ran.stderr, ran.stdout + ran.stderr
+
+
+def test_a_source_of_the_same_name_in_another_place_does_not_replace_the_results(copied, tmp_path):
+    """Snakemake would take it for another path of the same source, and make everything again in its place."""
+    (tmp_path / "moved").mkdir()
+    source = tmp_path / "moved/step37_tiny"
+    shutil.copytree(PROJECT / "tests/tiny/step37_tiny", source)
+    settings = ["--cores", "2", "--config", "source=local"]
+    ran = snakemake(copied, *settings, f"overrides=[source.path={source}]")
+    (line,) = [line for line in ran.stderr.splitlines() if "step37_tiny" in line]
+    assert ran.returncode != 0 and line.startswith("error: ") and f"not of {source}: set source.name" in line, ran.stdout + ran.stderr
+    ran = snakemake(copied, "-n", *settings, f"overrides=[source.path={source},source.name=another]")
+    assert ran.returncode == 0 and "download_metadata" in jobs_of(ran), ran.stdout + ran.stderr
+    link = tmp_path / "step37_tiny"  # the same directory by another way
+    link.symlink_to(PROJECT / "tests/tiny/step37_tiny")
+    ran = snakemake(copied, "-n", *settings, f"overrides=[source.path={link}]")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    shutil.rmtree(copied / "results/step37_tiny/source")  # as the line says
+    ran = snakemake(copied, "--until", "plan", *settings, f"overrides=[source.path={source}]")
+    assert ran.returncode == 0 and {"download_metadata", "plan"} <= jobs_of(ran), ran.stdout + ran.stderr
 
 
 def test_older_files_in_the_place_of_the_source_are_noticed_where_snakemake_has_lost_its_records(tmp_path):

@@ -15,11 +15,16 @@ from stages.sources.local import check_file, list_directory
 FIELDS = {"bytes", "sha256", "kind"}  # of a listed file; times came later
 
 
+def lists_place(listing: dict, source: SourceSettings) -> bool:
+    """Whether listing.json is of this directory, however its path is spelt, or of this repository at any revision."""
+    path = listing.get("path")
+    same_directory = bool(source.path) == bool(path) and (not path or Path(source.path).resolve() == Path(path).resolve())
+    return same_directory and source.repository == listing.get("repository")
+
+
 def lists_source(listing: dict, source: SourceSettings) -> bool:
     """Whether listing.json is of this directory, however its path is spelt, or of this revision of a repository."""
-    path = listing.get("path")
-    same_place = bool(source.path) == bool(path) and (not path or Path(source.path).resolve() == Path(path).resolve())
-    return same_place and (source.repository, source.revision) == (listing.get("repository"), listing.get("revision"))
+    return lists_place(listing, source) and source.revision == listing.get("revision")
 
 
 def lists_files(listing: dict, source: SourceSettings) -> bool:
