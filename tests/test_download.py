@@ -23,7 +23,7 @@ from stages.current import refuse_another_source
 from stages.errors import UserError
 from stages.settings import load
 from stages.sources.files import safe_name
-from stages.sources.hub import ATTEMPTS, FIRST_BYTES, HashedFile, Hub, resolve
+from stages.sources.hub import FIRST_BYTES, PAUSES, HashedFile, Hub, resolve
 from stages.sources.listing import read_listing
 from tests.conftest import PROJECT, TINY, convert
 from tests.hub_server import HubServer
@@ -183,7 +183,7 @@ def test_a_line_that_drops_again_and_again_still_brings_a_large_shard_home(large
     server, overrides, original = large
     settings = load(overrides)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr("stages.sources.hub.ATTEMPTS", 2)
+    monkeypatch.setattr("stages.sources.hub.PAUSES", (0,))
     download.fetch_metadata(settings)
     server.drop_after, server.drop_always = 11_000_000, True
     assert download.fetch_shard(settings, "model.safetensors").read_bytes() == original.read_bytes()
@@ -202,7 +202,7 @@ def test_resets_behind_new_bytes_are_forgiven_and_resets_without_are_counted(set
 
     with pytest.raises(UserError, match="reset by peer.*finished bytes are kept"):
         Hub(settings.source).patiently("downloading x", resets, lambda: received[0])
-    assert calls[0] == 20 + ATTEMPTS - 1
+    assert calls[0] == 20 + len(PAUSES)
 
 
 def test_a_second_download_of_the_same_shard_is_refused_and_the_first_goes_on(hub, settings):
@@ -360,6 +360,16 @@ def test_a_hub_that_stays_unavailable_is_told_in_one_line_after_a_bounded_time(h
     with pytest.raises(UserError, match="listing its files.*503.*run the same command again"):
         download.fetch_metadata(settings)
     assert pauses == [1, 2, 4, 8]
+
+
+def test_a_hub_that_is_gone_for_minutes_in_the_middle_of_a_run_is_waited_for_and_each_attempt_is_told(hub, settings, pauses, capsys):
+    download.fetch_metadata(settings)
+    hub.unavailable = len(PAUSES)
+    assert download.fetch_shard(settings, SHARD).read_bytes() == (TINY / SHARD).read_bytes()
+    assert tuple(pauses) == PAUSES and 600 <= sum(PAUSES) <= 660 and max(PAUSES) == 60
+    lines = [line for line in capsys.readouterr().err.splitlines() if "trying again" in line]
+    assert len(lines) == len(PAUSES) and lines[3].startswith(f"somebody/tiny: downloading {SHARD}: ") and "503" in lines[3]
+    assert lines[3].endswith(f"; trying again in 8 s (4 of {len(PAUSES)})")
 
 
 def test_an_error_of_the_own_disk_is_not_taken_for_one_of_the_network(hub, settings, pauses, monkeypatch):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,7 +22,8 @@ from stages.settings import SourceSettings
 from stages.sources.files import SourceFile, kind_of, safe_name
 
 FIRST_BYTES = 64  # of a shard: the length of its header, or enough to recognize an LFS pointer
-ATTEMPTS = 5  # without a new byte, waiting 1, 2, 4, 8 s in between; each goes on behind the bytes that came
+PAUSES = (1, 2, 4, 8, 16, 32, *[60] * 9)  # seconds between attempts without a new byte, ten minutes in all: a download runs for hours unattended
+AT_THE_START = PAUSES[:4]  # before there is an answer at all, and somebody who has just started the run waits for it
 LONGEST_WAIT = 60  # seconds that a hub which limits the rate may ask for
 
 
@@ -41,10 +43,15 @@ def _hub_error(source: SourceSettings, what: str, error: Exception) -> UserError
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return UserError(f"{place}: {what}: the hub refused with {status}; set HF_TOKEN to a token with access")
-    text = " ".join(str(error).split("For more information")[0].split())[:160] or type(error).__name__
+    text = _words(error)
     if status is None and not isinstance(error, ValueError):
         text += "; check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
     return UserError(f"{place}: {what}: {text}; run the same command again to go on, finished bytes are kept")
+
+
+def _words(error: Exception) -> str:
+    """What an error says, on one line and without advice for programmers."""
+    return " ".join(str(error).split("For more information")[0].split())[:160] or type(error).__name__
 
 
 def _is_passing(error: Exception) -> bool:
@@ -105,13 +112,15 @@ class Hub:
         transport = type(get_session()).__module__.split(".")[0]  # the client's HTTP library has changed its name before
         return HfHubHTTPError, __import__(transport).HTTPError, OSError, ValueError
 
-    def patiently(self, what: str, action: Callable[[], object], received: Callable[[], int] = lambda: 0):
-        """`action()`, again after failures that pass, with growing pauses and no more than ATTEMPTS times in vain.
+    def patiently(self, what: str, action: Callable[[], object], received: Callable[[], int] = lambda: 0, pauses: Sequence[int] | None = None):
+        """`action()`, again after failures that pass, until it has failed in vain behind the last of `pauses` (PAUSES by default); a line on
+        standard error says so each time.
 
         `received` counts the bytes that have come: a failure behind new bytes is the first one again, so that a flaky line
         brings a large shard home in any number of pieces. Raises UserError with the remedy when the hub means it; an
         OSError of the local disk is passed on as it is.
         """
+        pauses = PAUSES if pauses is None else pauses
         failures, most = 0, received()
         while True:
             try:
@@ -123,9 +132,12 @@ class Hub:
                         error, (ConnectionError, TimeoutError)):
                     raise
                 failures, most = (1, received()) if received() > most else (failures + 1, most)
-                if failures == ATTEMPTS or not _is_passing(error):
+                if failures > len(pauses) or not _is_passing(error):
                     raise _hub_error(self.source, what, error) from None
-                time.sleep(max(2 ** (failures - 1), _asked_wait(error)))
+                pause = max(pauses[failures - 1], _asked_wait(error))
+                print(f"{self.source.repository}: {what}: {_words(error)}; trying again in {pause} s ({failures} of {len(pauses)})", file=sys.stderr,
+                      flush=True)
+                time.sleep(pause)
 
     def list_files(self) -> list[SourceFile]:
         """All files of the revision with sizes, and sha256 of those that the hub stores as large files."""
@@ -146,7 +158,7 @@ class Hub:
     def info(self, what: str, revision: str | None):
         """What the hub says of a revision; UserError for an answer of another form, of a proxy or a login page."""
         try:
-            info = self.patiently(what, lambda: self.api.model_info(self.source.repository, revision=revision, files_metadata=True))
+            info = self.patiently(what, lambda: self.api.model_info(self.source.repository, revision=revision, files_metadata=True), pauses=AT_THE_START)
             if not all(isinstance(entry.rfilename, str) for entry in info.siblings):
                 raise TypeError("a file has no name")
         except (AttributeError, KeyError, TypeError) as error:
