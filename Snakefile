@@ -74,7 +74,8 @@ rule quantize_experts:
 rule validate_gemm:
     input: f"{RUN}/plan.json", expand(f"{RUN}/shards/{{shard}}.json", shard=W.shards)
     output: f"{RUN}/gemm.json"
-    params: tensors=S.evaluation.gemm_tensors, tokens=S.evaluation.gemm_tokens, code=code_of("stages/validate_gemm.py", "kernels/gemm", "kernels/decibels.py")
+    params: sizes=[S.evaluation.gemm_tensors, S.evaluation.gemm_tokens],  # together: Snakemake compares values without names
+        code=code_of("stages/validate_gemm.py", "kernels/gemm", "kernels/decibels.py")
     log: f"{RUN}/logs/validate_gemm.log"
     shell: stage("validate_gemm")
 

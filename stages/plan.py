@@ -23,6 +23,7 @@ from stages.provenance import RESULTS_FORMAT
 from stages.schemes import draft_scales, tensor_parallel
 from stages.schemes.engines import engines
 from stages.settings import Settings, as_dict, load, stage_parser
+from stages.sources.hub import check_download
 from stages.sources.listing import read_config
 
 JOBS_OF_A_RUN = 10  # of the workflow, beside those of shards
@@ -87,16 +88,23 @@ def planned(settings: Settings) -> dict:
     return make_plan(settings, current(settings.run_directory / "inspect.json", "inspect_format"), read_config(settings))
 
 
+def _check(settings: Settings, plan: dict) -> None:
+    """UserError for what is better told before the first byte of a shard is downloaded."""
+    for shard, sizes in plan["shards"].items() if settings.source.repository else ():
+        check_download(settings.source, shard, sizes["source_bytes"])
+    _check_disk(settings, plan)
+
+
 def refuse(settings: Settings) -> None:
     """UserError where `run` would raise it; writes nothing."""
-    _check_disk(settings, planned(settings))
+    _check(settings, planned(settings))
 
 
 def run(settings: Settings) -> dict:
     """Writes plan.json and prints it."""
     plan = planned(settings)
     print_plan(plan)
-    _check_disk(settings, plan)
+    _check(settings, plan)
     write_rows(settings.run_directory / "plan.json", plan)
     return plan
 

@@ -524,6 +524,18 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(hub, settings, m
     assert hub.sent[SHARD] == 0
 
 
+def test_a_shard_that_the_hubs_client_refuses_to_download_is_told_by_the_plan_with_the_way_out(hub, settings, monkeypatch):
+    download.fetch_metadata(settings)
+    inspect_format.run(settings)
+    monkeypatch.setattr("huggingface_hub.constants.MAX_HTTP_DOWNLOAD_SIZE", 1_000_000)
+    words = rf"model-\d+.safetensors has \d.\d\d MB, and files over 1.00 MB .* run hf download somebody/tiny --revision {REVISION} .* source=local"
+    with pytest.raises(UserError, match=words):
+        plan.run(settings)
+    with pytest.raises(UserError, match=words):
+        download.fetch_shard(settings, SHARD)
+    assert not list(settings.run_directory.glob("source/*"))
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../up", "a/../../b", "", "./a", "a//b"])
 def test_a_name_that_leaves_the_directory_is_refused(name):
     with pytest.raises(UserError, match="would leave"):

@@ -86,7 +86,9 @@ def test_changing_the_evaluation_does_not_convert_again(finished):
 
 @pytest.mark.parametrize("override, jobs", [
     ("source.license=mit", {"report"}), ("source.origin=somebody/original", {"report"}), ("release.minimum_sqnr_db=16", {"verify_release", "report"}),
-    ("evaluation.gemm_tokens=48", {"validate_gemm", "report"}), ("serving.output_tokens=64", {"serve_bench", "report"}),
+    ("evaluation.gemm_tokens=48", {"validate_gemm", "report"}),
+    ("evaluation.gemm_tensors=64,evaluation.gemm_tokens=4", {"validate_gemm", "report"}),  # exchanged
+    ("serving.output_tokens=64", {"serve_bench", "report"}),
 ])
 def test_only_what_depends_on_a_setting_runs_again(finished, override, jobs):
     ran = snakemake(finished, "-n", "--cores", "2", "--config", f"overrides=[{override}]")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from stages.checkpoint.files import CHUNK, check_disk, is_named, lock, sync_directory
+from stages.checkpoint.files import CHUNK, check_disk, human_bytes, is_named, lock, sync_directory
 from stages.checkpoint.header import LFS_POINTER, Header, header_length, parse_header
 from stages.errors import UserError
 from stages.settings import SourceSettings
@@ -158,7 +158,8 @@ class Hub:
     def info(self, what: str, revision: str | None):
         """What the hub says of a revision; UserError for an answer of another form, of a proxy or a login page."""
         try:
-            info = self.patiently(what, lambda: self.api.model_info(self.source.repository, revision=revision, files_metadata=True), pauses=AT_THE_START)
+            info = self.patiently(what, lambda: self.api.model_info(self.source.repository, revision=revision, files_metadata=True),
+                                  pauses=AT_THE_START)
             if not all(isinstance(entry.rfilename, str) for entry in info.siblings):
                 raise TypeError("a file has no name")
         except (AttributeError, KeyError, TypeError) as error:
@@ -220,6 +221,7 @@ class Hub:
         """Downloads a file to `target`, going on behind what an interrupted run left, and checks size and sha256."""
         from huggingface_hub.file_download import http_get
 
+        check_download(self.source, file.name, file.size)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".incomplete")
         if part.exists() and part.stat().st_size > file.size:
@@ -241,6 +243,17 @@ class Hub:
             check_bytes(part, output.digest.hexdigest(), file, self.source.repository)
             os.replace(part, target)  # while it is locked
         sync_directory(target.parent)
+
+
+def check_download(source: SourceSettings, name: str, size: int) -> None:
+    """UserError for a file of more bytes than the hub gives by plain HTTP, which can be continued; `hf` has another way to larger ones."""
+    from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
+
+    if size > MAX_HTTP_DOWNLOAD_SIZE:
+        place = source.repository
+        raise UserError(f"{place}: {name} has {human_bytes(size)}, and files over {human_bytes(MAX_HTTP_DOWNLOAD_SIZE)} cannot be downloaded here: "
+                        f"run hf download {place} --revision {source.revision} --local-dir DIRECTORY, then convert with source=local "
+                        f"source.path=DIRECTORY source.origin={place}")
 
 
 def resolve(repository: str, revision: str | None) -> tuple[str, list[str]]:
