@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 from stages.checkpoint.files import only_one, read_json, sha256_file, sync_directory, write_json, write_text
@@ -71,7 +72,7 @@ def measured_release(settings: Settings) -> str:
     """sha256 of manifest.json of the release that is there, which names what a result was measured on.
 
     UserError where a file of the release is no longer the one that the manifest lists. A shard is, where it is still the one in shards/; what
-    is no hard link to that (somebody replaced it, or brought it back from a cache) is read.
+    is no hard link to that (somebody replaced it, or brought it back from a cache) is read; shards/ is linked to what DVC has put there.
     """
     release = settings.run_directory / "release"
     files = read_json(release / "manifest.json", "assemble_release").get("files")
@@ -83,7 +84,26 @@ def measured_release(settings: Settings) -> str:
         if not same or not (made.exists() and made.samefile(path) or sha256_file(path) == entry.get("sha256")):
             raise UserError(f"{path}: {'is not the file that manifest.json lists' if path.exists() else 'is missing'}; remove {release} and run "
                             "again (assemble_release, then what is behind it)")
+        _link_again(made, path, entry)
     return sha256_file(release / "manifest.json")
+
+
+def _link_again(made: Path, path: Path, entry: dict) -> None:
+    """Makes the shard in shards/ a hard link to the write-protected file of its cache that DVC has put into the release, whose bytes are known to be
+    those of the manifest's `entry`. DVC does so for bytes that it has already, which would then be on the disk twice and read by every stage.
+
+    The shard keeps the time of its last change, by which Snakemake goes. Nothing is done where the receipt is of other bytes, or the system refuses.
+    """
+    if made.suffix != ".safetensors" or not made.exists() or made.samefile(path) or path.stat().st_mode & 0o222:
+        return
+    with suppress(OSError, UserError):
+        output, status = read_json(made.with_suffix(".json"), "quantize_experts").get("output"), made.stat()
+        if isinstance(output, dict) and output.get("sha256") == entry["sha256"]:
+            linked = made.with_name(f"{made.name}.linked")
+            linked.unlink(missing_ok=True)
+            os.link(path, linked)
+            os.utime(linked, ns=(status.st_atime_ns, status.st_mtime_ns))
+            os.replace(linked, made)
 
 
 def run(settings: Settings) -> dict:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from kernels import mxfp4
 from kernels.fp8 import decode_block_fp8
 from stages import assemble_release, download, evaluate, inspect_format, plan, quantize_experts, receipts, report, serve_bench, validate_gemm, verify_release
-from stages.checkpoint.files import read_json, write_json
+from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.checkpoint.header import render_header, sorted_specs
 from stages.conversion import quantizer
 from stages.conversion.places import Loose
@@ -243,6 +243,29 @@ def test_a_release_whose_files_were_replaced_is_neither_measured_nor_reported(pr
             stage.run(proven)
     path.write_bytes(before)
     report.run(proven)
+
+
+def test_a_release_that_dvc_has_taken_from_its_cache_is_on_the_disk_once_and_read_once(local, monkeypatch):
+    settings = convert(*local)
+    name = "model-00003.safetensors"
+    made, path, cached = settings.run_directory / "shards" / name, settings.run_directory / "release" / name, settings.run_directory / "cached"
+    shutil.copyfile(path, cached)
+    os.utime(cached, (1.6e9, 1.6e9))
+    cached.chmod(0o444)
+    path.unlink()
+    os.link(cached, path)
+    before, digest, read = made.stat(), assemble_release.measured_release(settings), []
+    assert made.samefile(cached) and made.stat().st_mtime_ns == before.st_mtime_ns, "Snakemake goes by its time"
+    monkeypatch.setattr(assemble_release, "sha256_file", lambda file: read.append(file.name) or sha256_file(file))
+    assert assemble_release.measured_release(settings) == digest and name not in read
+    monkeypatch.undo()
+    receipt = made.with_suffix(".json")
+    write_json(receipt, read_json(receipt) | {"output": {"bytes": before.st_size, "sha256": "0" * 64}})  # of a later conversion
+    path.unlink()
+    shutil.copyfile(cached, path)
+    path.chmod(0o444)
+    assemble_release.measured_release(settings)
+    assert not made.samefile(path)
 
 
 def test_weights_of_nothing_but_zeros_are_converted_and_named(local, checkpoint, capsys):
