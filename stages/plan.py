@@ -15,7 +15,7 @@ from stages.dialects.config import KEY_VALUE_HEADS, whole_number
 from stages.dialects.roles import draft_layers
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.decisions import decide
-from stages.planning.modules import check_drafts, known_architecture, proven_config
+from stages.planning.modules import check_model, proven_config
 from stages.planning.outputs import release_outputs, release_sizes, shard_sizes
 from stages.planning.record import current
 from stages.planning.view import notes, print_plan
@@ -31,8 +31,7 @@ JOBS_OF_A_RUN = 10  # of the workflow, beside those of shards
 
 def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
     """The content of plan.json."""
-    known_architecture(census["architecture"])
-    check_drafts(census["architecture"], census["tensors"])
+    check_model(census["architecture"], census["tensors"], census["text_layers"])
     tensors = decide(settings, census)
     plan = {
         "format": RESULTS_FORMAT, "source": census["source"], "architecture": census["architecture"],

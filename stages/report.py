@@ -28,7 +28,7 @@ from stages.planning.view import by_role, where_it_runs
 from stages.plots import expert_plot, layer_plot
 from stages.receipts import read_receipts, shards_sha256, zeros_note
 from stages.schemes import SCHEMES
-from stages.serving.commands import client_example, engine_name, serve_commands
+from stages.serving.commands import client_example, serve_commands, served_by
 from stages.serving.plots import serving_plot
 from stages.settings import PROJECT, Settings, load, stage_parser
 from stages.settings.commands import command_for
@@ -111,7 +111,7 @@ def facts(settings: Settings) -> dict:
     return {
         "schemes": schemes, "formats": " and ".join(SCHEMES[scheme].LABEL for scheme in schemes),
         "commands": serve_commands(plan, config, serving.get("engine", {})), "client": client_example(config),
-        "engine": engine_name(serving["engine"]) if serving.get("engine") else None,
+        "engine": served_by(serving["engine"]) if serving.get("engine") else None,
         "origin": settings.source.repository or settings.source.origin,
         "experts": any(entry["role"] == "routed_experts" for entry in plan["tensors"].values()),
         "settings": settings, "plan": plan, "notes": notes, "where_it_runs": where_it_runs(plan), "roles": role_rows(plan), "gemm": gemm_rows,

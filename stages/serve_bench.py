@@ -105,7 +105,7 @@ def run(settings: Settings) -> dict:
                 line = (f"{streams} streams: {level['tokens_per_second']['mean']:.1f} tokens/s over {serving.windows} x "
                         f"{serving.window_seconds:g} s")
                 window = level["windows"][0]
-                if "server_tokens" in window:
+                if window.get("client_over_server") is not None:
                     line += f", client / server count {window['client_over_server']:.4f}"
                 if "drafting" in level:
                     line += f", {100 * level['drafting']['acceptance_rate']:.1f} % of drafted tokens accepted"

@@ -1,5 +1,6 @@
 """Parts of a model that no shard holds: nothing but the model itself says that they should be there, and it is refused, not converted."""
 
+import json
 import re
 import shutil
 
@@ -8,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import checkup
+from stages.checkup import configuring, structure
+from stages.checkup.checkpoint import Checkpoint
 from stages.errors import UserError
 from stages.schemes import tensor_parallel
-from tests.conftest import planned
+from tests.conftest import convert, planned
 from tests.small_models import save
 
 
@@ -118,6 +121,76 @@ def test_the_stacked_layout_is_for_architectures_whose_loader_reads_it(small, tm
     with pytest.raises(UserError, match="one by one only.*per_expert"):
         plan_of(directory, tmp_path / "results", "mxfp4_experts_stacked")
     assert plan_of(directory, tmp_path / "results")["engines"][0]["loads"] != "no"
+
+
+def faults_of(release):
+    return [fault for row in checkup.check(release, None, False)["checks"] for fault in row["faults"]]
+
+
+def test_stacked_experts_that_a_target_claims_though_they_are_plain(small, tmp_path):
+    """They have no `.weight` in their names, and vLLM takes a target Linear for experts, too."""
+    directory = small("qwen3_5_moe", False, tmp_path)
+    release = convert("source=local", f"source.path={directory}", f"results={tmp_path / 'results'}", "recipe.name=attention",
+                      "recipe.groups=[{roles: [attention]}]").run_directory / "release"
+    assert not faults_of(release)
+    (release / "manifest.json").unlink()
+    config = json.loads((release / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    config["quantization_config"]["ignore"] = [r"re:.*\.gate$", r"re:.*(visual|linear_attn|shared_expert|lm_head|mtp).*"]
+    group["targets"] = ["Linear"]
+    (release / "config.json").write_text(json.dumps(config))
+    assert any("mlp.experts: stored unquantized, but target" in fault for fault in faults_of(release)), faults_of(release)
+    without(release, r"\.experts\.")
+    assert any("no tensor is one's" in fault for fault in faults_of(release))
+
+
+def test_plain_names_in_a_config_are_mapped_as_vllm_maps_them(small, tmp_path):
+    """As llm-compressor writes them: a target Linear, and the checkpoint's names of all that is not quantized."""
+    directory = small("qwen3_5_moe", False, tmp_path)
+    release = convert("source=local", f"source.path={directory}", f"results={tmp_path / 'results'}").run_directory / "release"
+    (release / "manifest.json").unlink()
+    config = json.loads((release / "config.json").read_text())
+    section = config["quantization_config"]
+    section["config_groups"]["group_0"]["targets"] = ["Linear"]
+    with Checkpoint(release) as opened:
+        assert not list(structure.containers(opened))
+        plain = [module for module, (stored, info, *_) in opened.modules.items() if stored == "plain" and not module.startswith("mtp.")]
+    for section["ignore"], wrong in (([r"re:.*mtp.*", *plain], False), ([r"re:.*mtp.*", *(name for name in plain if not name.endswith("o_proj"))], True)):
+        (release / "config.json").write_text(json.dumps(config))
+        found = checkup.check(release, None, False)["checks"]
+        assert bool([fault for row in found for fault in row["faults"]]) == wrong
+
+
+@pytest.mark.parametrize(("family", "change", "named"), [
+    ("exaone_moe", lambda name: name.replace("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"), "vLLM routes ExaoneMoEForCausalLM's"),
+    ("bailing_moe_v2", lambda name: name.replace("model.layers.2.", "model.layers.3."), "belongs to a draft layer; vLLM has none"),
+    ("mimo_v2_flash", "MiMoV2ForCausalLM", "MiMoV2ForCausalLM is not converted"),
+])
+def test_a_model_that_vllm_would_serve_wrong_is_found_in_a_release_too(small, tmp_path, family, change, named):
+    directory = small(family, False, tmp_path)
+    release = convert("source=local", f"source.path={directory}", f"results={tmp_path / 'results'}").run_directory / "release"
+    (release / "manifest.json").unlink()
+    (release / "model.safetensors.index.json").unlink(missing_ok=True)
+    config = json.loads((release / "config.json").read_text())
+    if isinstance(change, str):
+        config["architectures"] = [change]
+    else:
+        for path in release.glob("*.safetensors"):
+            tensors = load_file(path)
+            save_file({new: tensor.clone() for name, tensor in tensors.items() for new in {name, change(name)}
+                       if new != name or change(name) == name or family == "bailing_moe_v2"}, path, {"format": "pt"})
+        config["num_nextn_predict_layers"] = int(family == "bailing_moe_v2")
+    (release / "config.json").write_text(json.dumps(config))
+    assert any(named in fault for fault in faults_of(release)), faults_of(release)
+    with pytest.raises(UserError, match=f"{named}|there is no layer 3: eh_proj"):
+        configuring.run(release, None, dry_run=True)
+
+
+def test_ranks_over_which_draft_layers_cannot_be_split_are_told_apart():
+    entry = {"role": "mtp", "stored": "fp8 128x128", "matrix": [2048, 512]}
+    rows = {row["tensor_parallel"]: row for row in tensor_parallel.notes({"mtp.layers.0.mlp.experts.0.down_proj.weight": entry}, 16, 2)}
+    assert all(row["fits"] and row["marlin"] for row in rows.values()) and rows[4]["drafts"] is None
+    assert "512 inputs / 8 are not whole FP8 blocks" in rows[8]["drafts"]
 
 
 def test_ranks_that_do_not_divide_the_heads_are_not_offered():

@@ -32,8 +32,9 @@ from stages.dialects.reading import Tensors, stored_rows
 from stages.errors import UserError
 from stages.models import step37
 from stages.planning.record import read_plan
+from stages.planning.view import where_it_runs
 from stages.serving import launcher
-from stages.serving.commands import serve_commands
+from stages.serving.commands import serve_commands, served_by
 from stages.settings import load
 from stages.settings.schema import FEWEST_TOKENS
 from tests.conftest import PROJECT, TINY, convert, planned
@@ -328,6 +329,24 @@ def test_commands_are_said_to_have_run_only_as_they_ran(converted):
     drafting = {"engine": "vllm", "version": "0.32.0", "command": ["vllm", "serve", ".", "--speculative-config", "{}"]}
     assert set(rows(drafting).values()) == {"vLLM 0.32.0"}
     assert rows(drafting | {"command": ["vllm", "serve", "."]})["vllm serve ."] == "not run", "without drafting"
+    split = drafting | {"command": [*drafting["command"], "--tensor-parallel-size=2"]}
+    assert rows(split)["vllm serve ."] == "not run", "on two GPUs"
+    assert rows(drafting | {"on_cpu": True})["vllm serve ."] == "vLLM 0.32.0 on a CPU, with the plugin"
+    assert rows(drafting | {"command": [*drafting["command"], "--enforce-eager"]})["vllm serve ."] == "vLLM 0.32.0", "a flag of GPUs, too"
+    seen = {"on_cpu": False, "hardware": 4 * ["A GPU"]}
+    assert served_by(split | seen) == "vLLM 0.32.0, 2 x A GPU" and served_by(drafting | seen) == "vLLM 0.32.0, 1 x A GPU"
+    assert served_by(drafting | {"command": [*split["command"], "-dp", "2"]} | seen) == "vLLM 0.32.0, on 4 x A GPU"
+    assert served_by({"engine": "endpoint", "version": None}) == "an endpoint, version unknown, hardware not known"
+
+
+def test_draft_layers_that_cannot_be_split_are_left_out_of_the_commands(converted):
+    made, config = read_plan(converted), json.loads((converted.run_directory / "release" / "config.json").read_text())
+    made["tensor_parallel"] = [{"tensor_parallel": size, "fits": True, "marlin": True, "reason": None, "drafts": reason}
+                               for size, reason in ((1, None), (8, "a share of 64"))]
+    found = {row["command"]: row["title"] for row in serve_commands(made, config, {})}
+    assert any("speculative" in command and "tensor-parallel" not in command for command in found)
+    assert "without drafting" in found["vllm serve . --tensor-parallel-size 8"]
+    assert "tensor parallel 8 without drafting only: a share of 64" in where_it_runs(made)
 
 
 def test_fewer_stacked_experts_than_the_gemm_check_samples(tmp_path):

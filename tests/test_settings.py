@@ -58,6 +58,7 @@ def test_yaml_keys_and_schema_do_not_drift_apart(group):
     (["device.lane=two"], ["device.lane", "'two'"]),
     (["device.lane=0"], ["device.lane", "at least 1"]),
     (["source=local"], ["source.path=DIRECTORY"]),
+    (["hydra.run.dir=/tmp/x"], ["hydra.run.dir=/tmp/x", "leave it out"]), (["+hydra/launcher=slurm"], ["+hydra/launcher=slurm", "leave it out"]),
     (["source=step37_fp8", "source.revision=main"], ["source.revision", "'main'", "commit hash"]),
     (["recipe.name=a/b"], ["recipe.name", "'a/b'"]),
     (["evaluation.stride=256"], ["evaluation.stride", "evaluation.context"]),
@@ -91,7 +92,8 @@ def test_a_local_source_is_named_after_its_directory():
     ("recipe=null", "chosen by the name of a file"), ("device=1", "chosen by the name of a file"), ("results=", "results is empty"),
     ("evaluation.gemm_tokens=0", "at least 1"), ("evaluation.maximum_tokens=-5", "at least 16"), ("evaluation.memory_gb=nan", "at least 0"),
     ("release.minimum_sqnr_db=nan", "at least 0"), ("device.memory_mb=0", "at least 1"), ("serving.concurrencies=[]", "numbers of streams"),
-    ("serving.goodput_ms={ttft: -1}", "above 0"),
+    ("serving.goodput_ms={ttft: -1}", "above 0"), ("serving.goodput_ms={ttft: inf}", "above 0"), ("serving.timeout_seconds=nan", "above 0"),
+    ("serving.startup_seconds=0", "above 0"), ("serving.window_seconds=-1", "above 0"), ("release.minimum_sqnr_db=inf", "give a number"),
 ])
 def test_values_that_would_turn_a_proof_into_nothing_are_refused(override, words):
     with pytest.raises(UserError, match=words):
@@ -156,6 +158,7 @@ def test_a_text_stays_as_it_was_written(value):
     made = load(["source=local", f"source.path={value}", "source.name=x", f"serving.model={value}", f"results=r{value}"])
     assert (made.source.path, made.serving.model, made.results) == (value, value, f"r{value}")
     assert load([f"serving.variables.A={value}"]).serving.variables["A"] == value
+    assert load([f"serving.flags=[--limit,{value}]"]).serving.flags == ["--limit", value]
     assert load(["source.license=null"]).source.license is None
 
 

@@ -9,7 +9,7 @@ import random
 import re
 
 from stages.schemes import vllm_rules
-from stages.schemes.architectures import ARCHITECTURES, CLASSES, STANDARD, architecture_of, runtime_name
+from stages.schemes.architectures import ARCHITECTURES, CLASSES, STANDARD, architecture_of, config_name, runtime_name
 from stages.schemes.kept import group_of
 from stages.schemes.modules import module_of
 from stages.schemes.vllm_rules import named_parts
@@ -114,6 +114,8 @@ def _compare_names(architecture: str, cls, row) -> int:
                 continue
             theirs = mapper._map_name(name)
             inner = r"\.experts\.|\.share_expert\.|\.c_fc$|\.c_proj$|visual\..*\.qkv$"  # inner models rename these
+            if theirs is not None and "." in module and ".share_expert." not in module:  # whose mapper is the text model's
+                assert mapper._map_name(module) == config_name(module, row), (architecture, module, "in a config")
             if theirs is not None and not re.search(inner, module):
                 assert theirs.removesuffix(".weight") == runtime_name(module, row, layers), (architecture, module, theirs)
                 count += 1

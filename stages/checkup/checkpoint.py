@@ -13,9 +13,11 @@ from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.shards import Shards
 from stages.checkup.form import checked_section, json_object
 from stages.dialects.config import text_part
-from stages.dialects.roles import is_routed_expert
+from stages.dialects.plain import FUSED_EXPERTS
+from stages.dialects.roles import is_routed_expert, layer_of
 from stages.errors import UserError
-from stages.schemes import SCHEMES
+from stages.schemes import SCHEMES, vllm_rules
+from stages.schemes.architectures import Architecture
 from stages.schemes.kept import stored_as
 from stages.schemes.modules import is_weight, module_of
 
@@ -86,7 +88,7 @@ class Checkpoint(Shards):
         for name, info in self.tensors.items():
             if name.endswith(".weight_packed"):
                 found[module_of(name)] = Module("mxfp4", info, name, f"{name.removesuffix('_packed')}_scale")
-            elif is_weight(name, info.shape):
+            elif is_weight(name, info.shape) or (len(info.shape) == 3 and FUSED_EXPERTS.fullmatch(name)):
                 scale = self.tensors.get(f"{name}_scale") if info.dtype == "F8_E4M3" else None
                 kind = "plain" if scale is None else "mxfp8" if scale.dtype == "U8" else stored_as(info.shape, scale.dtype, scale.shape) or "fp8"
                 found[module_of(name)] = Module(kind, info, name, None if scale is None else f"{name}_scale")
@@ -106,6 +108,12 @@ class Checkpoint(Shards):
             if stored != "plain":
                 formats[module] = stored
         return linears, experts, formats
+
+    def model_fault(self, row: Architecture, layers: int) -> str | None:
+        """`vllm_rules.model_fault` of this checkpoint; layers: text layers."""
+        _, experts, _ = self.engine_modules(layers)
+        expert_layers = {layer for module in experts if (layer := layer_of(module)) is not None}
+        return vllm_rules.model_fault(row, self.architecture, self.tensors, expert_layers, layers)
 
     def quantized_experts(self, layers: int) -> tuple[set[str], bool]:
         """(projections under which routed experts are stored quantized, whether some are stacked in 3D); of text layers and draft layers."""

@@ -51,6 +51,8 @@ def experts(checkpoint: Checkpoint) -> Iterator[str]:
         shapes = set(members.values())
         if len(shapes) > 1:
             yield f"{layer}.experts.*.{projection}: has shapes {sorted(map(list, shapes))}"
+    if wanted and not groups and not stacked and architecture_of(checkpoint.architecture) is not None:
+        yield f"config.json counts {wanted} experts, but no tensor is one's"
     checkpoint.counts["experts"] = sum(map(len, groups.values()))
 
 

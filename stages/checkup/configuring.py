@@ -33,11 +33,13 @@ def section_for(checkpoint: Checkpoint) -> tuple[dict, int]:
     if not stored:
         raise UserError(f"{checkpoint.directory}: holds no quantized weight; nothing to configure")
     runtime = vllm_rules.runtime_modules(linears, experts, layers, row)
+    if fault := checkpoint.model_fault(row, layers):
+        raise UserError(f"{checkpoint.directory}: {fault}")
     names, stacked = checkpoint.quantized_experts(layers)
     for fault in vllm_rules.expert_faults(row, names, stacked):
         raise UserError(f"{checkpoint.directory}: {fault}; no config makes that right")
     section = compressed_tensors.quantization_config(runtime, stored, tuple(sorted(names)))
-    if faults := vllm_rules.coverage_faults(runtime, section, stored):
+    if faults := vllm_rules.coverage_faults(runtime, section, stored, row):
         raise UserError(f"{checkpoint.directory}: vLLM could not serve these tensors under any config that mxforge can write: {faults[0]}")
     return section, len(runtime)
 

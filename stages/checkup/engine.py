@@ -77,10 +77,12 @@ def coverage(checkpoint: Checkpoint) -> Iterator[str]:
                                 "checkpoint's")
     linears, experts, formats = checkpoint.engine_modules(layers, known)
     if row is not None:
+        if fault := checkpoint.model_fault(row, layers):
+            yield fault
         yield from vllm_rules.expert_faults(row, *checkpoint.quantized_experts(layers))
     modules = vllm_rules.runtime_modules(linears, experts, layers, row or UNKNOWN)
     unused = {f"{entry}: matches no module of the model" for entry in checkpoint.section.get("ignore") or []}
-    for fault in vllm_rules.coverage_faults(modules, checkpoint.section, formats):
+    for fault in vllm_rules.coverage_faults(modules, checkpoint.section, formats, row or UNKNOWN):
         if fault in unused:
             checkpoint.notes.append(f"config.json: ignore {fault}")
         else:

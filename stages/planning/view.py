@@ -79,6 +79,8 @@ def where_it_runs(plan: dict) -> list[str]:
     out = [row for row in rows if not row["fits"]]
     if experts_whole:
         lines.append(f"tensor parallel {_sizes(experts_whole)} with expert parallelism only: {experts_whole[0]['reason']}")
+    if alone := [row for row in rows if row["fits"] and row.get("drafts")]:
+        lines.append(f"tensor parallel {_sizes(alone)} without drafting only: {alone[0]['drafts']}")
     if out:
         lines.append(f"not tensor parallel {_sizes(out)}: {out[0]['reason']}")
     return lines

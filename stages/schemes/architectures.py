@@ -46,7 +46,9 @@ class Architecture:
     """Names of one family of models in vLLM."""
 
     names: tuple[str, ...]  # as config.json spells them
-    renames: tuple[tuple[str, str], ...] = ()  # regular expressions, checkpoint module -> runtime name, applied in order
+    renames: tuple[tuple[str, str], ...] = ()  # regular expressions, checkpoint module -> runtime name, applied in order; vLLM applies them to
+    # plain names in a config, too
+    inner: tuple[tuple[str, str], ...] = ()  # the same, behind those, for modules only
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: STANDARD)  # runtime leaf -> the checkpoint's leaves
     visible: tuple[str, ...] = ("qkv_proj", "gate_up_proj")  # merged leaves whose parts the config may name, too
     unseen: str = r"(?!)"  # modules that know nothing of `visible`: only their own names count
@@ -88,7 +90,8 @@ ARCHITECTURES = (
         renames=((r"^model\.vision_model\.", "vision_model."), (r"^model\.vit_large_projector", "vit_large_projector"),
                  (r"^model\.language_model\.(?!model\.)", "language_model.model."), (r"^model\.", "language_model.model."),
                  (r"^lm_head", "language_model.lm_head"), (r"\.share_expert\.", ".moe.share_expert."),
-                 (r"\.attn\.in_proj$", ".attn.qkv_proj"), (r"\.mlp\.c_fc$", ".mlp.fc1"), (r"\.mlp\.c_proj$", ".mlp.fc2")),
+                 (r"\.mlp\.c_fc$", ".mlp.fc1"), (r"\.mlp\.c_proj$", ".mlp.fc2")),
+        inner=((r"\.attn\.in_proj$", ".attn.qkv_proj"),),
         unseen=r"model\.layers\.|vision_model\.|vit_large_projector",  # drafts and tower are built before the mapping is set
         never=_NEVER + r"|.*embed_tokens$|.*vit_downsampler\d$",
         stacked=True, projector=r"(model\.)?vit_large_projector\.", plugin=True, in_process=("Step3p7ForConditionalGeneration",),
@@ -127,17 +130,19 @@ ARCHITECTURES = (
                  tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8, drafts fp8 128x128", transformers=("experts mxfp4",))),
     Architecture(
         ("Glm4vMoeForConditionalGeneration",), never=_NEVER + r"|visual\.(patch_embed|embeddings|downsample).*", projector=r"model\.visual\.merger\.",
-        renames=((r"^model\.visual\.", "visual."), (r"^(visual\..*\.attn\.qkv)$", r"\1_proj"), (r"^lm_head", "language_model.lm_head"),
+        renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),
                  (r"^model\.language_model\.", "language_model.model.")),
+        inner=((r"^(visual\..*\.attn\.qkv)$", r"\1_proj"),),
         tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128", "experts mxfp4, rest mxfp8")),
-    Architecture(("MiniMaxM2ForCausalLM",), renames=((r"\.block_sparse_moe\.experts\.", ".mlp.experts."),), visible=("qkv_proj",),
+    Architecture(("MiniMaxM2ForCausalLM",), inner=((r"\.block_sparse_moe\.experts\.", ".mlp.experts."),), visible=("qkv_proj",),
                  never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,
                  tried=_run("experts mxfp4, rest fp8 128x128", transformers=("experts mxfp4",))),
     Architecture(
         ("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM"), merged=_MINIMAX, experts=MIXTRAL,
         projector=r"multi_modal_projector\.",
         renames=((r"^multi_modal_projector\.", "vision_tower.multi_modal_projector."),
-                 (r"^patch_merge_mlp\.", "vision_tower.patch_merge_mlp."), (r"\.mlp\.fc(\d)$", r".fc\1")),
+                 (r"^patch_merge_mlp\.", "vision_tower.patch_merge_mlp.")),
+        inner=((r"\.mlp\.fc(\d)$", r".fc\1"),),
         never=_NEVER.replace(r".*\.eh_proj$|", ""),
         cautions=("its experts limit their activations; " + _LIMITS,)),
     # K-EXAONE 2 has the second name; embedding and head of it and of Trinity see the config without names, or not at all
@@ -147,10 +152,10 @@ ARCHITECTURES = (
         tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain", "experts mxfp4, rest fp8 128x128, drafts fp8 128x128",
                    "experts mxfp4, rest mxfp8"),
         cautions=("where config.json has swiglu_limits (K-EXAONE 2): " + _LIMITS,)),
-    Architecture(("AfmoeForCausalLM",), renames=((r"\.router\.gate$", ".gate"),), never=_NEVER + r"|lm_head$|model\.embed_tokens$",
+    Architecture(("AfmoeForCausalLM",), inner=((r"\.router\.gate$", ".gate"),), never=_NEVER + r"|lm_head$|model\.embed_tokens$",
                  needed="mlp.expert_bias",
                  tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain", "experts mxfp4, rest mxfp8")),
-    Architecture(("HYV3ForCausalLM",), renames=((r"\.router\.gate$", ".gate"),), draft=((r"\.router\.gate$", ".gate"),),
+    Architecture(("HYV3ForCausalLM",), inner=((r"\.router\.gate$", ".gate"),), draft=((r"\.router\.gate$", ".gate"),),
                  never=_NEVER + r"|model\.embed_tokens$", needed="mlp.expert_bias",
                  tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128, drafts fp8 128x128", "experts mxfp4, rest mxfp8")),
     Architecture(("Ernie4_5_MoeForCausalLM",), tied=True, never=_NEVER, tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8")),
@@ -167,7 +172,7 @@ ARCHITECTURES = (
                  tried=_run("experts mxfp4", transformers=("experts mxfp4",))),
     Architecture(("Qwen3ForCausalLM",), tried=_run("rest mxfp4")),
     Architecture(("Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")),
-    Architecture(("GptOssForCausalLM",), renames=((r"\.self_attn\.", ".attn."), (r"\.embed_tokens$", ".embedding")), visible=("qkv_proj",),
+    Architecture(("GptOssForCausalLM",), renames=((r"\.self_attn\.", ".attn."),), inner=((r"\.embed_tokens$", ".embedding"),), visible=("qkv_proj",),
                  never=_NEVER + "|lm_head",
                  refused="vLLM loads its experts in gpt-oss's own MXFP4 layout only, which mxforge does not write; the published checkpoint has it and is "
                     "served as it is"),
@@ -189,6 +194,14 @@ def runtime_name(module: str, row: Architecture, text_layers: int) -> str:
         for pattern, replacement in row.draft:
             rest = re.sub(pattern, replacement, rest)
         return f"model.layers.{layer.group(1)}.{rest}"
-    for pattern, replacement in row.renames:
+    for pattern, replacement in (*row.renames, *row.inner):
         module = re.sub(pattern, replacement, module)
     return module
+
+
+def config_name(entry: str, row: Architecture) -> str:
+    """A target or an ignore entry as vLLM's mapper leaves it: of plain names with a dot that of the module, all others as they are."""
+    if "." in entry and not entry.startswith("re:"):
+        for pattern, replacement in row.renames:
+            entry = re.sub(pattern, replacement, entry)
+    return entry

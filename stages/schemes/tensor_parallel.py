@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
-from stages.dialects.roles import QUANTIZABLE, projection_of
+from collections.abc import Container
+
+from stages.dialects.roles import QUANTIZABLE, as_numbered_layer, projection_of
 from stages.schemes.kept import BLOCK
 
 SIZES = (1, 2, 4, 8, 16)
@@ -52,19 +54,28 @@ def _head_fault(size: int, queries: int | None, heads: int | None) -> str | None
     return None
 
 
+def _kinds(tensors: dict, roles: Container[str]) -> dict[str, dict]:
+    """One weight of each kind of these roles that is stored quantized, by a name that tells its projection."""
+    found: dict[tuple, tuple[str, dict]] = {}
+    for name, entry in tensors.items():
+        if entry["matrix"] and entry["role"] in roles and entry["stored"]:
+            name = as_numbered_layer(name, 0) if projection_of(name) is None else name  # Qwen's `mtp.layers.0`
+            found.setdefault((entry["role"], projection_of(name), entry["stored"], tuple(entry["matrix"][-2:])), (name, entry))
+    return dict(found.values())
+
+
 def notes(tensors: dict, queries: int | None, heads: int | None) -> list[dict]:
-    """For each number of ranks: {"tensor_parallel", "fits", "marlin", "reason"}; one line of reason, that of the first weight.
+    """For each number of ranks: {"tensor_parallel", "fits", "marlin", "reason", "drafts"}; reason: one line, that of the first weight; drafts: why
+    it fits without the draft layers only, or None.
 
     tensors: as decided. queries: heads of attention; heads: of keys and values; by config.json.
     """
     result = []
-    shapes: dict[tuple, tuple[str, dict]] = {}  # one weight of each kind is enough
-    for name, entry in tensors.items():
-        if entry["matrix"] and entry["role"] in QUANTIZABLE and entry["stored"]:
-            shapes.setdefault((entry["role"], projection_of(name), entry["stored"], tuple(entry["matrix"][-2:])), (name, entry))
+    of_model, of_drafts = _kinds(tensors, QUANTIZABLE), {name: entry for name, entry in _kinds(tensors, ("mtp",)).items() if projection_of(name)}
     for size in SIZES:
-        faults = [fault for name, entry in shapes.values() if (fault := _fault(name, entry, size, heads))]
+        faults = [fault for name, entry in of_model.items() if (fault := _fault(name, entry, size, heads))]
         hard = [*filter(None, [_head_fault(size, queries, heads)]), *(reason for kind, reason in faults if kind != "Marlin")]
+        drafts = (fault[1] for name, entry in of_drafts.items() if (fault := _fault(name, entry, size, heads)))
         result.append({"tensor_parallel": size, "fits": not hard, "marlin": not faults and not hard,
-                       "reason": hard[0] if hard else faults[0][1] if faults else None})
+                       "reason": hard[0] if hard else faults[0][1] if faults else None, "drafts": next(drafts, None)})
     return result

@@ -11,7 +11,8 @@ The rules (vLLM 0.32), for a module's runtime name:
    plain target need only occur in, in any case.
 3. The routed experts of a layer are one module, probed as the gate, up and down projection of expert 0, which must all find
    the same scheme. A target `Linear` stands for `RoutedExperts`, too.
-4. Where a model is built before its mapping of merged modules is set, only its modules' own names count (architectures.py).
+4. Plain names in the config that hold a dot are mapped as the checkpoint's are; a draft model has no mapper and takes them as they are.
+5. Where a model is built before its mapping of merged modules is set, only its modules' own names count (architectures.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from stages.schemes.architectures import CLASSES, SWIGLU, Architecture, runtime_name
+from stages.dialects.roles import layer_and_tail, role_of
+from stages.schemes.architectures import CLASSES, SWIGLU, UNKNOWN, Architecture, config_name, runtime_name
 from stages.schemes.kept import stored_by
 
 ROUTED_EXPERTS = "RoutedExperts"
@@ -37,6 +39,7 @@ class RuntimeModule:
     parts: tuple[str, ...] = ()  # leaves of a merged module that targets and ignores may name, too
     expanded: bool = False  # the loader decodes it: it may be stored in FP8, though no config reaches it
     probes: tuple[str, ...] = SWIGLU  # of routed experts: the projections that are looked up
+    draft: bool = False  # of a draft layer, which no mapper of names knows
 
     def shards(self) -> list[str]:
         """Names of the parts of a merged module, as targets and ignores may name them; empty for others."""
@@ -70,12 +73,34 @@ def runtime_modules(linears: Iterable[str], routed_experts: Iterable[str], text_
         class_name = None if re.match(row.never, name) else next(found for pattern, found in CLASSES if re.match(pattern, name))
         seen = leaf in row.visible and not re.match(row.unseen, name)
         result.append(RuntimeModule(name, class_name, tuple(parts), named_parts(row.merged[leaf]) if seen else (),
-                                    expanded=re.match(row.expanded, name) is not None))
+                                    expanded=re.match(row.expanded, name) is not None, draft=is_draft(parts[0], text_layers)))
     layers: dict[str, list[str]] = {}
     for module in routed_experts:
         layers.setdefault(EXPERT_BLOCK.sub(r"\1.experts", runtime_name(module, row, text_layers)), []).append(module)
-    result += [RuntimeModule(name, ROUTED_EXPERTS, tuple(parts), probes=row.probes) for name, parts in layers.items()]
+    result += [RuntimeModule(name, ROUTED_EXPERTS, tuple(parts), probes=row.probes, draft=is_draft(parts[0], text_layers)) for name, parts in layers.items()]
     return result
+
+
+def is_draft(module: str, text_layers: int) -> bool:
+    """Whether a checkpoint's module is of a draft layer."""
+    return role_of(f"{module}.weight", text_layers) == "mtp"
+
+
+def model_fault(row: Architecture, architecture: str, names: Iterable[str], expert_layers: Iterable[int], text_layers: int) -> str | None:
+    """Why vLLM would not serve a model, or would serve it wrong, whatever its config says of quantization; None where it would.
+
+    names: all tensors. expert_layers: numbers of the layers with routed experts. text_layers: those before the draft layers.
+    """
+    if row.refused:
+        return f"config.json: {architecture} is not converted: {row.refused}"
+    places = {name: layer_and_tail(name) for name in names}
+    if row.draftless and (draft := next((name for name in places if role_of(name, text_layers) == "mtp"), None)):
+        return (f"{draft} belongs to a draft layer; vLLM has none for {architecture} and stops at this tensor: take the layers past "
+                "num_hidden_layers out of the checkpoint and set num_nextn_predict_layers to 0")
+    if row.needed and (lacking := {layer for layer in expert_layers if layer < text_layers} - {layer for layer, tail in places.values() if tail == row.needed}):
+        return (f"layer {min(lacking)}: there is no {row.needed}, by which vLLM routes {architecture}'s tokens; it would leave it uninitialized and "
+                "say nothing: give the tensor the name that it is published under")
+    return None
 
 
 def expert_faults(row: Architecture, projections: Iterable[str], stacked: bool) -> list[str]:
@@ -148,19 +173,36 @@ def formats_of(section: Mapping) -> dict[str, str]:
     return {target: stored_by(group, section.get("format")) for group in groups for target in group["targets"]}
 
 
-def coverage_faults(modules: Iterable[RuntimeModule], section: Mapping, stored: Mapping[str, str]) -> list[str]:
+class Entries:
+    """A config's targets and ignore list as a model sees them, under the names that its mapper gives them, and which of them were of use."""
+
+    def __init__(self, section: Mapping, row: Architecture):
+        self.formats = {config_name(target, row): form for target, form in formats_of(section).items()}
+        self.targets, self.ignore = list(self.formats), [config_name(entry, row) for entry in section.get("ignore") or []]
+        self._row, self.used = row, set()
+
+    def note(self, module: RuntimeModule) -> None:
+        """Marks the entries that reach a module."""
+        names = [*module.names(), *([module.class_name] if module.class_name else [])]
+        self.used.update(entry for entry in (*self.targets, *self.ignore) if any(_matches(name, entry) for name in names)
+                         or (module.class_name and entry.lower() in module.class_name.lower()))
+
+    def unused(self, section: Mapping) -> list[str]:
+        """Of the config's own entries, as they are written there."""
+        return [entry for entry in (*formats_of(section), *(section.get("ignore") or [])) if config_name(entry, self._row) not in self.used]
+
+
+def coverage_faults(modules: Iterable[RuntimeModule], section: Mapping, stored: Mapping[str, str], row: Architecture) -> list[str]:
     """Every disagreement between what is stored and what vLLM will expect; an empty list is the proof.
 
-    section: the quantization_config. stored: checkpoint module (as in `RuntimeModule.members`) -> `mxfp4`,
+    section: the quantization_config. row: of the model's architecture. stored: checkpoint module (as in `RuntimeModule.members`) -> `mxfp4`,
     `fp8 128x128` ... (schemes.kept), for what is quantized.
     """
-    formats = formats_of(section)
-    targets, ignore = list(formats), list(section.get("ignore") or [])
-    faults, used = [], set()
+    of_model, of_drafts = Entries(section, row), Entries(section, UNKNOWN)
+    faults = []
     for module in modules:
-        names = [*module.names(), *([module.class_name] if module.class_name else [])]
-        used.update(entry for entry in (*targets, *ignore) if any(_matches(name, entry) for name in names)
-                    or (module.class_name and entry.lower() in module.class_name.lower()))
+        entries = of_drafts if module.draft else of_model
+        entries.note(module)
         kinds = {stored.get(member) for member in module.members}
         if len(kinds) > 1:
             odd = next(m for m in module.members if stored.get(m) != stored.get(module.members[0]))
@@ -169,11 +211,11 @@ def coverage_faults(modules: Iterable[RuntimeModule], section: Mapping, stored: 
             continue
         kind = kinds.pop()
         try:
-            target = scheme_target(module, targets, ignore)
+            target = scheme_target(module, entries.targets, entries.ignore)
         except ValueError as error:
             faults.append(f"{module.name}: {error}")
             continue
-        form = formats.get(target, formats.get("Linear")) if target else None
+        form = entries.formats.get(target, entries.formats.get("Linear")) if target else None
         if module.expanded and (kind is None or kind.startswith("fp8")):
             continue
         if kind and module.class_name is None:
@@ -184,5 +226,6 @@ def coverage_faults(modules: Iterable[RuntimeModule], section: Mapping, stored: 
             faults.append(f"{module.name}: stored unquantized, but target {target} claims it; vLLM would expect {form}")
         elif kind != form:
             faults.append(f"{module.name}: stored as {kind}, but its group says {form}")
-    faults += [f"{entry}: matches no module of the model" for entry in (*targets, *ignore) if entry not in used]
+    in_drafts = set(of_drafts.unused(section))
+    faults += [f"{entry}: matches no module of the model" for entry in of_model.unused(section) if entry in in_drafts]
     return faults

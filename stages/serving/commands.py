@@ -14,10 +14,51 @@ from stages.schemes.architectures import architecture_of
 OVERHEAD = 1.15  # memory that a server needs at least, over its weights: activations, graphs, some KV cache; an estimate
 
 
+def served_by(engine: dict) -> str:
+    """The server and what it ran on: a rate without that means nothing."""
+    names = engine.get("hardware") or ["hardware not known"]
+    where, ranks = names[0], Used(engine).gpus
+    if engine.get("on_cpu") is False:  # the GPUs that the server could see, of which it may have used a part
+        alike = len(set(names)) == 1 and ranks is not None and ranks <= len(names)
+        where = f"{ranks} x {names[0]}" if alike else "on " + ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    return f"{engine_name(engine)}, {where}"
+
+
 def engine_name(engine: dict) -> str:
     """What served the release, by serving.json's facts."""
     version = engine.get("version")
     return f"vLLM {version}" if engine.get("engine") == "vllm" else f"an endpoint, {f'vLLM {version}' if version else 'version unknown'}"
+
+
+class Used:
+    """How this run's server was started, by serving.json's facts; of an endpoint that is not known, and nothing counts as tried."""
+
+    def __init__(self, engine: dict):
+        self._command: list[str] = engine.get("command", [])
+        self.how = engine_name(engine) + (" on a CPU, with the plugin" if engine.get("on_cpu") else "") if self._command else "not run"
+
+    def _has(self, *names: str) -> bool:
+        return any(word.partition("=")[0] in names for word in self._command)
+
+    def _value(self, *names: str) -> str | None:
+        """What follows a flag, or stands behind its `=`; the last counts."""
+        found = None
+        for word, following in zip(self._command, [*self._command[1:], ""]):
+            flag, equals, value = word.partition("=")
+            if flag in names:
+                found = value if equals else following
+        return found
+
+    @property
+    def gpus(self) -> int | None:
+        """Ranks of tensor parallelism; None where the model was split in other ways, too."""
+        size = self._value("--tensor-parallel-size", "-tp") or "1"
+        others = ("--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
+        return int(size) if size.isdigit() and not self._has(*others) else None
+
+    def is_like(self, gpus: int, by_experts: bool, drafting: bool) -> bool:
+        """Whether it ran so."""
+        return (gpus, by_experts, drafting) == (self.gpus, self._has("--enable-expert-parallel", "-ep"), self._has("--speculative-config"))
 
 
 def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
@@ -25,29 +66,29 @@ def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
 
     plan: plan.json; config: the release's config.json; engine: serving.json's facts, empty when nothing was served.
     """
-    drafts = plan["draft_layers"]
+    drafts, parallel = plan["draft_layers"], {row["tensor_parallel"]: row for row in plan["tensor_parallel"]}
     needed = human_bytes(plan["release_tensor_bytes"] * OVERHEAD)
-    fitting = [row["tensor_parallel"] for row in plan["tensor_parallel"] if row["fits"]]
-    plain = max((row["tensor_parallel"] for row in plan["tensor_parallel"] if row["fits"] and row["marlin"]), default=1)
-    speculation = [f"--speculative-config '{json.dumps({'method': 'mtp', 'num_speculative_tokens': drafts})}'"] if drafts else []
-    remote = ["--trust-remote-code"] if "auto_map" in config else []
-    base = ["vllm serve .", *remote]
-    used = engine.get("command", [])  # none of an endpoint: how it was started is not known
-    tried = f"{engine_name(engine)}{' on a CPU, with the plugin' if '--enforce-eager' in used else ''}" if used else "not run"
+    largest = max((size for size, row in parallel.items() if row["fits"]), default=1)
+    plain = max((size for size, row in parallel.items() if row["fits"] and row["marlin"]), default=1)
+    speculation = f"--speculative-config '{json.dumps({'method': 'mtp', 'num_speculative_tokens': drafts})}'"
+    used = Used(engine)
     rows = []
     if drafts and architecture_of(plan["architecture"]).plugin:
         rows.append({"title": "The plugin, once per environment: vLLM 0.32 needs it for the draft layers, 0.33 for config.json, too",
-                     "command": "pip install ./vllm_plugin", "run": tried})
-    rows.append({"title": f"vLLM, one GPU with {needed} or more (weights, and room for little else)" + (", drafting" if drafts else ""),
-                 "command": " ".join([*base, *speculation]),
-                 "run": tried if ("--speculative-config" in used) == bool(speculation) else "not run"})
-    largest = max(fitting, default=1)
+                     "command": "pip install ./vllm_plugin", "run": used.how})
+
+    def row(title: str, gpus: int, by_experts: bool = False) -> dict:
+        drafting = bool(drafts) and parallel.get(gpus, {}).get("drafts") is None
+        flags = [*(["--trust-remote-code"] if "auto_map" in config else []), *([f"--tensor-parallel-size {gpus}"] if gpus > 1 else []),
+                 *(["--enable-expert-parallel"] if by_experts else []), *([speculation] if drafting else [])]
+        return {"title": title + (", drafting" if drafting else ", without drafting, whose layers cannot be split so" if drafts else ""),
+                "command": " ".join(["vllm serve .", *flags]), "run": used.how if used.is_like(gpus, by_experts, drafting) else "not run"}
+
+    rows.append(row(f"vLLM, one GPU with {needed} or more (weights, and room for little else)", 1))
     if plain > 1:
-        rows.append({"title": f"vLLM, {plain} GPUs", "command": " ".join([*base, f"--tensor-parallel-size {plain}", *speculation]), "run": "not run"})
+        rows.append(row(f"vLLM, {plain} GPUs", plain))
     if largest > plain:
-        rows.append({"title": f"vLLM, {largest} GPUs, experts split among them",
-                     "command": " ".join([*base, f"--tensor-parallel-size {largest}", "--enable-expert-parallel", *speculation]),
-                     "run": "not run"})
+        rows.append(row(f"vLLM, {largest} GPUs, experts split among them", largest, by_experts=True))
     found = next(row for row in plan["engines"] if row["engine"] == "transformers")
     if found["loads"] == "yes":  # no command for what is not known to load
         rows.append({"title": "transformers", "run": "; ".join(found["how"]), "command": 'AutoModelForCausalLM.from_pretrained(".", dtype="bfloat16")'})

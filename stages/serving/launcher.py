@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -45,7 +46,7 @@ class Server:
 
     def __init__(self, base_url: str, model: str, facts: dict, process: subprocess.Popen | None = None, log: Path | None = None):
         self.base_url, self.model, self.process, self.log = base_url, model, process, log
-        self.facts = facts  # engine, version and the command that started it, for serving.json and the card
+        self.facts = facts  # engine, version, hardware and the command that started it, for serving.json and the card
 
     def check(self) -> None:
         """UserError with what the server's log says, when the process has ended."""
@@ -207,6 +208,20 @@ def version_of(server: Server) -> str | None:
         return None
 
 
+def hardware(program: Path, variables: dict[str, str]) -> dict:
+    """{"on_cpu", "hardware"} of a vLLM of this machine, started with these environment variables: whether its torch has no GPU, and the name of
+    each that it sees, or of this CPU; empty where its environment does not say."""
+    code = "import json, torch; print(json.dumps([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]))"
+    try:
+        with open(program, "rb") as file:
+            first = file.readline().decode()  # `#!` and the interpreter of vLLM's environment
+        said = subprocess.run([*first.removeprefix("#!").split(), "-c", code], capture_output=True, text=True, timeout=120, check=True, env=variables).stdout
+        names = json.loads(said.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return {}
+    return {"on_cpu": not names, "hardware": names or [f"{platform.machine()}, {os.cpu_count()} cores"]}
+
+
 @contextmanager
 def server(settings: Settings, directory: Path | None = None) -> Iterator[Server]:
     """A server for a checkpoint directory (default: the run's release) that has answered a completion.
@@ -236,7 +251,7 @@ def server(settings: Settings, directory: Path | None = None) -> Iterator[Server
                                    env=environment_of(settings), start_new_session=True,
                                    preexec_fn=_die_with_parent)
         try:
-            running = Server(f"http://127.0.0.1:{port}", serving.model, {"engine": "vllm", "command": shown}, process, log)
+            running = Server(f"http://127.0.0.1:{port}", serving.model, {"engine": "vllm", "command": shown, **hardware(program, environment_of(settings))}, process, log)
             start = time.monotonic()
             _wait(running, serving.startup_seconds)
             running.facts |= {"version": version_of(running), "startup_seconds": round(time.monotonic() - start, 1)}

@@ -168,7 +168,9 @@ def warnings(result: dict) -> list[str]:
     for number, row in enumerate(result["windows"], 1):
         where = f"{result['streams']} streams, window {number}"
         first, second = row["halves_tokens_per_second"]
-        if max(first, second) > 1.1 * min(first, second):
+        if not row["tokens"]:
+            found.append(f"{where}: no token arrived; the server stood still")
+        elif max(first, second) > 1.1 * min(first, second):
             found.append(f"{where}: not steady, {first:.1f} then {second:.1f} tokens/s in its halves")
         if "server_tokens" not in row:
             found.append(f"{where}: the server has no vLLM metrics; neither saturation nor the count could be checked")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -75,8 +76,14 @@ def _check_limits(settings: Settings) -> None:
             value, limits = getattr(part, key.name), key.metadata
             if "allowed" in limits and value not in limits["allowed"]:
                 raise UserError(f"conf: {group.name}.{key.name} is {value!r}; choose one of {', '.join(limits['allowed'])}")
-            if "least" in limits and value is not None and not value >= limits["least"]:  # NaN is not
+            if value is None:
+                continue
+            if "least" in limits and not value >= limits["least"]:  # NaN is not
                 raise UserError(f"conf: {group.name}.{key.name} is {value}; it must be at least {limits['least']}")
+            if "above" in limits and not value > limits["above"]:
+                raise UserError(f"conf: {group.name}.{key.name} is {value}; it must be above {limits['above']}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"conf: {group.name}.{key.name} is {value}; give a number")
 
 
 def _check_evaluation(evaluation: EvaluationSettings, serving: ServingSettings) -> None:
@@ -92,11 +99,9 @@ def _check_serving(serving: ServingSettings) -> None:
         raise UserError(f"conf: serving=endpoint needs serving.url=http://HOST:PORT, not {serving.url!r}")
     if not serving.concurrencies or min(serving.concurrencies) < 1:
         raise UserError(f"conf: serving.concurrencies is {serving.concurrencies}; it must name numbers of streams, each at least 1")
-    if not serving.window_seconds > 0:
-        raise UserError(f"conf: serving.window_seconds is {serving.window_seconds}; it must be above 0")
     if wrong := set(serving.goodput_ms) - set(LATENCIES):
         raise UserError(f"conf: serving.goodput_ms has {sorted(wrong)[0]!r}; choose from {', '.join(LATENCIES)}")
-    if wrong := [limit for limit in serving.goodput_ms.values() if not limit > 0]:
+    if wrong := [limit for limit in serving.goodput_ms.values() if not 0 < limit < math.inf]:
         raise UserError(f"conf: serving.goodput_ms has {wrong[0]}; limits are milliseconds above 0")
 
 

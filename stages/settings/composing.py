@@ -63,26 +63,33 @@ def _one_line(error: Exception) -> str:
     return "conf: " + (f"{key.group(1)}: " if key else "") + " ".join(keep[:2])
 
 
-def _text_keys() -> set[str]:
-    """Dotted keys of the settings that are text."""
-    kinds = {f"{group.name}.{key}": kind for group in dataclasses.fields(Settings) if group.name != "results"
-             for key, kind in get_type_hints(group.default_factory).items()}
-    return {"results", *(key for key, kind in kinds.items() if kind in (str, str | None))}
+def _keys_of(*kinds: object) -> set[str]:
+    """Dotted keys of the settings of these types."""
+    return {f"{group.name}.{key}" for group in dataclasses.fields(Settings) if group.name != "results"
+            for key, kind in get_type_hints(group.default_factory).items() if kind in kinds}
 
 
-TEXT = _text_keys()
+TEXT, TEXTS = {"results", *_keys_of(str, str | None)}, _keys_of(list[str])
+WORD = r"[\w.+-]+"  # what needs no quotes in Hydra's notation
 
 
 def _quoted(override: str) -> str:
-    """An override of a text whose value looks like a number, in quotes: Hydra would make 20261127 of 2026_11_27 and 1.1 of 1.10."""
+    """An override of a text, or of a list of them, that looks like a number, in quotes: Hydra would make 20261127 of 2026_11_27 and 1.1 of 1.10."""
     key, equals, value = override.partition("=")
-    is_text = key.lstrip("+") in TEXT or key.startswith("++serving.variables.")
-    words = re.fullmatch(r"[\w.+-]+", value, re.ASCII) and value.lower() != "null"
-    return f"{key}='{value}'" if equals and is_text and (words or (key, value) == ("results", "")) else override
+    name = key.lstrip("+")
+    if not equals:
+        return override
+    if name in TEXTS and re.fullmatch(rf"\[{WORD}(,{WORD})*\]", value, re.ASCII):
+        return f"{key}=[{','.join(repr(part) for part in value[1:-1].split(','))}]"
+    is_text = name in TEXT or key.startswith("++serving.variables.")
+    words = re.fullmatch(WORD, value, re.ASCII) and value.lower() != "null"
+    return f"{key}='{value}'" if is_text and (words or (key, value) == ("results", "")) else override
 
 
 def composed(overrides: Iterable[str]) -> Settings:
     """conf/ with overrides, not yet checked beyond keys and types."""
+    if hydras := [item for item in overrides if re.match(r"[+~]*hydra\b", item)]:
+        raise UserError(f"conf: {hydras[0]}: Hydra only composes conf/ here, its own settings would change nothing; leave it out")
     overrides = [_quoted("++" + item.lstrip("+") if OPEN_DICTIONARY.match(item) else item) for item in overrides]
     GlobalHydra.instance().clear()
     try:

@@ -16,7 +16,7 @@ FEWEST_TOKENS = 16  # of a text or a window: fewer measure nothing, and draft la
 
 
 def limited(default: object, **limits):
-    """A setting with limits, which stages/settings/checks.py looks at: `least` (a number) or `allowed` (the values that there are)."""
+    """A setting with limits, which stages/settings/checks.py looks at: `least` or `above` (a number) or `allowed` (the values that there are)."""
     return field(default=default, metadata=limits)
 
 
@@ -94,14 +94,14 @@ class ServingSettings:
     drafts: bool = True  # let the release's MTP layers draft tokens
     flags: list[str] = field(default_factory=list)  # further flags of `vllm serve`
     variables: dict[str, str] = field(default_factory=dict)  # environment variables of the server
-    startup_seconds: float = 600.0  # until the first completion must have come back
+    startup_seconds: float = limited(600.0, above=0)  # until the first completion must have come back
     concurrencies: list[int] = field(default_factory=lambda: [8, 32, 64])  # numbers of streams, measured one after the other
     output_tokens: int = limited(512, least=1)  # of each completion (ignore_eos)
     prompt_tokens: int = limited(32, least=1)  # random token ids, which no prefix cache can have seen
     windows: int = limited(1, least=1)  # measured one after the other at each level
-    window_seconds: float = 30.0
+    window_seconds: float = limited(30.0, above=0)
     ramp_seconds: float = limited(10.0, least=0)  # between the first token of the last stream and the first window
-    timeout_seconds: float = 600.0  # for one answer, and for all streams to have begun
+    timeout_seconds: float = limited(600.0, above=0)  # for one answer, and for all streams to have begun
     goodput_ms: dict[str, float] = field(default_factory=dict)  # limits of ttft, tpot, end_to_end that a good request keeps
     seed: int = 0  # of the prompts
 

@@ -173,6 +173,15 @@ def test_the_stage_measures_every_level_through_an_endpoint(tmp_path):
         assert recompute(settings.run_directory / "serving" / f"{level['streams']}.jsonl.gz") == level
 
 
+def test_a_window_in_which_the_server_stands_still_is_measured_and_warned_of(tmp_path):
+    with PacedServer(rate=200.0, stall=(0.2, 3.0)) as server:
+        settings = settings_for(server, tmp_path, ramp_seconds=0.4, concurrencies="[2]")
+        serve_bench.run(settings)
+    found = json.loads((settings.run_directory / "serving.json").read_text())["levels"][0]
+    assert found["windows"][0]["tokens"] == found["windows"][0]["server_tokens"] == 0
+    assert any("no token arrived" in warning for warning in found["warnings"])
+
+
 @pytest.mark.parametrize(("fault", "words"), [
     ("500", "answers with 500: out of memory in layer 7"), ("404", "answers with 404: no such model"),
     ("malformed", "damaged event"), ("error_event", "engine core died"), ("no_usage", "without usage counters"),
