@@ -4,6 +4,7 @@ import re, sys
 from snakemake.io import IOFile
 sys.path.insert(0, workflow.basedir)
 from stages.errors import UserError
+from stages.plan import refuse
 from stages.provenance import code_of
 from stages.serving.environment import fingerprint, ingredients
 from stages.settings import as_json
@@ -41,7 +42,7 @@ rule inspect_format:
     shell: stage("inspect_format")
 
 def known_results(wildcards):
-    W.refuse_foreign_results(lambda path: workflow.persistence.metadata(IOFile(str(path))))
+    W.refuse_foreign_results(lambda path: workflow.persistence.metadata(IOFile(str(path))), refuse)
     return []
 
 rule plan:

@@ -33,6 +33,7 @@ from stages.settings.schema import FEWEST_TOKENS
 from stages.sources.listing import check_source
 
 BYTES = {"float32": 4, "bfloat16": 2}
+TOKENIZER = "tokenizer.json"
 
 
 def _figure(signal: float, error: float) -> float | None:
@@ -89,11 +90,10 @@ def tokens_of(text: str, directory: Path, maximum: int | None) -> torch.Tensor:
     """Token ids [n] of a text under the checkpoint's own tokenizer.json, beginning with its BOS token if it has one."""
     from tokenizers import Tokenizer
 
-    path = Path(directory) / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"{path} is missing: perplexity needs the checkpoint's tokenizer; set evaluation.memory_gb=0 to "
-                        "leave perplexity out")
-    ids = Tokenizer.from_file(str(path)).encode(text).ids
+    tokenizer = Tokenizer.from_file(str(Path(directory) / TOKENIZER))
+    tokenizer.no_truncation()  # which tools that calibrate leave in the file
+    tokenizer.no_padding()
+    ids = tokenizer.encode(text).ids
     config = read_json(Path(directory) / "config.json", "assemble_release")
     first = text_part(config).get("bos_token_id")
     if isinstance(first, int) and ids[:1] != [first]:
@@ -206,12 +206,13 @@ def perplexity(settings: Settings, plan: dict) -> dict:
         return result | {"not_measured": f"{'the release' if source is None else 'source and release'} in {evaluation.dtype} and what they are "
                          f"loaded from need about {human_bytes(need)}, which exceed evaluation.memory_gb={evaluation.memory_gb:g}: measure "
                          "perplexity through a server (evaluation.via=vllm)"}
-    path = text_path(settings)
+    release, path = settings.run_directory / "release", text_path(settings)
+    if not (release / TOKENIZER).exists():
+        return result | {"not_measured": f"the checkpoint has no {TOKENIZER}, by which a text becomes tokens"}
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
-    release = settings.run_directory / "release"
     tokens = tokens_of(text, release, evaluation.maximum_tokens)
     if len(tokens) < FEWEST_TOKENS:
         raise UserError(f"{path}: {len(tokens)} tokens to score, too few for a figure; give a longer evaluation.text or evaluation.maximum_tokens, "

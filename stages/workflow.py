@@ -15,7 +15,7 @@ from stages.errors import UserError
 from stages.provenance import CONVERTING, RESULTS_FORMAT, code_of
 from stages.serving.environment import marker_inputs
 from stages.serving.plugin import PLUGIN, plugin_files
-from stages.settings import as_json, load, scoring, text_path
+from stages.settings import Settings, as_json, load, scoring, text_path
 from stages.settings.commands import overrides_from
 from stages.settings.handed_over import forget
 from stages.sources import shards_of
@@ -77,14 +77,15 @@ class Workflow:
         release = Path(self.run) / "release" / "manifest.json"
         for path in (release, *(Path(self.run) / "shards" / f"{shard}.safetensors" for shard in self.shards)):
             if path.exists() and not os.access(path, os.W_OK):
-                with suppress(PermissionError):  # somebody else's: Snakemake says which
+                with suppress(OSError):  # somebody else's, or on a read-only file system: Snakemake says which, if it must be made again
                     path.chmod(stat.S_IMODE(path.stat().st_mode) | stat.S_IWUSR)
 
-    def refuse_foreign_results(self, record_of: Callable[[Path], Mapping | None]) -> None:
+    def refuse_foreign_results(self, record_of: Callable[[Path], Mapping | None], refuse_plan: Callable[[Settings], None]) -> None:
         """Ends the run where results of other settings would be taken for these.
 
         record_of: Snakemake's record of how a file was made. Where it has none, or one of other parameters than the file shows, somebody ran
         a stage by hand.
+        refuse_plan: raises UserError for settings that cannot be planned.
         """
         foreign = of_other_settings(self.settings)
         for stale in foreign:
@@ -94,18 +95,19 @@ class Workflow:
                          "directory knows of: remove it, or choose other results=")
         made_again = {"listing.json", "plan.json"} & {stale.name for stale in foreign}
         if made_again == {"plan.json"} and self._made_by_this_code("inspect.json", record_of):
-            self._refuse_plan()
+            self._refuse_plan(refuse_plan)
         if not made_again and self._made_by_this_code("plan.json", record_of) and is_exchanged(self.settings):
             sys.exit(f"error: {self.run}/release is not the release that {self.run}/verify.json is the proof of; somebody put it there: remove "
                      f"{self.run}/release and run again, it is made anew")
 
-    def _refuse_plan(self) -> None:
+    def _refuse_plan(self, refuse_plan: Callable[[Settings], None]) -> None:
         """Ends the run where these settings cannot be planned, while the plan of the settings before and the shards that were made of it are there:
         Snakemake would remove that plan before the stage refuses, and with the settings before make it, and so everything, again."""
-        from stages.plan import refuse  # what no other run needs
-
+        source, run = self.settings.source_directory, self.settings.run_directory
+        if not all(path.is_file() for path in (source / "listing.json", source / "auxiliary" / "config.json", run / "inspect.json")):
+            return  # they are made again first, and the plan of them
         try:
-            refuse(self.settings)
+            refuse_plan(self.settings)
         except UserError as error:
             sys.exit(f"error: {' '.join(str(error).split())}")
 

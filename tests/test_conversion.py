@@ -327,10 +327,13 @@ def test_commands_are_said_to_have_run_only_as_they_ran(converted):
     assert set(rows({}).values()) == {"not run"}
     assert set(rows({"engine": "endpoint", "version": "0.32.0"}).values()) == {"not run"}, "nobody knows how an endpoint was started"
     drafting = {"engine": "vllm", "version": "0.32.0", "command": ["vllm", "serve", ".", "--speculative-config", "{}"]}
+    assert set(rows(drafting).values()) == {"vLLM 0.32.0 on hardware that is not known"}
+    drafting |= {"on_cpu": False}
     assert set(rows(drafting).values()) == {"vLLM 0.32.0"}
     assert rows(drafting | {"command": ["vllm", "serve", "."]})["vllm serve ."] == "not run", "without drafting"
-    split = drafting | {"command": [*drafting["command"], "--tensor-parallel-size=2"]}
-    assert rows(split)["vllm serve ."] == "not run", "on two GPUs"
+    for flags in (["--tensor-parallel-size=2"], ["-tp", "2"], ["--tensor_parallel_size", "2"]):
+        split = drafting | {"command": [*drafting["command"], *flags]}
+        assert rows(split)["vllm serve ."] == "not run", "on two GPUs"
     assert rows(drafting | {"on_cpu": True})["vllm serve ."] == "vLLM 0.32.0 on a CPU, with the plugin"
     assert rows(drafting | {"command": [*drafting["command"], "--enforce-eager"]})["vllm serve ."] == "vLLM 0.32.0", "a flag of GPUs, too"
     seen = {"on_cpu": False, "hardware": 4 * ["A GPU"]}
@@ -387,6 +390,33 @@ def test_a_model_too_large_for_this_machine_is_reported_as_not_measured(converte
     report.run(settings)
     for name in ("report.html", "card.md"):
         assert "exceed evaluation.memory_gb" in (settings.run_directory / name).read_text()
+
+
+def test_a_text_is_scored_whole_whatever_the_tokenizers_file_says_of_truncation(tmp_path):
+    """Tools that calibrate leave both sections in the file."""
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(TINY / name, tmp_path)
+    text = (PROJECT / "tests/tiny/held_out.txt").read_text()
+    expected = evaluate.tokens_of(text, TINY, None)
+    found = json.loads((tmp_path / "tokenizer.json").read_text()) | {
+        "truncation": {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 4096}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    assert len(expected) > 2000 and torch.equal(evaluate.tokens_of(text, tmp_path, None), expected)
+
+
+def test_a_checkpoint_without_tokenizer_json_is_measured_as_far_as_that_goes(converted, tmp_path):
+    """As Kimi's are published, for which a server is no remedy either."""
+    settings = load([f"results={tmp_path}", f"source.path={TINY}", "serving=none"])
+    shutil.copytree(converted.source_directory, settings.source_directory)
+    shutil.copytree(converted.run_directory, settings.run_directory)
+    manifest = settings.run_directory / "release" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["files"]["tokenizer.json"]
+    manifest.write_text(json.dumps(content))
+    (settings.run_directory / "release" / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in evaluate.run(settings)["not_measured"]
+    assert (settings.run_directory / "sqnr.json").exists()
 
 
 def test_sqnr_in_the_receipts_is_that_of_the_decoded_weights(converted):

@@ -1,7 +1,7 @@
 """FP8 with one float scale per output channel or per tensor, `weight_scale` (compressed-tensors float-quantized, ModelOpt, AutoFP8,
 Quark).
 
-    w[r, c] = float32(weight[r, c]) * float32(weight_scale[r])        [out, 1], or one element for the whole tensor
+    w[r, c] = float32(weight[r, c]) * float32(weight_scale[r])        [out, 1] or [out], or one element for the whole tensor
 
 The suffix alone does not say what it is: U8 scales of the same name are MXFP8, so dtype and shape decide. AutoFP8 declares
 quant_method fp8 and has one scale per tensor.
@@ -27,14 +27,15 @@ def claim(name, info, tensors, where, config):
     if info.dtype != "F8_E4M3" or scale is None or scale.dtype not in FLOATS:
         return None
     per_channel, per_tensor = (*info.shape[:-1], 1), len(info.shape) == 2 and scale.shape in ((), (1,), (1, 1))
-    if len(info.shape) < 2 or not (scale.shape == per_channel or per_tensor):
+    by_channel = scale.shape == per_channel or (len(info.shape) == 2 and scale.shape == info.shape[:1] and not per_tensor)  # the latter is Quark's
+    if len(info.shape) < 2 or not (by_channel or per_tensor):
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}; for {name} of shape "
                         f"{list(info.shape)} one scale per channel is {list(per_channel)} and one per tensor [1]; the scale "
                         "is of another checkpoint or of a dialect that is not read")
-    if scale.shape == per_channel and declared(config).get("quant_method") == "fp8":
+    if by_channel and declared(config).get("quant_method") == "fp8":
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, one per channel, which config.json's "
                         "quant_method 'fp8' does not have; the scale or config.json is of another checkpoint")
-    return Claim(NAME, scale_name, (1, info.shape[-1]), info.shape, static_scale(name, tensors), one_scale=scale.shape != per_channel)
+    return Claim(NAME, scale_name, (1, info.shape[-1]), info.shape, static_scale(name, tensors), one_scale=not by_channel)
 
 
 rows = block_fp8.rows

@@ -15,6 +15,7 @@ ATTENTION = {"query": r"w?q\w*", "key": r"w?k\w*|qkv|query_key_value", "value": 
 LINEAR = {"input": r"in_proj\w*", "output": r"out"}
 BLOCK = re.compile(r"(?P<tower>.*?\.(?:blocks|layers|resblocks)\.)(?P<number>\d{1,9})\.(?P<tail>.*)", re.S)  # of a vision tower
 GATED = {"gate": r"gate|gate_up|w1", "up": r"up|gate_up|w3", "down": r"down|w2"}
+CACHE = re.compile(r"(^|\.)(?:[qkv]|kv|prob)_scale$|_proj\.output_scale$")  # scales of the KV cache, which draft layers do without
 STORED = re.compile(r"[._](weight(_packed|_scale(_inv)?)?|blocks|scales)$")  # one name for a weight, however it is stored
 
 
@@ -137,7 +138,7 @@ def lacking_layers(held: Mapping[int, set[str]], layers: int, apart: Container[i
             yield layer, lost
         if layer >= layers:
             lacking = {tail for part, members in parts_of(tails).items() for tail in usual.get(part, set()) - members
-                       if part and "index" not in tail and ".experts." not in tail}  # which may be stored otherwise there
+                       if part and "index" not in tail and ".experts." not in tail and not CACHE.search(tail)}  # may be stored otherwise there
             if lacking:
                 yield layer, sorted(lacking)
 

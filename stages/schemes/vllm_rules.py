@@ -77,8 +77,8 @@ def runtime_modules(linears: Iterable[str], routed_experts: Iterable[str], text_
     layers: dict[str, list[str]] = {}
     for module in routed_experts:
         layers.setdefault(EXPERT_BLOCK.sub(r"\1.experts", runtime_name(module, row, text_layers)), []).append(module)
-    result += [RuntimeModule(name, ROUTED_EXPERTS, tuple(parts), probes=row.probes, draft=is_draft(parts[0], text_layers)) for name, parts in layers.items()]
-    return result
+    return result + [RuntimeModule(name, ROUTED_EXPERTS, tuple(parts), probes=row.probes, draft=is_draft(parts[0], text_layers))
+                     for name, parts in layers.items()]
 
 
 def is_draft(module: str, text_layers: int) -> bool:
@@ -97,7 +97,9 @@ def model_fault(row: Architecture, architecture: str, names: Iterable[str], expe
     if row.draftless and (draft := next((name for name in places if role_of(name, text_layers) == "mtp"), None)):
         return (f"{draft} belongs to a draft layer; vLLM has none for {architecture} and stops at this tensor: take the layers past "
                 "num_hidden_layers out of the checkpoint and set num_nextn_predict_layers to 0")
-    if row.needed and (lacking := {layer for layer in expert_layers if layer < text_layers} - {layer for layer, tail in places.values() if tail == row.needed}):
+    routing = {layer for layer, tail in places.values() if tail == row.needed}
+    lacking = {layer for layer in expert_layers if layer < text_layers} - routing
+    if row.needed and lacking:
         return (f"layer {min(lacking)}: there is no {row.needed}, by which vLLM routes {architecture}'s tokens; it would leave it uninitialized and "
                 "say nothing: give the tensor the name that it is published under")
     return None

@@ -30,12 +30,19 @@ def engine_name(engine: dict) -> str:
     return f"vLLM {version}" if engine.get("engine") == "vllm" else f"an endpoint, {f'vLLM {version}' if version else 'version unknown'}"
 
 
+def _with_dashes(word: str) -> str:
+    """A flag as vLLM reads it: `--tensor_parallel_size`, too."""
+    flag, equals, value = word.partition("=")
+    return (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value
+
+
 class Used:
     """How this run's server was started, by serving.json's facts; of an endpoint that is not known, and nothing counts as tried."""
 
     def __init__(self, engine: dict):
-        self._command: list[str] = engine.get("command", [])
-        self.how = engine_name(engine) + (" on a CPU, with the plugin" if engine.get("on_cpu") else "") if self._command else "not run"
+        where = {True: " on a CPU, with the plugin", False: ""}.get(engine.get("on_cpu"), " on hardware that is not known")
+        self._command = [_with_dashes(word) for word in engine.get("command", [])]
+        self.how = engine_name(engine) + where if self._command else "not run"
 
     def _has(self, *names: str) -> bool:
         return any(word.partition("=")[0] in names for word in self._command)

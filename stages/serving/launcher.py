@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -208,15 +209,20 @@ def version_of(server: Server) -> str | None:
         return None
 
 
+def _interpreter(program: Path) -> list[str]:
+    """The command of the Python that runs a script: behind `#!`, or on the line after it, where pip writes one that is too long for that."""
+    with open(program, encoding="utf-8") as file:
+        first, second = file.readline(), file.readline()
+    return shlex.split(second)[1:2] if first.startswith("#!/bin/sh") and second.startswith("'''exec'") else shlex.split(first.removeprefix("#!"))
+
+
 def hardware(program: Path, variables: dict[str, str]) -> dict:
     """{"on_cpu", "hardware"} of a vLLM of this machine, started with these environment variables: whether its torch has no GPU, and the name of
-    each that it sees, or of this CPU; empty where its environment does not say."""
+    each that it sees, or of this CPU; empty where its environment does not say. GPUs are those of CUDA or ROCm."""
     code = "import json, torch; print(json.dumps([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]))"
     try:
-        with open(program, "rb") as file:
-            first = file.readline().decode()  # `#!` and the interpreter of vLLM's environment
-        said = subprocess.run([*first.removeprefix("#!").split(), "-c", code], capture_output=True, text=True, timeout=120, check=True, env=variables).stdout
-        names = json.loads(said.splitlines()[-1])
+        said = subprocess.run([*_interpreter(program), "-c", code], env=variables, capture_output=True, text=True, timeout=120, check=True)
+        names = json.loads(said.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return {}
     return {"on_cpu": not names, "hardware": names or [f"{platform.machine()}, {os.cpu_count()} cores"]}
@@ -246,12 +252,13 @@ def server(settings: Settings, directory: Path | None = None) -> Iterator[Server
     log.parent.mkdir(parents=True, exist_ok=True)
     shown = command_line(settings, directory, port, "vllm")
     print(f"starting {' '.join(shown)}", flush=True)
+    facts = {"engine": "vllm", "command": shown, **hardware(program, environment_of(settings))}
     with _terminated_as_exit(), open(log, "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                    env=environment_of(settings), start_new_session=True,
                                    preexec_fn=_die_with_parent)
         try:
-            running = Server(f"http://127.0.0.1:{port}", serving.model, {"engine": "vllm", "command": shown, **hardware(program, environment_of(settings))}, process, log)
+            running = Server(f"http://127.0.0.1:{port}", serving.model, facts, process, log)
             start = time.monotonic()
             _wait(running, serving.startup_seconds)
             running.facts |= {"version": version_of(running), "startup_seconds": round(time.monotonic() - start, 1)}

@@ -253,7 +253,7 @@ def check_download(source: SourceSettings, name: str, size: int) -> None:
         place = source.repository
         raise UserError(f"{place}: {name} has {human_bytes(size)}, and files over {human_bytes(MAX_HTTP_DOWNLOAD_SIZE)} cannot be downloaded here: "
                         f"run hf download {place} --revision {source.revision} --local-dir DIRECTORY, then convert with source=local "
-                        f"source.path=DIRECTORY source.origin={place}")
+                        f"source.path=DIRECTORY source.name=ANOTHER source.origin={place}")
 
 
 def resolve(repository: str, revision: str | None) -> tuple[str, list[str]]:
