@@ -109,9 +109,8 @@ class Checkpoint(Shards):
                 formats[module] = stored
         return linears, experts, formats
 
-    def model_fault(self, row: Architecture, layers: int) -> str | None:
-        """`vllm_rules.model_fault` of this checkpoint; layers: text layers."""
-        _, experts, _ = self.engine_modules(layers)
+    def model_fault(self, row: Architecture, layers: int, experts: list[str]) -> str | None:
+        """`vllm_rules.model_fault` of this checkpoint; layers: text layers; experts: modules of routed experts, as `engine_modules` gives them."""
         expert_layers = {layer for module in experts if (layer := layer_of(module)) is not None}
         return vllm_rules.model_fault(row, self.architecture, self.tensors, expert_layers, layers)
 

@@ -33,7 +33,7 @@ def section_for(checkpoint: Checkpoint) -> tuple[dict, int]:
     if not stored:
         raise UserError(f"{checkpoint.directory}: holds no quantized weight; nothing to configure")
     runtime = vllm_rules.runtime_modules(linears, experts, layers, row)
-    if fault := checkpoint.model_fault(row, layers):
+    if fault := checkpoint.model_fault(row, layers, experts):
         raise UserError(f"{checkpoint.directory}: {fault}")
     names, stacked = checkpoint.quantized_experts(layers)
     for fault in vllm_rules.expert_faults(row, names, stacked):

@@ -77,7 +77,7 @@ def coverage(checkpoint: Checkpoint) -> Iterator[str]:
                                 "checkpoint's")
     linears, experts, formats = checkpoint.engine_modules(layers, known)
     if row is not None:
-        if fault := checkpoint.model_fault(row, layers):
+        if fault := checkpoint.model_fault(row, layers, experts):
             yield fault
         yield from vllm_rules.expert_faults(row, *checkpoint.quantized_experts(layers))
     modules = vllm_rules.runtime_modules(linears, experts, layers, row or UNKNOWN)
