@@ -23,6 +23,7 @@ from stages.errors import UserError, exit_with_one_line
 from stages.planning.outputs import SHARD_METADATA, config_json, index_json, release_outputs, weight_map
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
+from stages.records import Plan, Receipt
 from stages.schemes import draft_scales
 from stages.schemes.architectures import architecture_of
 from stages.serving.plugin import PLUGIN, plugin_files
@@ -40,25 +41,25 @@ def auxiliary_files(settings: Settings) -> list[Path]:
     return [Path(name) for name in sorted(listing) if listing[name]["kind"] == "auxiliary" and name not in LEFT_OUT]
 
 
-def bundled_files(plan: dict) -> list[Path]:
+def bundled_files(plan: Plan) -> list[Path]:
     """Files of the plugin that a release of this architecture brings along, relative to the plugin's directory."""
     return plugin_files() if architecture_of(plan["architecture"]).plugin else []
 
 
-def other_files(settings: Settings, plan: dict) -> set[str]:
+def other_files(settings: Settings, plan: Plan) -> set[str]:
     """Names of all files of a release that are no shards, without manifest.json."""
     bundled = [f"{PLUGIN.name}/{path.as_posix()}" for path in bundled_files(plan)]
     return {"config.json", INDEX, *bundled, *(path.as_posix() for path in auxiliary_files(settings))}
 
 
-def source_identity(settings: Settings, receipts: dict) -> dict:
+def source_identity(settings: Settings, receipts: dict[str, Receipt]) -> dict:
     """What was converted: repository and revision, or just a name, and the hash of every source shard."""
     source = settings.source
     return {"name": source.name, "repository": source.repository, "revision": source.revision,
             "shards": {shard: receipt["source"]["sha256"] for shard, receipt in sorted(receipts.items())}}
 
 
-def manifest_of(settings: Settings, plan: dict, receipts: dict, files: dict[str, dict]) -> dict:
+def manifest_of(settings: Settings, plan: Plan, receipts: dict[str, Receipt], files: dict[str, dict]) -> dict:
     """manifest.json for these files: everything but the hashes of what is no shard follows from plan and receipts."""
     tensors = {output.name: receipts[shard]["tensors"][output.name]
                for shard, outputs in release_outputs(plan).items() for output in outputs if output.part == "weight"}
@@ -117,7 +118,7 @@ def _entry(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _link_shards(settings: Settings, receipts: dict[str, dict], building: Path) -> None:
+def _link_shards(settings: Settings, receipts: dict[str, Receipt], building: Path) -> None:
     """The converted shards, as hard links: a release takes no second copy of 123 GB."""
     for shard, receipt in receipts.items():
         made = settings.run_directory / "shards" / shard
@@ -146,7 +147,7 @@ def _copy_auxiliary(settings: Settings, building: Path) -> dict[str, dict]:
     return files
 
 
-def _copy_plugin(plan: dict, building: Path) -> dict[str, dict]:
+def _copy_plugin(plan: Plan, building: Path) -> dict[str, dict]:
     """The plugin, where the architecture needs it; name -> entry of the manifest."""
     files = {}
     for path in bundled_files(plan):
@@ -157,7 +158,7 @@ def _copy_plugin(plan: dict, building: Path) -> dict[str, dict]:
     return files
 
 
-def _write_draft_scales(plan: dict, building: Path) -> dict[str, dict]:
+def _write_draft_scales(plan: Plan, building: Path) -> dict[str, dict]:
     """The shard of inert scales, where the settings ask for it; name -> entry of the manifest."""
     if not plan["draft_scales"]:
         return {}

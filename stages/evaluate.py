@@ -27,6 +27,7 @@ from stages.dialects.roles import layer_of, projection_of
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
+from stages.records import MatrixSums, Plan, Receipt
 from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, load, scoring, stage_parser, text_path
 from stages.settings.schema import FEWEST_TOKENS
@@ -41,22 +42,22 @@ def _figure(signal: float, error: float) -> float | None:
     return round(max(-300.0, decibels(signal, error)), 4) if error else None
 
 
-def _total(sums: list[list]) -> tuple[float, float]:
-    return math.fsum(entry[1] for entry in sums), math.fsum(entry[2] for entry in sums)
+def _total(sums: list[MatrixSums]) -> tuple[float, float]:
+    return math.fsum(entry.signal for entry in sums), math.fsum(entry.error for entry in sums)
 
 
-def sqnr(receipts: dict[str, dict]) -> dict:
+def sqnr(receipts: dict[str, Receipt]) -> dict:
     """SQNR per tensor, per expert, per layer and overall, from the receipts' exact sums (no second pass)."""
-    quantized: dict[str, list] = {}
+    quantized: dict[str, list[MatrixSums]] = {}
     for receipt in receipts.values():
         for name, sums in receipt["quantized"].items():
             quantized.setdefault(name, []).extend(sums)  # the experts of a layer may lie in several shards
     for sums in quantized.values():
-        sums.sort(key=lambda entry: entry[0] or 0)
+        sums.sort(key=lambda entry: entry.number or 0)
     tensors = {name: {"layer": layer_of(name), "projection": projection_of(name), "sqnr_db": _figure(*_total(sums)),
-                      "experts_db": [_figure(entry[1], entry[2]) for entry in sums]}
+                      "experts_db": [_figure(entry.signal, entry.error) for entry in sums]}
                for name, sums in sorted(quantized.items(), key=lambda item: (layer_of(item[0]) or 0, item[0]))}
-    by_layer: dict[int, list] = {}
+    by_layer: dict[int | None, list[MatrixSums]] = {}
     for name, sums in quantized.items():
         by_layer.setdefault(layer_of(name), []).extend(sums)
     every = [entry for sums in quantized.values() for entry in sums]
@@ -192,7 +193,7 @@ def measure_served(settings: Settings, tokens: torch.Tensor) -> dict:
     return found
 
 
-def perplexity(settings: Settings, plan: dict) -> dict:
+def perplexity(settings: Settings, plan: Plan) -> dict:
     """The content of perplexity.json; reasons stand in place of figures that were not measured."""
     evaluation = settings.evaluation
     weights = sum(math.prod(entry["matrix"] or entry["shape"]) for entry in plan["tensors"].values() if not entry["belongs_to"])

@@ -14,12 +14,13 @@ from stages.dialects.config import expert_count, has_shared_experts, is_tied, la
 from stages.dialects.roles import declared_drafts, hidden_layers, layer_of, role_of
 from stages.errors import UserError, exit_with_one_line
 from stages.provenance import RESULTS_FORMAT
+from stages.records import Census
 from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_anomalies, read_config, read_headers
 
 
-def census(settings: Settings) -> dict:
+def census(settings: Settings) -> Census:
     """The content of inspect.json. UserError for anything that could not be converted rightly."""
     try:
         tensors, where, files = read_headers(settings)
@@ -62,7 +63,7 @@ def census(settings: Settings) -> dict:
     }
 
 
-def run(settings: Settings) -> dict:
+def run(settings: Settings) -> Census:
     """Writes inspect.json."""
     result = census(settings)
     write_rows(settings.run_directory / "inspect.json", result)

@@ -20,6 +20,7 @@ from stages.planning.outputs import release_outputs, release_sizes, shard_sizes
 from stages.planning.record import current
 from stages.planning.view import notes, print_plan
 from stages.provenance import RESULTS_FORMAT
+from stages.records import Census, Plan, PlannedShard
 from stages.schemes import draft_scales, tensor_parallel
 from stages.schemes.engines import engines
 from stages.settings import Settings, as_dict, load, stage_parser
@@ -29,7 +30,7 @@ from stages.sources.listing import read_config
 JOBS_OF_A_RUN = 10  # of the workflow, beside those of shards
 
 
-def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
+def make_plan(settings: Settings, census: Census, source_config: dict) -> Plan:
     """The content of plan.json."""
     check_model(census["architecture"], census["tensors"], census["text_layers"])
     tensors = decide(settings, census)
@@ -63,13 +64,13 @@ def make_plan(settings: Settings, census: dict, source_config: dict) -> dict:
     return plan
 
 
-def _disk_peak(settings: Settings, shards: dict[str, dict]) -> int:
+def _disk_peak(settings: Settings, shards: dict[str, PlannedShard]) -> int:
     """Bytes of all converted shards, and of the source's that are there at the same time; a local source is read where it lies."""
     passing = settings.device.lane * max(shard["source_bytes"] for shard in shards.values()) if settings.source.repository else 0
     return sum(shard["file_bytes"] for shard in shards.values()) + passing
 
 
-def _check_disk(settings: Settings, plan: dict) -> None:
+def _check_disk(settings: Settings, plan: Plan) -> None:
     """UserError unless the whole run fits beside what is there. Shards that were converted before are replaced one by one, which frees only those
     that have no other name: the release of that run, and DVC's cache, keep what they have hard links to."""
     release, freed, kept = settings.run_directory / "release", 0, 0
@@ -82,12 +83,12 @@ def _check_disk(settings: Settings, plan: dict) -> None:
     check_disk(settings.run_directory, max(0, plan["disk_peak_bytes"] - freed), "the whole run, by this plan,", remedy)
 
 
-def planned(settings: Settings) -> dict:
+def planned(settings: Settings) -> Plan:
     """The plan of the source that was inspected."""
     return make_plan(settings, current(settings.run_directory / "inspect.json", "inspect_format"), read_config(settings))
 
 
-def _check(settings: Settings, plan: dict) -> None:
+def _check(settings: Settings, plan: Plan) -> None:
     """UserError for what is better told before the first byte of a shard is downloaded."""
     for shard, sizes in plan["shards"].items() if settings.source.repository else ():
         check_download(settings.source, shard, sizes["source_bytes"])
@@ -99,7 +100,7 @@ def refuse(settings: Settings) -> None:
     _check(settings, planned(settings))
 
 
-def run(settings: Settings) -> dict:
+def run(settings: Settings) -> Plan:
     """Writes plan.json and prints it."""
     plan = planned(settings)
     print_plan(plan)

@@ -33,6 +33,7 @@ from stages.errors import UserError, exit_with_one_line, without_collection
 from stages.planning.outputs import SHARD_METADATA, release_outputs, specs_of
 from stages.planning.record import read_plan
 from stages.receipts import plan_hashes, zeros_note
+from stages.records import Plan, Receipt
 from stages.schemes.modules import Matrix, Output
 from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_listing
@@ -52,7 +53,7 @@ def keep_memory_steady() -> None:
         library.mallopt(MMAP_THRESHOLD, LARGE_BLOCK)
 
 
-def _check_header(reader: ShardReader, plan: dict, shard: str) -> None:
+def _check_header(reader: ShardReader, plan: Plan, shard: str) -> None:
     """UserError where the shard is not the one that was inspected."""
     planned = {name: entry for name, entry in plan["tensors"].items() if entry["shard"] == shard}
     if more := sorted(reader.header.tensors.keys() - planned.keys()):
@@ -95,7 +96,7 @@ class Original:
         return digest
 
 
-def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Quantizer, writer: ShardWriter, progress: ProgressReport) -> list[str]:
+def _write(plan: Plan, outputs: list[Output], reader: ShardReader, quantizer: Quantizer, writer: ShardWriter, progress: ProgressReport) -> list[str]:
     """Streams all tensors of the output file, in its order; names those that hold nothing but zeros."""
     pending: dict[Matrix, list] = {}  # scale bytes wait until their codes are written
     empty = []
@@ -121,7 +122,7 @@ def _write(plan: dict, outputs: list[Output], reader: ShardReader, quantizer: Qu
     return empty + quantizer.zeros
 
 
-def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
+def convert_shard(settings: Settings, plan: Plan, shard: str) -> Receipt:
     """Converts one shard and returns its receipt (also written beside the output)."""
     target = settings.run_directory / "shards" / shard
     outputs, promised = release_outputs(plan, [shard])[shard], plan["shards"][shard]
@@ -146,7 +147,7 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
     assert writer.size == promised["file_bytes"], f"{shard}: {writer.size} bytes, planned {promised['file_bytes']}"
     seconds, status = time.monotonic() - start, original.path.stat()
     size = status.st_size
-    receipt = {
+    receipt: Receipt = {
         "shard": shard,
         "plan_sha256": plan_hashes(plan, [shard])[shard],
         "source": {"bytes": size, "sha256": digest} | ({"mtime_ns": status.st_mtime_ns} if settings.source.path else {}),
@@ -154,7 +155,7 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
         "tensors": writer.tensor_sha256,
         "borrowed": places.borrowed,
         "lent": lent,
-        "quantized": {source: sorted(sums, key=lambda entry: entry[0] or 0) for source, sums in sorted(quantizer.sums.items())},
+        "quantized": {source: sorted(sums, key=lambda entry: entry.number or 0) for source, sums in sorted(quantizer.sums.items())},
         "zeros": sorted(zeros),
         "seconds": round(seconds, 3),
         "bytes_per_second": round(size / seconds),
@@ -164,12 +165,12 @@ def convert_shard(settings: Settings, plan: dict, shard: str) -> dict:
     return receipt
 
 
-def _say(receipt: dict) -> None:
+def _say(receipt: Receipt) -> None:
     """A shard's result in a line, and what to look into."""
     line = (f"{receipt['shard']}: {human_bytes(receipt['source']['bytes'])} -> {human_bytes(receipt['output']['bytes'])}, "
             f"{human_bytes(receipt['bytes_per_second'])}/s")
     if done := [entry for sums in receipt["quantized"].values() for entry in sums]:
-        signal, error = (math.fsum(entry[column] for entry in done) for column in (1, 2))
+        signal, error = math.fsum(entry.signal for entry in done), math.fsum(entry.error for entry in done)
         line += f", SQNR {decibels(signal, error):.2f} dB" if error else ", exact"
     print(line, flush=True)
     if receipt["zeros"]:

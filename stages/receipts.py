@@ -16,18 +16,17 @@ from stages.checkpoint.files import read_json
 from stages.dialects import Claim
 from stages.errors import UserError
 from stages.provenance import RESULTS_FORMAT
+from stages.records import MatrixSums, Plan, PlannedTensor, Receipt, fault
 from stages.settings import Settings
 from stages.sources.listing import read_listing
 
-CONTENT = {"source": dict, "output": dict, "tensors": dict, "quantized": dict, "borrowed": dict, "lent": dict, "zeros": list, "seconds": int | float,
-           "bytes_per_second": int | float}  # of a receipt
 DECISIVE = ("shard", "dtype", "shape", "decision", "scheme")  # of a plan's entry, beside the fields of its Claim
 
 
-def plan_hashes(plan: dict, shards: Iterable[str] | None = None) -> dict[str, str]:
+def plan_hashes(plan: Plan, shards: Iterable[str] | None = None) -> dict[str, str]:
     """Shard -> sha256 over everything in the plan that determines its bytes, scales in other shards among it; the rest is prose. Of all shards,
     or of these."""
-    entries: dict[str, dict[str, dict]] = {shard: {} for shard in shards or plan["shards"]}
+    entries: dict[str, dict[str, PlannedTensor]] = {shard: {} for shard in shards or plan["shards"]}
     for name, entry in plan["tensors"].items():
         if entry["shard"] not in entries:
             continue
@@ -41,7 +40,7 @@ def plan_hashes(plan: dict, shards: Iterable[str] | None = None) -> dict[str, st
     return result
 
 
-def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
+def read_receipts(settings: Settings, plan: Plan) -> dict[str, Receipt]:
     """Shard -> receipt; UserError for a missing one, for one that was made under another plan, and for one of other bytes than the source was
     listed with: a checkpoint of the same name and shapes has the same plan."""
     receipts, hashes, listing = {}, plan_hashes(plan), read_listing(settings)
@@ -49,14 +48,15 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
     for shard in plan["shards"]:
         path = (settings.run_directory / "shards" / shard).with_suffix(".json")
         receipt = read_json(path, f"quantize_experts --shard {shard}")
-        of_this_form = all(isinstance(receipt.get(key), kind) for key, kind in CONTENT.items())
-        if of_this_form and receipt.get("plan_sha256") != hashes[shard]:
+        of_this_form = fault(receipt, Receipt) is None
+        if of_this_form and receipt["plan_sha256"] != hashes[shard]:
             raise UserError(f"{path} was made under another plan; run quantize_experts --shard {shard} again")
         if not (of_this_form and _is_whole(receipt, passed[shard], plan)):
             raise UserError(f"{path} is damaged: delete it and run quantize_experts --shard {shard} again")
         if not _is_of(receipt["source"], listing.get(shard, {})):
             raise UserError(f"{path} was made from another file than the {shard} of {settings.source.path or settings.source.repository}; run "
                             f"download --shard {shard} and quantize_experts --shard {shard} again")
+        receipt["quantized"] = {name: [MatrixSums(*entry) for entry in sums] for name, sums in receipt["quantized"].items()}
         receipts[shard] = receipt
     for shard, receipt in receipts.items():
         for name, digest in receipt["borrowed"].items():
@@ -67,7 +67,7 @@ def read_receipts(settings: Settings, plan: dict) -> dict[str, dict]:
     return receipts
 
 
-def _is_whole(receipt: dict, passed: int, plan: dict) -> bool:
+def _is_whole(receipt: Receipt, passed: int, plan: Plan) -> bool:
     """Whether a receipt of this plan holds what later stages take for granted: bytes and sha256 of both files, a sha256 for each of the tensors
     that `passed` through, and sums that are numbers."""
     files = all(isinstance(receipt[key].get("bytes"), int) and isinstance(receipt[key].get("sha256"), str) for key in ("source", "output"))
@@ -82,7 +82,7 @@ def _is_of(converted: dict, listed: dict) -> bool:
     return "bytes" in listed and all(converted.get(key) == listed[key] for key in ("bytes", "sha256", "mtime_ns") if listed.get(key) is not None)
 
 
-def shards_sha256(receipts: dict[str, dict]) -> str:
+def shards_sha256(receipts: dict[str, Receipt]) -> str:
     """One hash of all converted shards: names what was measured on them where no release need be there."""
     return hashlib.sha256(json.dumps({shard: receipts[shard]["output"]["sha256"] for shard in sorted(receipts)}).encode()).hexdigest()
 

@@ -27,6 +27,7 @@ from stages.planning.record import read_plan
 from stages.planning.view import by_role, where_it_runs
 from stages.plots import expert_plot, layer_plot
 from stages.receipts import read_receipts, shards_sha256, zeros_note
+from stages.records import Plan, Receipt
 from stages.schemes import SCHEMES
 from stages.serving.commands import client_example, serve_commands, served_by
 from stages.serving.plots import serving_plot
@@ -61,7 +62,7 @@ def _own_version() -> str:
     return metadata.version("mxforge") + (f" (commit {commit})" if commit else "")
 
 
-def role_rows(plan: dict) -> list[dict]:
+def role_rows(plan: Plan) -> list[dict]:
     """What happened to each role: decision, tensors, bytes before and after."""
     words = {"drop": "folded into the block scales", "pass through": "unchanged", "keep": "kept in its own FP8"}
     rows = [{**row, "role": row["role"].replace("_", " "), "what": words.get(row["decision"], f"quantized to {row['decision']}")}
@@ -69,7 +70,7 @@ def role_rows(plan: dict) -> list[dict]:
     return sorted(rows, key=lambda row: -row["before"])
 
 
-def _results(settings: Settings, receipts: dict[str, dict]) -> dict[str, dict]:
+def _results(settings: Settings, receipts: dict[str, Receipt]) -> dict[str, dict]:
     """The results that are proof or figures, by name; UserError for one that is not of this release, and unless this release passed."""
     found = {name: read_json(settings.run_directory / name, stage) for name, stage in STAGES.items()}
     release, shards = measured_release(settings), shards_sha256(receipts)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +28,7 @@ from stages.errors import UserError, exit_with_one_line
 from stages.planning.outputs import release_outputs
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts, shards_sha256
+from stages.records import Plan
 from stages.schemes.modules import Output
 from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import check_source
@@ -45,29 +47,38 @@ def signal_to_noise_db(measured: torch.Tensor, truth: torch.Tensor) -> float:
     return max(-300.0, min(300.0, decibels(signal, noise)))
 
 
-def _samples(settings: Settings, plan: dict, made: list[Output]) -> list[dict]:
-    """MXFP4 weights among the tensors of a shard to multiply with: {"group", "members": [(number, codes, scale, Output)]} each."""
-    groups: dict[str, list] = {}
+class Member(NamedTuple):
+    """An MXFP4 weight of the release."""
+
+    number: int  # of the expert in its group
+    codes: str  # names of its two tensors
+    scale: str
+    output: Output  # of the codes
+
+
+def _samples(settings: Settings, plan: Plan, made: list[Output]) -> dict[str, list[Member]]:
+    """Groups of MXFP4 weights among the tensors of a shard to multiply with."""
+    groups: dict[str, list[Member]] = {}
     outputs = [output for output in made if output.matrix and plan["tensors"][output.source]["scheme"] == "mxfp4"]
     scales = {output.matrix: output.name for output in outputs if output.part == "scale"}
     for output in outputs:
         if output.part == "codes":
-            groups.setdefault(output.matrix.group, []).append((output.matrix.number or 0, output.name, scales[output.matrix], output))
+            groups.setdefault(output.matrix.group, []).append(Member(output.matrix.number or 0, output.name, scales[output.matrix], output))
     chosen = sorted(groups)[:: max(1, len(groups) // settings.evaluation.gemm_tensors)][:settings.evaluation.gemm_tensors]
-    return [{"group": group, "members": sorted(groups[group], key=lambda member: member[0])[:MAXIMUM_EXPERTS]} for group in chosen]
+    return {group: sorted(groups[group], key=lambda member: member.number)[:MAXIMUM_EXPERTS] for group in chosen}
 
 
-def _quantized_experts(reader: ShardReader, members: list) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantized_experts(reader: ShardReader, members: list[Member]) -> tuple[torch.Tensor, torch.Tensor]:
     """(packed [experts, out, in/2], scale [experts, out, in/32]) of at most MAXIMUM_EXPERTS experts."""
-    shape = reader.info(members[0][1]).shape
-    return tuple(reader.rows(members[0][part], 0, min(MAXIMUM_EXPERTS, shape[0])) if len(shape) == 3 else
-                 torch.stack([reader.tensor(member[part]) for member in members]) for part in (1, 2))
+    experts = reader.info(members[0].codes).shape[:-2]
+    return tuple(reader.rows(names[0], 0, min(MAXIMUM_EXPERTS, experts[0])) if experts else torch.stack([reader.tensor(name) for name in names])
+                 for names in ([member.codes for member in members], [member.scale for member in members]))
 
 
-def _source_experts(settings: Settings, plan: dict, members: list, experts: int) -> torch.Tensor | None:
+def _source_experts(settings: Settings, plan: Plan, members: list[Member], experts: int) -> torch.Tensor | None:
     """FORMAT_ROWS of the same weights as the source stores them, float64 [experts, rows, in]; None where the source is gone."""
     directory = Path(settings.source.path) if settings.source.path else None
-    sources = {output.source for _, _, _, output in members}
+    sources = {member.output.source for member in members}
     if directory is None or not all((directory / plan["tensors"][name]["shard"]).exists() for name in sources):
         return None
     with ExitStack() as stack:
@@ -79,15 +90,15 @@ def _source_experts(settings: Settings, plan: dict, members: list, experts: int)
                 readers[shard] = stack.enter_context(ShardReader(directory / shard))
             return readers[shard]
 
-        def decoded(output, expert: int | None) -> torch.Tensor:
+        def decoded(output: Output, expert: int | None) -> torch.Tensor:
             rows = range(*output.matrix.rows)[:FORMAT_ROWS]
             claim = Claim.from_entry(plan["tensors"][output.source])
             return decoded_rows(Tensors(place), output.source, claim, expert, rows[0], rows[-1] + 1)[::rows.step].double()
 
-        output = members[0][3]
+        output = members[0].output
         if len(members) == 1 and len(plan["tensors"][output.source]["matrix"]) == 3 and output.matrix.expert is None:
             return torch.stack([decoded(output, expert) for expert in range(experts)])
-        return torch.stack([decoded(output, output.matrix.expert) for _, _, _, output in members])
+        return torch.stack([decoded(output, output.matrix.expert) for output in (member.output for member in members)])
 
 
 def _offsets(experts: int, tokens: int) -> torch.Tensor:
@@ -102,15 +113,15 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
 
 
-def check_tensor(settings: Settings, plan: dict, shard: str, sample: dict, backends: list[str]) -> list[dict]:
+def check_tensor(settings: Settings, plan: Plan, shard: str, group: str, members: list[Member], backends: list[str]) -> list[dict]:
     """Rows of gemm.json for one quantized tensor: one per path and backend."""
     from kernels import gemm, mxfp4
 
     with ShardReader(settings.run_directory / "shards" / shard) as reader:
-        packed, scale = _quantized_experts(reader, sample["members"])
+        packed, scale = _quantized_experts(reader, members)
     interpreted = _interpreted()
     experts, tokens = len(packed), settings.evaluation.gemm_tokens
-    source = _source_experts(settings, plan, sample["members"], experts)
+    source = _source_experts(settings, plan, members, experts)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(tokens, packed.shape[-1] * 2, generator=generator).to(torch.bfloat16)
     offsets = _offsets(experts, tokens)
@@ -132,7 +143,7 @@ def check_tensor(settings: Settings, plan: dict, shard: str, sample: dict, backe
             "grouped_experts": gemm.grouped_linear(place(x), place(p), place(s), place(offsets), backend=backend),
         }
         for path, y in made.items():
-            row = {"shard": shard, "tensor": sample["group"], "path": path,
+            row = {"shard": shard, "tensor": group, "path": path,
                    "backend": "triton-interpreter" if backend == "cuda" and interpreted else backend,
                    "experts": experts if path != "linear" else 1, "tokens": tokens, "shape": [p.shape[1], x.shape[1]]}
             for question, weights in truths.items():
@@ -164,10 +175,10 @@ def run(settings: Settings) -> dict:
     backends = [backend for backend in mxfp4.backends() if backend != "reference"]
     rows, shapes = [], set()
     for shard, made in release_outputs(plan).items():
-        for sample in _samples(settings, plan, made):
-            shape = sample["members"][0][3].shape[-2:]
+        for group, members in _samples(settings, plan, made).items():
+            shape = members[0].output.shape[-2:]
             skipped = {"cuda"} if _interpreted() and shape in shapes else set()
-            rows += check_tensor(settings, plan, shard, sample, [backend for backend in backends if backend not in skipped])
+            rows += check_tensor(settings, plan, shard, group, members, [backend for backend in backends if backend not in skipped])
             shapes.add(shape)
     result = {"shards_sha256": shards_sha256(receipts), "minimum_arithmetic_db": MINIMUM_ARITHMETIC_DB, "minimum_format_db": MINIMUM_FORMAT_DB,
               "backends": sorted({row["backend"] for row in rows}),

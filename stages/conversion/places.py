@@ -11,6 +11,7 @@ from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import ShardReader, as_array
 from stages.dialects import Claim
 from stages.errors import UserError
+from stages.records import CensusTensor, Plan
 from stages.settings import Settings
 from stages.sources.listing import read_tensor_bytes
 
@@ -18,7 +19,7 @@ KEPT_BYTES = 64 << 20  # of scales from other shards that are kept in memory
 INSPECT = "run download --metadata and inspect_format again"
 
 
-def check_tensor(reader: ShardReader, shard: str, name: str, entry: dict) -> None:
+def check_tensor(reader: ShardReader, shard: str, name: str, entry: CensusTensor) -> None:
     """UserError where a tensor is not what was inspected."""
     info = reader.info(name)
     if (info.dtype, list(info.shape)) != (entry["dtype"], entry["shape"]):
@@ -46,7 +47,7 @@ class Loose:
         return np.ascontiguousarray(rows.reshape(len(rows), -1))
 
 
-def lent_by(plan: dict, shard: str) -> list[str]:
+def lent_by(plan: Plan, shard: str) -> list[str]:
     """Tensors of a shard that weights in other shards need."""
     tensors = plan["tensors"]
     return sorted({name for entry in tensors.values() if entry["shard"] != shard and entry["scheme"] for name in Claim.from_entry(entry).read_from()
@@ -62,7 +63,7 @@ class Places:
     once that one has been converted, too (stages/receipts.py): the hub has no hash of a part of a file.
     """
 
-    def __init__(self, settings: Settings, plan: dict, shard: str, reader: ShardReader):
+    def __init__(self, settings: Settings, plan: Plan, shard: str, reader: ShardReader):
         self._settings, self._plan, self._shard, self._reader = settings, plan, shard, reader
         self._kept: dict[str, Loose] = {}
         self.borrowed: dict[str, str] = {}  # tensor of another shard -> sha256 of its bytes as they were used

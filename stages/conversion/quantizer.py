@@ -15,6 +15,7 @@ from stages.conversion.progress import ProgressReport
 from stages.dialects import Claim
 from stages.dialects.reading import Tensors, stored_rows
 from stages.errors import UserError, loading_kernels
+from stages.records import MatrixSums, Plan
 from stages.schemes import SCHEMES
 from stages.schemes.modules import Matrix
 
@@ -25,7 +26,7 @@ NO_TILE = (1, 1)  # of weights that come without tile scales
 class Quantizer:
     """Quantizes matrices of one shard and keeps their sums for the receipt."""
 
-    def __init__(self, places: Places, plan: dict, shard: str, backend: str, progress: ProgressReport):
+    def __init__(self, places: Places, plan: Plan, shard: str, backend: str, progress: ProgressReport):
         if not mxfp4.available(backend):
             raise UserError(f"device.backend={backend} does not run on this machine; choose one of "
                             f"{', '.join(mxfp4.backends())}")
@@ -37,7 +38,7 @@ class Quantizer:
         largest = max((entry["bytes"] // (entry["matrix"][0] if len(entry["matrix"]) == 3 else 1) for entry in weights), default=0)
         self._buffer = memory(min(largest, 4 * PANEL_WEIGHTS))
         self._codes = np.empty(0, np.uint8)  # memory for those of a panel
-        self.sums: dict[str, list[list]] = {}  # group -> [number of the expert or None, signal, error, decoded]
+        self.sums: dict[str, list[MatrixSums]] = {}  # group -> those of its matrices
         self.zeros: list[str] = []  # weights of which nothing but zeros came
 
     def panels(self, source: str, matrix: Matrix, expert: int | None):
@@ -76,7 +77,7 @@ class Quantizer:
             raise UserError(f"{entry['shard']}: {source}{'' if expert is None else [expert]} decodes to weights of {size:.1e} (root mean "
                             f"square), which no network has; {why}")
         number = expert if matrix.number is None else matrix.number
-        self.sums.setdefault(matrix.group, []).append([number, *total])
+        self.sums.setdefault(matrix.group, []).append(MatrixSums(number, *total))
 
     def _unusable(self, source: str, claim: Claim, expert: int | None, rows: range, error: NonFiniteError) -> UserError:
         """The line that names the number of the source that no weight can be made of; `rows` are those that `error` counts from."""

@@ -10,6 +10,7 @@ from stages.dialects.completeness import check_ends, check_layers, check_tower
 from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, is_routed_expert, projection_of
 from stages.errors import UserError
 from stages.planning.experts import check_experts
+from stages.records import Census, CensusTensor, PlannedTensor
 from stages.schemes import SCHEMES, kept
 from stages.schemes.architectures import architecture_of
 from stages.schemes.kept import stored_as
@@ -19,7 +20,7 @@ from stages.settings import Settings
 LINEAR, REST = "linear", "rest"  # roles of a recipe: all linear weights of the text model; those that no other rule of the recipe names
 
 
-def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
+def _selected(settings: Settings, tensors: dict[str, CensusTensor]) -> dict[str, str]:
     """Weight name -> scheme for everything that the recipe names; each role and pattern must match something."""
     recipe, chosen = settings.recipe, {}
     rules = []
@@ -48,7 +49,7 @@ def _selected(settings: Settings, tensors: dict) -> dict[str, str]:
     return chosen
 
 
-def _is_meant(kind: str, text: str, name: str, entry: dict, taken: set[str]) -> bool:
+def _is_meant(kind: str, text: str, name: str, entry: CensusTensor, taken: set[str]) -> bool:
     """Whether a role or a pattern of a recipe means this tensor; `taken` is what other rules took."""
     if kind == "pattern":
         return re.fullmatch(text, name) is not None
@@ -56,7 +57,7 @@ def _is_meant(kind: str, text: str, name: str, entry: dict, taken: set[str]) -> 
     return entry["role"] in roles and bool(entry["matrix"] or name.endswith(".weight")) and not (text == REST and name in taken)
 
 
-def _check_weight(name: str, entry: dict, recipe: str, layout: str) -> None:
+def _check_weight(name: str, entry: CensusTensor, recipe: str, layout: str) -> None:
     """UserError for a weight that cannot become what the recipe makes of it."""
     where = f"{entry['shard']}: {name}"
     if entry["dialect"] == "plain" and entry["dtype"] not in FLOATS:
@@ -81,7 +82,7 @@ def _check_weight(name: str, entry: dict, recipe: str, layout: str) -> None:
             raise UserError(f"{where}: its {rows} rows are not two halves of whole tiles; gate and up cannot be told apart")
 
 
-def _keep(name: str, tensors: dict, recipe: str) -> str:
+def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str) -> str:
     """Format in which a weight that the recipe leaves stays in the release; UserError where no engine could read it."""
     entry, why = tensors[name], None
     dialect, scale = entry["dialect"], tensors[entry["scale"]] if entry["scale"] else None
@@ -107,7 +108,7 @@ def _keep(name: str, tensors: dict, recipe: str) -> str:
     return stored
 
 
-def decide(settings: Settings, census: dict) -> dict[str, dict]:
+def decide(settings: Settings, census: Census) -> dict[str, PlannedTensor]:
     """Tensor name -> its census entry plus decision, scheme, reason, and the format that the release stores it in."""
     tensors = census["tensors"]
     chosen = _selected(settings, tensors)

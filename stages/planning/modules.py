@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from stages.dialects.roles import is_routed_expert, layer_of
 from stages.errors import UserError
+from stages.records import CensusTensor, Plan, PlannedTensor
 from stages.schemes import compressed_tensors, vllm_rules
 from stages.schemes.architectures import ARCHITECTURES, architecture_of
 from stages.schemes.modules import is_weight, matrices, module_of
 
 
-def linear_modules(plan: dict) -> tuple[list[str], list[str], dict[str, str]]:
+def linear_modules(plan: Plan) -> tuple[list[str], list[str], dict[str, str]]:
     """(2D linear modules, routed experts' modules, module -> stored format) in the source's names, for the coverage proof."""
     linears, experts, stored = [], [], {}
     for name, entry in plan["tensors"].items():
@@ -22,19 +25,19 @@ def linear_modules(plan: dict) -> tuple[list[str], list[str], dict[str, str]]:
     return linears, experts, stored
 
 
-def runtime_modules(plan: dict) -> list[vllm_rules.RuntimeModule]:
+def runtime_modules(plan: Plan) -> list[vllm_rules.RuntimeModule]:
     """The modules that vLLM builds for the source's model."""
     linears, experts, _ = linear_modules(plan)
     return vllm_rules.runtime_modules(linears, experts, plan["text_layers"], architecture_of(plan["architecture"]))
 
 
-def coverage(plan: dict, section: dict) -> tuple[int, list[str]]:
+def coverage(plan: Plan, section: dict) -> tuple[int, list[str]]:
     """(number of runtime modules, faults): what vLLM's matching makes of a config for the planned tensors."""
     modules = runtime_modules(plan)
     return len(modules), vllm_rules.coverage_faults(modules, section, linear_modules(plan)[2], architecture_of(plan["architecture"]))
 
 
-def check_model(architecture: str | None, tensors: dict, text_layers: int) -> None:
+def check_model(architecture: str | None, tensors: Mapping[str, CensusTensor], text_layers: int) -> None:
     """UserError for a model of which no release can be made that vLLM serves; tensors: entries with their roles."""
     row = architecture_of(architecture)
     if row is None:
@@ -46,13 +49,13 @@ def check_model(architecture: str | None, tensors: dict, text_layers: int) -> No
         raise UserError(fault)
 
 
-def _expert_names(tensors: dict, layout: str) -> set[str]:
+def _expert_names(tensors: dict[str, PlannedTensor], layout: str) -> set[str]:
     """Projections under which the release stores its routed experts."""
     return {matrix.module.rpartition(".")[2] for name, entry in tensors.items() if entry["role"] == "routed_experts" and entry["matrix"]
             and entry["stored"] for matrix in matrices(name, tuple(entry["matrix"]), layout)}
 
 
-def proven_config(plan: dict) -> tuple[dict, int]:
+def proven_config(plan: Plan) -> tuple[dict, int]:
     """(quantization_config of the release, number of vLLM's modules); UserError where vLLM could not load the planned tensors by it."""
     row = architecture_of(plan["architecture"])
     experts = _expert_names(plan["tensors"], plan["layout"])

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from stages.checkpoint.files import render_json
 from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
 from stages.errors import UserError
+from stages.records import Plan, PlannedShard, PlannedTensor, SourceShard
 from stages.schemes import SCHEMES, draft_scales
 from stages.schemes.modules import Output, module_of
 
 SHARD_METADATA = {"format": "pt"}  # the library's readers want to know the framework
 
 
-def outputs_of(name: str, entry: dict, layout: str) -> list[Output]:
+def outputs_of(name: str, entry: PlannedTensor, layout: str) -> list[Output]:
     """The release's tensors that a source tensor becomes."""
     if entry["decision"] == "drop":
         return []
@@ -25,7 +26,7 @@ def outputs_of(name: str, entry: dict, layout: str) -> list[Output]:
     return [Output(written, entry["dtype"], tuple(entry["shape"]), name, "weight")]
 
 
-def release_outputs(plan: dict, shards: Iterable[str] | None = None) -> dict[str, list[Output]]:
+def release_outputs(plan: Plan, shards: Iterable[str] | None = None) -> dict[str, list[Output]]:
     """Shard -> the release's tensors in it, in file order (dtype size descending, then name); of all shards, or of these.
 
     UserError where two tensors of the release would have one name.
@@ -47,7 +48,7 @@ def release_outputs(plan: dict, shards: Iterable[str] | None = None) -> dict[str
     return found
 
 
-def weight_map(plan: dict, made: dict[str, list[Output]]) -> dict[str, str]:
+def weight_map(plan: Plan, made: dict[str, list[Output]]) -> dict[str, str]:
     """Tensor of the release -> its shard; `made` by `release_outputs`."""
     names = {output.name: shard for shard, outputs in made.items() for output in outputs}
     return names | dict.fromkeys(plan["draft_scales"], draft_scales.SHARD)
@@ -76,7 +77,7 @@ def config_json(source_config: dict, section: dict) -> str:
     return render_json(release_config(source_config, section), allow_nan=True)
 
 
-def shard_sizes(made: dict[str, list[Output]], files: dict[str, dict]) -> dict[str, dict]:
+def shard_sizes(made: dict[str, list[Output]], files: dict[str, SourceShard]) -> dict[str, PlannedShard]:
     """Shard -> bytes of its file in the source and in the release, number and bytes of the release's tensors in it.
 
     made: by `release_outputs`; files: of the census.
@@ -89,7 +90,7 @@ def shard_sizes(made: dict[str, list[Output]], files: dict[str, dict]) -> dict[s
     return sizes
 
 
-def release_sizes(plan: dict, made: dict[str, list[Output]], source_config: dict) -> dict[str, int]:
+def release_sizes(plan: Plan, made: dict[str, list[Output]], source_config: dict) -> dict[str, int]:
     """Bytes of the release exactly as they will lie on the disk, and the number of its tensors; `made` by `release_outputs`."""
     scales = plan["draft_scales"]
     header = len(render_header(draft_scales.specs_of_scales(scales), SHARD_METADATA)) if scales else 0

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from stages.checkpoint.files import human_bytes
 from stages.dialects.config import declared
 from stages.dialects.roles import declared_drafts
+from stages.records import Plan, PlannedTensor
 from stages.schemes import SCHEMES
 
 
-def notes(tensors: dict, source_config: dict, drafts: int, grown: int) -> list[str]:
+def notes(tensors: dict[str, PlannedTensor], source_config: dict, drafts: int, grown: int) -> list[str]:
     """What a user should think over before converting."""
     found = []
     converted = Counter(entry["dialect"] for entry in tensors.values() if entry["decision"] == "quantize")
@@ -35,7 +36,7 @@ def notes(tensors: dict, source_config: dict, drafts: int, grown: int) -> list[s
     return found
 
 
-def by_role(plan: dict) -> list[dict]:
+def by_role(plan: Plan) -> list[dict]:
     """What happens to each role: tensors, parameters (without scales), bytes before and after."""
     rows: dict[tuple[str, str], dict] = {}
     for name, entry in plan["tensors"].items():
@@ -51,7 +52,7 @@ def by_role(plan: dict) -> list[dict]:
     return [rows[key] for key in sorted(rows)]
 
 
-def print_plan(plan: dict) -> None:
+def print_plan(plan: Plan) -> None:
     """The plan on one screen: what happens to each role, sizes before and after."""
     form = "{:16} {:13} {:>8} {:>17} {:>12} {:>12}".format
     print(form("role", "decision", "tensors", "parameters", "before", "after"))
@@ -70,7 +71,7 @@ def print_plan(plan: dict) -> None:
     print("\n".join(where_it_runs(plan)))
 
 
-def where_it_runs(plan: dict) -> list[str]:
+def where_it_runs(plan: Plan) -> list[str]:
     """A line for each engine and for the numbers of GPUs that the release can be split over."""
     lines = [f"{engine['engine']}: {engine['loads']}; {'; '.join(engine['how'])}" for engine in plan["engines"]]
     rows = plan["tensor_parallel"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from stages.dialects.roles import QUANTIZABLE
+from stages.records import Engine, Plan
 from stages.schemes import SCHEMES
 from stages.schemes.architectures import TRANSFORMERS, VLLM, architecture_of
 
 PARTS = {"routed_experts": "experts", "mtp": "drafts"} | {role: "rest" for role in QUANTIZABLE if role != "routed_experts"}
 
 
-def form_of(plan: dict) -> str:
+def form_of(plan: Plan) -> str:
     """What of a release is quantized, and how: "experts mxfp4", "stacked experts mxfp4", "experts mxfp4, rest fp8 128x128".
 
     `rest` are the other linear weights of the text model; a part of which some stays as it is has "plain", too.
@@ -24,8 +25,8 @@ def form_of(plan: dict) -> str:
     return stacked + ", ".join(f"{part} {' and '.join(sorted(formats[part] - ({'plain'} if part == 'drafts' else set())))}" for part in parts)
 
 
-def engines(plan: dict) -> list[dict]:
-    """{"engine", "loads": yes (run here) | expected (by its names) | no | unknown, "how": lines} for each engine."""
+def engines(plan: Plan) -> list[Engine]:
+    """Whether each engine loads the release."""
     row, form = architecture_of(plan["architecture"]), form_of(plan)
     formats = {entry["stored"] for entry in plan["tensors"].values() if entry["stored"]}
     was_run = row.tried if plan["architecture"] == row.names[0] else ()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from stages.dialects.roles import QUANTIZABLE, as_numbered_layer, projection_of
+from stages.records import PlannedTensor, TensorParallel
 from stages.schemes.kept import BLOCK
 
 SIZES = (1, 2, 4, 8, 16)
@@ -20,7 +21,7 @@ FIRST = ("q", "k", "gate", "w1", "q_a", "in_proj_qkv", "in_proj_b")  # lie befor
 BY_INPUTS = ("down", "w2", "o", "out", "dense")  # row-parallel: each rank has a part of the inputs; all others split their outputs
 
 
-def _fault(name: str, entry: dict, size: int, heads: int | None) -> tuple[str, str] | None:
+def _fault(name: str, entry: PlannedTensor, size: int, heads: int | None) -> tuple[str, str] | None:
     """(kind, reason) for which one stored weight cannot be split over `size` ranks."""
     rows, inputs = entry["matrix"][-2:]
     by_inputs = projection_of(name) in BY_INPUTS
@@ -54,9 +55,9 @@ def _head_fault(size: int, queries: int | None, heads: int | None) -> str | None
     return None
 
 
-def _kinds(tensors: dict, roles: Container[str]) -> dict[str, dict]:
+def _kinds(tensors: dict[str, PlannedTensor], roles: Container[str]) -> dict[str, PlannedTensor]:
     """One weight of each kind of these roles that is stored quantized, by a name that tells its projection."""
-    found: dict[tuple, tuple[str, dict]] = {}
+    found: dict[tuple, tuple[str, PlannedTensor]] = {}
     for name, entry in tensors.items():
         if entry["matrix"] and entry["role"] in roles and entry["stored"]:
             name = as_numbered_layer(name, 0) if projection_of(name) is None else name  # Qwen's `mtp.layers.0`
@@ -64,9 +65,8 @@ def _kinds(tensors: dict, roles: Container[str]) -> dict[str, dict]:
     return dict(found.values())
 
 
-def notes(tensors: dict, queries: int | None, heads: int | None) -> list[dict]:
-    """For each number of ranks: {"tensor_parallel", "fits", "marlin", "reason", "drafts"}; reason: one line, that of the first weight; drafts: why
-    it fits without the draft layers only, or None.
+def notes(tensors: dict[str, PlannedTensor], queries: int | None, heads: int | None) -> list[TensorParallel]:
+    """Whether the release can be split, for each number of ranks.
 
     tensors: as decided. queries: heads of attention; heads: of keys and values; by config.json.
     """

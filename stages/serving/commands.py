@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 from stages.checkpoint.files import human_bytes
+from stages.records import Plan
 from stages.schemes.architectures import architecture_of
 
 OVERHEAD = 1.15  # memory that a server needs at least, over its weights: activations, graphs, some KV cache; an estimate
@@ -68,7 +69,7 @@ class Used:
         return (gpus, by_experts, drafting) == (self.gpus, self._has("--enable-expert-parallel", "-ep"), self._has("--speculative-config"))
 
 
-def serve_commands(plan: dict, config: dict, engine: dict) -> list[dict]:
+def serve_commands(plan: Plan, config: dict, engine: dict) -> list[dict]:
     """Rows {title, command, run}: `run` says with what the command was really tried, or that it was not.
 
     plan: plan.json; config: the release's config.json; engine: serving.json's facts, empty when nothing was served.
