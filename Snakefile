@@ -83,14 +83,14 @@ rule validate_gemm:
 rule assemble_release:
     input: f"{RUN}/plan.json", rules.download_metadata.output.listing, W.plugin, expand(f"{RUN}/shards/{{shard}}.json", shard=W.shards)
     output: RELEASE
-    params: **W.params("shards"), files=[W.watched[path] for path in W.files], code=code_of("stages/assemble_release.py")
+    params: **W.params("shards"), files=[W.watched[path] for path in W.files], code=code_of("stages/assemble_release.py", "stages/release.py")
     log: f"{RUN}/logs/assemble_release.log"
     shell: stage("assemble_release")
 
 rule verify_release:
     input: RELEASE, expand(f"{RUN}/shards/{{shard}}.safetensors", shard=W.shards)
     output: f"{RUN}/verify.json"
-    params: **W.params("verify.json"), code=code_of("stages/verify_release.py", "kernels/energy.py", "kernels/decibels.py")
+    params: **W.params("verify.json"), code=code_of("stages/verify_release.py", "stages/release.py", "kernels/energy.py", "kernels/decibels.py")
     log: f"{RUN}/logs/verify_release.log"
     threads: 64  # as many as there are
     shell: stage("verify_release")

@@ -17,7 +17,7 @@ import numpy as np
 
 from kernels.arrays import check_tile_scale, e4m3_values, to_float32
 from kernels.energy import E2M1, values_of_scales
-from kernels.panels import jit
+from kernels.compiled import jit
 
 BLOCK = 32
 

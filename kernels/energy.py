@@ -15,7 +15,7 @@ import numba
 import numpy as np
 
 from kernels.arrays import e4m3_values
-from kernels.panels import jit
+from kernels.compiled import jit
 
 CODE_BYTES = {"mxfp4": 16, "mxfp8": 32}
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])

@@ -21,10 +21,8 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.fp8 import NonFiniteError, check_finite, decode_block_fp8, first_index
-
-__all__ = ["E2M1", "Encoded", "NonFiniteError", "decode_block_fp8", "decode_int4", "decode_mxfp4", "decode_mxfp8",
-           "decode_nvfp4", "e8m0_to_float", "encode_mxfp8", "unpack_int4", "unpack_nibbles"]
+from kernels.errors import NonFiniteError
+from kernels.fp8 import check_finite, first_index
 
 BLOCK = 32
 NVFP4_BLOCK = 16

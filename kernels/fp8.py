@@ -50,12 +50,6 @@ def check_tile_scale(tile_scale: torch.Tensor, shape: tuple[int, ...], tile: tup
     return tile_scale
 
 
-def expand_tiles(tile_scale: torch.Tensor, rows: int, columns: int, tile: tuple[int, int]) -> torch.Tensor:
-    """[..., tile rows, tile columns] -> [..., rows, columns], each scale repeated over its tile, ragged edges cut."""
-    wide = tile_scale.repeat_interleave(tile[0], dim=-2)[..., :rows, :]
-    return wide.repeat_interleave(tile[1], dim=-1)[..., :columns]
-
-
 def decode_block_fp8(codes: torch.Tensor, tile_scale: torch.Tensor, tile: tuple[int, int] = (128, 128)) -> torch.Tensor:
     """Decode block-FP8 weights exactly.
 

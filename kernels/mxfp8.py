@@ -10,7 +10,8 @@ import numpy as np
 
 from kernels.arrays import check_matrix, first_index
 from kernels.errors import NonFiniteError
-from kernels.panels import exact_subnormals, float_panel, jit, panel_height
+from kernels.compiled import exact_subnormals, jit
+from kernels.panels import float_panel, panel_height
 
 BLOCK = 32
 LANES = 8  # sums per statistic, so that they are added as vectors and in the same order on every machine

@@ -1,47 +1,13 @@
-"""What kernels on a CPU share: compiled once for all processes, and panels of rows in float32 for whatever has no table.
-
-A panel is the only temporary copy of the weights, small enough for the second-level cache.
-"""
+"""Panels of rows in float32, for whatever has no table: the only temporary copy of the weights, small enough for the second-level cache."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from pathlib import Path
-
-import numba
 import numpy as np
 
 from kernels.arrays import e4m3_values, to_float32
+from kernels.compiled import jit
 
 PANEL_BYTES = 1 << 18
-
-
-def jit(function):
-    """numba.njit, cached on disk where some cache directory is writable, else compiled anew in each process."""
-    options = {"nogil": True, "boundscheck": False}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # numba: "cannot cache function: no locator available"
-        return numba.njit(**options)(function)
-
-
-@contextmanager
-def exact_subnormals():
-    """Turns off, for this thread and the block, a processor mode that takes subnormal float32 for zero.
-
-    torch.set_flush_denormal and libraries built for speed turn it on; small FP8 codes pass through subnormals here.
-    """
-    flushed = np.float32(1e-40) * np.float32(2.0**60) == 0
-    if not flushed:
-        yield
-        return
-    import torch
-
-    torch.set_flush_denormal(False)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(True)
 
 
 def panel_height(columns: int) -> int:
@@ -57,11 +23,6 @@ def decode_codes(codes, begin, tile_scale, tile_rows, tile_columns, values, resu
             scale = tile_scale[(begin + row) // tile_rows, t]
             for column in range(t * tile_columns, min((t + 1) * tile_columns, codes.shape[1])):
                 result[row, column] = values[codes[row, column]] * scale
-
-
-def cache_directory() -> Path:
-    """Under which numba keeps the compiled kernels, in a directory for each directory of sources."""
-    return Path(decode_codes.stats.cache_path).parent
 
 
 def float_panel(weight, tile_scale, tile, begin, end):

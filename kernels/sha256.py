@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels.panels import jit
+from kernels.compiled import jit
 
 BLOCK_BYTES = 64
 MOST_STREAMS = 3  # at once; the registers hold no more

@@ -8,103 +8,24 @@ code, licence) are the source's, byte for byte; its README.md goes below the mod
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import struct
-from contextlib import suppress
 from pathlib import Path
 
-from stages.checkpoint.files import only_one, read_json, sha256_file, sync_directory, write_json, write_text
+from stages.checkpoint.files import only_one, sha256_file, sync_directory, write_json, write_text
 from stages.checkpoint.header import INDEX
 from stages.checkpoint.writer import ShardWriter
-from stages.dialects.config import MODELOPT
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.outputs import SHARD_METADATA, config_json, index_json, release_outputs, weight_map
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.records import Plan, Receipt
+from stages.release import REPORTS, auxiliary_files, bundled_files, manifest_of
 from stages.schemes import draft_scales
-from stages.schemes.architectures import architecture_of
-from stages.serving.plugin import PLUGIN, plugin_files
+from stages.serving.plugin import PLUGIN
 from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_config, read_listing
-
-WRITTEN = ("config.json", INDEX, "manifest.json")
-REPORTS = ("report.html", "card.md", "metrics.json")  # what `report` says of a release, beside it
-LEFT_OUT = ("README.md", ".gitattributes", MODELOPT, *WRITTEN)  # MODELOPT says how the source is quantized
-
-
-def auxiliary_files(settings: Settings) -> list[Path]:
-    """Files of the source that go into the release unchanged, relative to its directory, sorted."""
-    listing = read_listing(settings)
-    return [Path(name) for name in sorted(listing) if listing[name]["kind"] == "auxiliary" and name not in LEFT_OUT]
-
-
-def bundled_files(plan: Plan) -> list[Path]:
-    """Files of the plugin that a release of this architecture brings along, relative to the plugin's directory."""
-    return plugin_files() if architecture_of(plan["architecture"]).plugin else []
-
-
-def other_files(settings: Settings, plan: Plan) -> set[str]:
-    """Names of all files of a release that are no shards, without manifest.json."""
-    bundled = [f"{PLUGIN.name}/{path.as_posix()}" for path in bundled_files(plan)]
-    return {"config.json", INDEX, *bundled, *(path.as_posix() for path in auxiliary_files(settings))}
-
-
-def source_identity(settings: Settings, receipts: dict[str, Receipt]) -> dict:
-    """What was converted: repository and revision, or just a name, and the hash of every source shard."""
-    source = settings.source
-    return {"name": source.name, "repository": source.repository, "revision": source.revision,
-            "shards": {shard: receipt["source"]["sha256"] for shard, receipt in sorted(receipts.items())}}
-
-
-def manifest_of(settings: Settings, plan: Plan, receipts: dict[str, Receipt], files: dict[str, dict]) -> dict:
-    """manifest.json for these files: everything but the hashes of what is no shard follows from plan and receipts."""
-    tensors = {output.name: receipts[shard]["tensors"][output.name]
-               for shard, outputs in release_outputs(plan).items() for output in outputs if output.part == "weight"}
-    tensors |= {name: hashlib.sha256(struct.pack("<f", value)).hexdigest() for name, value in plan["draft_scales"].items()}
-    files = files | {shard: {"bytes": receipt["output"]["bytes"], "sha256": receipt["output"]["sha256"]} for shard, receipt in receipts.items()}
-    return {"format_version": 1, "source": source_identity(settings, receipts), "recipe": plan["recipe_settings"],
-            "files": dict(sorted(files.items())), "tensors": dict(sorted(tensors.items()))}
-
-
-def measured_release(settings: Settings) -> str:
-    """sha256 of manifest.json of the release that is there, which names what a result was measured on.
-
-    UserError where a file of the release is no longer the one that the manifest lists. A shard is, where it is still the one in shards/; what
-    is no hard link to that (somebody replaced it, or brought it back from a cache) is read; shards/ is linked to what DVC has put there.
-    """
-    release = settings.run_directory / "release"
-    files = read_json(release / "manifest.json", "assemble_release").get("files")
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise UserError(f"{release / 'manifest.json'} is damaged (it lists no files): remove {release} and run again")
-    for name, entry in files.items():
-        path, made = release / name, settings.run_directory / "shards" / name
-        same = path.is_file() and path.stat().st_size == entry.get("bytes")
-        if not same or not (made.exists() and made.samefile(path) or sha256_file(path) == entry.get("sha256")):
-            raise UserError(f"{path}: {'is not the file that manifest.json lists' if path.exists() else 'is missing'}; remove {release} and run "
-                            "again (assemble_release, then what is behind it)")
-        _link_again(made, path, entry)
-    return sha256_file(release / "manifest.json")
-
-
-def _link_again(made: Path, path: Path, entry: dict) -> None:
-    """Makes the shard in shards/ a hard link to the write-protected file of its cache that DVC has put into the release, whose bytes are known to be
-    those of the manifest's `entry`. DVC does so for bytes that it has already, which would then be on the disk twice and read by every stage.
-
-    The shard keeps the time of its last change, by which Snakemake goes. Nothing is done where the receipt is of other bytes, or the system refuses.
-    """
-    if made.suffix != ".safetensors" or not made.exists() or made.samefile(path) or path.stat().st_mode & 0o222:
-        return
-    with suppress(OSError, UserError):
-        output, status = read_json(made.with_suffix(".json"), "quantize_experts").get("output"), made.stat()
-        if isinstance(output, dict) and output.get("sha256") == entry["sha256"]:
-            linked = made.with_name(f"{made.name}.linked")
-            linked.unlink(missing_ok=True)
-            os.link(path, linked)
-            os.utime(linked, ns=(status.st_atime_ns, status.st_mtime_ns))
-            os.replace(linked, made)
 
 
 def run(settings: Settings) -> dict:

@@ -38,7 +38,7 @@ def loading_kernels():
     try:
         yield
     except (EOFError, pickle.UnpicklingError):
-        from kernels.panels import cache_directory
+        from kernels.compiled import cache_directory
 
         raise UserError(f"{cache_directory()}: compiled kernels that numba keeps there are damaged; delete all files *.nbi and *.nbc under it "
                         "and run again") from None

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from kernels.decibels import decibels
-from stages.assemble_release import measured_release
 from stages.checkpoint.files import human_bytes, read_json, sha256_file, write_json
 from stages.dialects.config import text_part
 from stages.dialects.roles import layer_of, projection_of
@@ -28,6 +27,7 @@ from stages.errors import UserError, exit_with_one_line
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
 from stages.records import MatrixSums, Plan, Receipt
+from stages.release import measured_release
 from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, load, scoring, stage_parser, text_path
 from stages.settings.schema import FEWEST_TOKENS
@@ -53,7 +53,7 @@ def sqnr(receipts: dict[str, Receipt]) -> dict:
         for name, sums in receipt["quantized"].items():
             quantized.setdefault(name, []).extend(sums)  # the experts of a layer may lie in several shards
     for sums in quantized.values():
-        sums.sort(key=lambda entry: entry.number or 0)
+        sums.sort(key=lambda entry: entry.expert or 0)
     tensors = {name: {"layer": layer_of(name), "projection": projection_of(name), "sqnr_db": _figure(*_total(sums)),
                       "experts_db": [_figure(entry.signal, entry.error) for entry in sums]}
                for name, sums in sorted(quantized.items(), key=lambda item: (layer_of(item[0]) or 0, item[0]))}

@@ -112,7 +112,7 @@ def _write(plan: Plan, outputs: list[Output], reader: ShardReader, quantizer: Qu
             if zeros:
                 empty.append(output.source)
         elif output.part == "codes":
-            for expert in range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.expert]:
+            for expert in range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.index]:
                 for codes, scale in quantizer.panels(output.source, output.matrix, expert):
                     writer.write(output.name, codes)
                     pending.setdefault(output.matrix, []).append(scale)
@@ -155,7 +155,7 @@ def convert_shard(settings: Settings, plan: Plan, shard: str) -> Receipt:
         "tensors": writer.tensor_sha256,
         "borrowed": places.borrowed,
         "lent": lent,
-        "quantized": {source: sorted(sums, key=lambda entry: entry.number or 0) for source, sums in sorted(quantizer.sums.items())},
+        "quantized": {source: sorted(sums, key=lambda entry: entry.expert or 0) for source, sums in sorted(quantizer.sums.items())},
         "zeros": sorted(zeros),
         "seconds": round(seconds, 3),
         "bytes_per_second": round(size / seconds),

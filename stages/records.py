@@ -42,7 +42,6 @@ class SourceShard(TypedDict):
     """A file of the source, from its header."""
 
     file_size: int
-    metadata: dict[str, str] | None
 
 
 class PlannedShard(TypedDict):
@@ -132,7 +131,7 @@ class Plan(TypedDict):
 class MatrixSums(NamedTuple):
     """Sums of squares over the weights of a quantized matrix, float64."""
 
-    number: int | None  # of the expert; None for other weights, and for a 3D tensor stored as such
+    expert: int | None  # its number; None for other weights
     signal: float  # of the source's weights
     error: float  # of what the release's differ by
     decoded: float  # of the release's weights

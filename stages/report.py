@@ -19,15 +19,15 @@ import jinja2
 import yaml
 from omegaconf import OmegaConf
 
-from stages.assemble_release import measured_release
 from stages.checkpoint.files import human_bytes, read_json, write_json, write_text
-from stages.current import of_other_settings
+from stages.stale_results import of_other_settings
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.record import read_plan
 from stages.planning.view import by_role, where_it_runs
 from stages.plots import expert_plot, layer_plot
 from stages.receipts import read_receipts, shards_sha256, zeros_note
 from stages.records import Plan, Receipt
+from stages.release import measured_release
 from stages.schemes import SCHEMES
 from stages.serving.commands import client_example, serve_commands, served_by
 from stages.serving.plots import serving_plot

@@ -17,10 +17,10 @@ import time
 from rich.console import Console
 from rich.live import Live
 
-from stages.assemble_release import measured_release
 from stages.checkpoint.files import read_json, write_json
 from stages.dialects.config import whole_number
 from stages.errors import UserError, exit_with_one_line
+from stages.release import measured_release
 from stages.serving.environment import marker_inputs
 from stages.serving.launcher import server
 from stages.serving.load import ClosedLoop

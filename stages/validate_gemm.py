@@ -50,7 +50,7 @@ def signal_to_noise_db(measured: torch.Tensor, truth: torch.Tensor) -> float:
 class Member(NamedTuple):
     """An MXFP4 weight of the release."""
 
-    number: int  # of the expert in its group
+    expert: int  # its number in the group
     codes: str  # names of its two tensors
     scale: str
     output: Output  # of the codes
@@ -63,9 +63,9 @@ def _samples(settings: Settings, plan: Plan, made: list[Output]) -> dict[str, li
     scales = {output.matrix: output.name for output in outputs if output.part == "scale"}
     for output in outputs:
         if output.part == "codes":
-            groups.setdefault(output.matrix.group, []).append(Member(output.matrix.number or 0, output.name, scales[output.matrix], output))
+            groups.setdefault(output.matrix.group, []).append(Member(output.matrix.expert or 0, output.name, scales[output.matrix], output))
     chosen = sorted(groups)[:: max(1, len(groups) // settings.evaluation.gemm_tensors)][:settings.evaluation.gemm_tensors]
-    return {group: sorted(groups[group], key=lambda member: member.number)[:MAXIMUM_EXPERTS] for group in chosen}
+    return {group: sorted(groups[group], key=lambda member: member.expert)[:MAXIMUM_EXPERTS] for group in chosen}
 
 
 def _quantized_experts(reader: ShardReader, members: list[Member]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,9 +96,9 @@ def _source_experts(settings: Settings, plan: Plan, members: list[Member], exper
             return decoded_rows(Tensors(place), output.source, claim, expert, rows[0], rows[-1] + 1)[::rows.step].double()
 
         output = members[0].output
-        if len(members) == 1 and len(plan["tensors"][output.source]["matrix"]) == 3 and output.matrix.expert is None:
+        if len(members) == 1 and len(plan["tensors"][output.source]["matrix"]) == 3 and output.matrix.index is None:
             return torch.stack([decoded(output, expert) for expert in range(experts)])
-        return torch.stack([decoded(output, output.matrix.expert) for output in (member.output for member in members)])
+        return torch.stack([decoded(output, output.matrix.index) for output in (member.output for member in members)])
 
 
 def _offsets(experts: int, tokens: int) -> torch.Tensor:

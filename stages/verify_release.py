@@ -20,7 +20,6 @@ from pathlib import Path
 
 from kernels.decibels import decibels
 from kernels.energy import energy
-from stages.assemble_release import REPORTS, auxiliary_files, bundled_files, manifest_of, other_files
 from stages.checkpoint.files import memory, read_json, sha256_file, write_json
 from stages.checkpoint.header import INDEX, Header, read_header
 from stages.checkpoint.reader import ShardReader
@@ -29,6 +28,7 @@ from stages.planning.modules import coverage
 from stages.planning.outputs import index_json, release_config, release_outputs
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
+from stages.release import REPORTS, auxiliary_files, bundled_files, manifest_of, other_files
 from stages.schemes import draft_scales
 from stages.schemes.modules import Output
 from stages.serving.plugin import PLUGIN
@@ -220,7 +220,7 @@ class Verification:
         floor = self.settings.release.minimum_sqnr_db
         missing = {(output.matrix.group, number): (name, number if len(output.shape) == 3 else None)
                    for name, (_, output) in self.planned.items() if output.part == "codes"
-                   for number in (range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.number])}
+                   for number in (range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.expert])}
         count = 0
         for shard in self.plan["shards"]:
             energies = self.readings[shard].result().energies
@@ -305,7 +305,7 @@ class Verification:
             except (KeyError, TypeError, ValueError) as error:  # of a receipt or manifest that somebody edited
                 faults.append(f"could not be checked: {error if isinstance(error, KeyError) else 'a number or a list'} cannot be read")
             rows.append({"check": key, "title": title, "passed": not faults, "count": self.checked.get(key),
-                         "faults": faults[:20], "fault_count": len(faults)})
+                         "faults": faults[:20]})
         manifest = self.release / "manifest.json"
         return {"passed": all(row["passed"] for row in rows), "manifest_sha256": sha256_file(manifest) if manifest.is_file() else None,
                 "minimum_sqnr_db": self.settings.release.minimum_sqnr_db, "checks": rows}

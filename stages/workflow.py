@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from stages.current import is_exchanged, of_other_settings, refuse_another_source
+from stages.stale_results import is_exchanged, of_other_settings, refuse_another_source
 from stages.errors import UserError
 from stages.provenance import CONVERTING, RESULTS_FORMAT, code_of
 from stages.serving.environment import marker_inputs

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import checkup, inspect_format, plan, validate_gemm
-from stages.assemble_release import REPORTS
 from stages.assemble_release import run as assemble
 from stages.checkup import configuring
-from stages.current import of_other_settings
+from stages.stale_results import of_other_settings
 from stages.download import fetch_metadata
 from stages.errors import UserError
 from stages.planning.record import read_plan
+from stages.release import REPORTS
 from stages.serving import environment
 from stages.settings import load
 from stages.verify_release import run as verify

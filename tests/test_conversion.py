@@ -26,7 +26,7 @@ from stages import assemble_release, download, evaluate, inspect_format, plan, q
 from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.checkpoint.header import render_header, sorted_specs
 from stages.conversion import quantizer
-from stages.conversion.places import Loose
+from stages.conversion.places import TensorInMemory
 from stages.dialects import Claim
 from stages.dialects.reading import Tensors, stored_rows
 from stages.errors import UserError
@@ -35,6 +35,7 @@ from stages.planning.record import read_plan
 from stages.planning.view import where_it_runs
 from stages.serving import launcher
 from stages.serving.commands import serve_commands, served_by
+from stages.release import measured_release
 from stages.settings import load
 from stages.settings.schema import FEWEST_TOKENS
 from tests.conftest import PROJECT, TINY, convert, planned
@@ -255,17 +256,17 @@ def test_a_release_that_dvc_has_taken_from_its_cache_is_on_the_disk_once_and_rea
     cached.chmod(0o444)
     path.unlink()
     os.link(cached, path)
-    before, digest, read = made.stat(), assemble_release.measured_release(settings), []
+    before, digest, read = made.stat(), measured_release(settings), []
     assert made.samefile(cached) and made.stat().st_mtime_ns == before.st_mtime_ns, "Snakemake goes by its time"
-    monkeypatch.setattr(assemble_release, "sha256_file", lambda file: read.append(file.name) or sha256_file(file))
-    assert assemble_release.measured_release(settings) == digest and name not in read
+    monkeypatch.setattr("stages.release.sha256_file", lambda file: read.append(file.name) or sha256_file(file))
+    assert measured_release(settings) == digest and name not in read
     monkeypatch.undo()
     receipt = made.with_suffix(".json")
     write_json(receipt, read_json(receipt) | {"output": {"bytes": before.st_size, "sha256": "0" * 64}})  # of a later conversion
     path.unlink()
     shutil.copyfile(cached, path)
     path.chmod(0o444)
-    assemble_release.measured_release(settings)
+    measured_release(settings)
     assert not made.samefile(path)
 
 
@@ -644,7 +645,7 @@ def test_panels_of_any_height_give_the_same_bytes(converted, tmp_path, monkeypat
 def test_one_expert_of_one_tile_is_not_taken_for_a_scale_of_the_whole_tensor():
     stored = {"w": np.full((1, 64, 64), 0x38, np.uint8), "s": np.full((1, 1, 1), 2.0, np.float32)}
     claim = Claim("block_fp8", "s", (128, 128), (1, 64, 64))
-    _, scale = stored_rows(Tensors(lambda name: Loose(stored[name], None)), "w", claim, 0, 0, 64)
+    _, scale = stored_rows(Tensors(lambda name: TensorInMemory(stored[name], None)), "w", claim, 0, 0, 64)
     assert scale.shape == (1, 1) and scale.item() == 2.0
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from stages import assemble_release, download, evaluate, inspect_format, plan, quantize_experts
 from stages.checkpoint.files import only_one
 from stages.checkpoint.header import INDEX, LFS_POINTER, render_header
-from stages.current import refuse_another_source
+from stages.stale_results import refuse_another_source
 from stages.errors import UserError
 from stages.settings import load
 from stages.sources.files import safe_name

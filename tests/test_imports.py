@@ -18,7 +18,7 @@ LAYERS = (  # each imports from itself and from those before it only
     ("stages.schemes",),
     ("stages.sources", "stages.receipts"),
     ("stages.planning",),
-    ("stages.conversion", "stages.models", "stages.serving", "stages.plots", "stages.current"),
+    ("stages.conversion", "stages.models", "stages.serving", "stages.plots", "stages.stale_results", "stages.release"),
     ("stages.checkup", "stages.workflow"),
     ("nodes",),
     ("stages.command_line",),
@@ -83,7 +83,7 @@ def test_all_code_that_decides_bytes_makes_them_anew_when_it_changes():
 def test_snakemake_and_dvc_name_the_same_code():
     named = set(yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]["release"]["do"]["deps"])
     code = {name for name in named if name.startswith(("kernels", "stages"))}
-    assert code == {*CONVERTING, "stages/assemble_release.py", "stages/serving/plugin.py", "stages/serving/vllm_plugin"}
+    assert code == {*CONVERTING, "stages/assemble_release.py", "stages/release.py", "stages/serving/plugin.py", "stages/serving/vllm_plugin"}
     assert all((PROJECT / name).exists() for name in code)
     left = {path for path in closure("stages.assemble_release") if not any(path == name or path.startswith(f"{name}/") for name in code)
             and not path.startswith(tuple(NO_BYTES))}

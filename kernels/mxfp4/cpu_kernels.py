@@ -39,7 +39,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, overload, register_model
 
-from kernels.panels import jit
+from kernels.compiled import jit
 
 BLOCK = 32
 MSE, FLOOR, EVEN, RCEIL = range(4)

@@ -44,7 +44,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.fp8 import NonFiniteError, check_finite, decode_block_fp8
+from kernels.errors import NonFiniteError
+from kernels.fp8 import check_finite, decode_block_fp8
 from kernels.mxfp4.rules import RULE_NUMBER
 
 BLOCK = 32

@@ -70,29 +70,6 @@ def choose_exponent(blocks: torch.Tensor, rule: str, importance: torch.Tensor | 
     return e0 + best
 
 
-def exhaustive(weight: torch.Tensor) -> torch.Tensor:
-    """Scale bytes uint8 [..., out, in/32] with the least squared error over ALL exponents -127..127, for tests.
-
-    Ties go to the smaller |change| from e0, then up, as in `mse`. Errors are compared as Python integers, so neither a
-    candidate list nor float rounding can hide a better exponent. Slow: keep it below some thousand blocks.
-    """
-    blocks = weight.to(torch.float64).reshape(-1, BLOCK)
-    scales = torch.empty(len(blocks), dtype=torch.uint8)
-    doubled = [0, 1, 2, 3, 4, 6, 8, 12]
-    for i, block in enumerate(blocks):
-        amax = float(block.abs().max())
-        e0 = max(int(floor_log2(torch.tensor(amax, dtype=torch.float64))) - 2, -127)
-        units = [int(x) for x in (block.abs() * 2.0**149).tolist()]  # float32 weights are whole multiples of 2^-149
-        best = None
-        for e in sorted(range(-127, 128), key=lambda e: (abs(e - e0), e < e0)):
-            codes = round_to_code(block.abs() * 2.0**-e).tolist()
-            error = sum((x - (doubled[c] << (e + 148))) ** 2 for x, c in zip(units, codes))
-            if best is None or error < best[0]:
-                best = (error, e)
-        scales[i] = best[1] + 127
-    return scales.reshape(*weight.shape[:-1], weight.shape[-1] // BLOCK)
-
-
 def quantize(weight, tile_scale, rule, tile, importance):
     """[E, out, in] -> packed, scale, signal, error, decoded; arguments checked by kernels.mxfp4.quantize."""
     if tile_scale is not None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from stages.checkup import completeness, engine, lineage, manifest, structure, values
+from stages.checkup import against_source, completeness, engine, manifest, structure, values
 from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.source import open_source
 from stages.errors import UserError
@@ -40,7 +40,7 @@ CHECKS = (
     Check("coverage", "vLLM's matching gives every module its stored format", engine.coverage),
     Check("numbers", "Scales are numbers, blocks use their range", values.numbers, asks_for_source=True),
     Check("manifest", "Files are those of manifest.json", manifest.manifest),
-    Check("against_source", "Weights are close to the source's, the rest is equal to it", lineage.against_source, asks_for_source=True),
+    Check("against_source", "Weights are close to the source's, the rest is equal to it", against_source.compare, asks_for_source=True),
 )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from stages.checkpoint.files import read_json
 from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.shards import Shards
-from stages.checkup.form import checked_section, json_object
+from stages.checkup.json_checks import checked_section, json_object
 from stages.dialects.config import text_part
 from stages.dialects.plain import FUSED_EXPERTS
 from stages.dialects.roles import is_routed_expert, layer_of

@@ -35,7 +35,7 @@ class Match(NamedTuple):
     pair: Pair
     expert: int | None  # which matrix of the pair
     name: str  # the source's weight
-    number: int | None  # which matrix of that
+    index: int | None  # which matrix of that
     rows: tuple[int, int, int]  # of that, as in range()
 
 
@@ -85,21 +85,21 @@ def _spans(source: Source, match: Match, quick: bool) -> list[tuple[int, int]]:
 
 def _sums(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match, begin: int, end: int) -> tuple[float, float]:
     """(signal, error) of a span of rows; NonFiniteError for what is no number in the release, UserError for that in the source."""
-    _, pair, expert, name, number, rows = match
+    _, pair, expert, name, index, rows = match
     claim, panel = source.claims[name], range(*rows)[begin:end]
     height = claim.tile[0] if claim.tile else 1
     edge = panel[0] // height * height  # of the tile that holds the first row: the second half of a fused matrix may begin within one
     codes = checkpoint.reader(pair.codes).matrix_array(pair.codes, expert, begin, end, buffers.codes)
     scales = checkpoint.reader(pair.scale).matrix_array(pair.scale, expert, begin, end)
     with _blaming(source, name):
-        weight, tiles = stored_rows(source.places, name, claim, number, edge, panel[-1] + 1, buffers.source)
+        weight, tiles = stored_rows(source.places, name, claim, index, edge, panel[-1] + 1, buffers.source)
         if panel.step > 1 or edge < panel[0]:  # every other row, or the first ones, are another matrix's
             if tiles is not None:
-                weight, tiles = decoded_rows(source.places, name, claim, number, edge, panel[-1] + 1).numpy(), None
+                weight, tiles = decoded_rows(source.places, name, claim, index, edge, panel[-1] + 1).numpy(), None
             weight = np.ascontiguousarray(weight[panel[0] - edge::panel.step])
         sums = difference(weight, tiles, claim.tile, codes, scales, pair.stored)
         if not math.isfinite(sum(sums)):  # decoding says which number it is
-            decoded_rows(source.places, name, claim, number, edge, panel[-1] + 1)
+            decoded_rows(source.places, name, claim, index, edge, panel[-1] + 1)
     if not math.isfinite(sum(sums)):
         SCHEMES[pair.stored].dequantize(as_tensor(codes, pair.info.dtype), as_tensor(scales, checkpoint.tensors[pair.scale].dtype))
     return sums

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.faults import some
-from stages.checkup.form import is_count
+from stages.checkup.json_checks import is_count
 from stages.dialects.completeness import check_ends, check_tower, held_by_layers, lacking_layers, unlike_their_kind
 from stages.dialects.config import EXPERT_COUNTS, has_shared_experts, is_tied, layers_apart, tower_blocks
 from stages.dialects.roles import as_numbered_layer, declared_drafts, hidden_layers, layer_of

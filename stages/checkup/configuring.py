@@ -7,7 +7,7 @@ from pathlib import Path
 from stages.checkpoint.files import read_json, render_json, sha256_file, write_text
 from stages.checkup import completeness, structure
 from stages.checkup.checkpoint import Checkpoint
-from stages.checkup.form import json_object
+from stages.checkup.json_checks import json_object
 from stages.dialects.config import changes_weights, declared
 from stages.dialects.roles import hidden_layers
 from stages.errors import UserError
@@ -76,7 +76,7 @@ def _manifest(path: Path) -> dict | None:
     if not path.exists():
         return None
     content = read_json(path, "assemble_release")
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+    if not isinstance(content.get("files"), dict):
         raise UserError(f"{path}: has no table of files; restore it or remove it first")
     return content
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stages.checkup.checkpoint import Checkpoint
-from stages.checkup.form import is_count
+from stages.checkup.json_checks import is_count
 from stages.dialects.config import changes_weights
 from stages.schemes import SCHEMES, kept, vllm_rules
 from stages.schemes.architectures import UNKNOWN, architecture_of

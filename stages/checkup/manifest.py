@@ -9,7 +9,7 @@ from pathlib import Path
 from stages.checkpoint.files import read_json, sha256_file
 from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.faults import on_all_cores, some
-from stages.checkup.form import json_object
+from stages.checkup.json_checks import json_object
 
 NOT_IN_MANIFEST = ("manifest.json", "README.md")
 
@@ -20,7 +20,7 @@ def manifest(checkpoint: Checkpoint) -> Iterator[str]:
     path = directory / "manifest.json"
     if not path.exists():
         return
-    files = json_object(json_object(read_json(path), "manifest.json").get("files"), "manifest.json: files")
+    files = json_object(read_json(path).get("files"), "manifest.json: files")
     names = [file.relative_to(directory) for file in directory.rglob("*") if file.is_file()]
     present = {str(name) for name in names if not any(part.startswith(".") for part in name.parts)}  # .git, .cache of a download
     yield from some(sorted(present - {*files, *NOT_IN_MANIFEST}), "manifest.json does not list", "nothing vouches for its bytes")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.checkup.checkpoint import Shards
+from stages.checkpoint.shards import Shards
 from stages.dialects import recognize
 from stages.dialects.claim import Claim
 from stages.dialects.config import read_source_config

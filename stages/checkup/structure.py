@@ -10,7 +10,7 @@ from stages.checkpoint.files import read_json
 from stages.checkpoint.header import FLOATS, INDEX, TensorInfo
 from stages.checkup.checkpoint import Checkpoint, Module, scale_shape
 from stages.checkup.faults import some
-from stages.checkup.form import json_object
+from stages.checkup.json_checks import json_object
 from stages.errors import UserError
 from stages.schemes import SCHEMES
 
@@ -39,7 +39,7 @@ def index(checkpoint: Checkpoint) -> Iterator[str]:
         if len(checkpoint.readers) > 1:
             yield f"{INDEX}: is missing, though there are {len(checkpoint.readers)} shards"
         return
-    table = json_object(read_json(path), INDEX)
+    table = read_json(path)
     listed = json_object(table.get("weight_map") or {}, f"{INDEX}: weight_map")
     yield from some(sorted(set(tensors) - set(listed)), f"{INDEX}: does not list", "engines that go by the index miss them")
     yield from some(sorted(set(listed) - set(tensors)), f"{INDEX}: lists", "no shard holds them")

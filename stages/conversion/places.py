@@ -27,7 +27,7 @@ def check_tensor(reader: ShardReader, shard: str, name: str, entry: CensusTensor
                         f"{entry['dtype']} {entry['shape']} when it was inspected; {INSPECT}")
 
 
-class Loose:
+class TensorInMemory:
     """A tensor that came whole into memory, with the methods of ShardReader that dialects use."""
 
     def __init__(self, array: np.ndarray, info: TensorInfo):
@@ -65,10 +65,10 @@ class Places:
 
     def __init__(self, settings: Settings, plan: Plan, shard: str, reader: ShardReader):
         self._settings, self._plan, self._shard, self._reader = settings, plan, shard, reader
-        self._kept: dict[str, Loose] = {}
+        self._kept: dict[str, TensorInMemory] = {}
         self.borrowed: dict[str, str] = {}  # tensor of another shard -> sha256 of its bytes as they were used
 
-    def __call__(self, name: str) -> ShardReader | Loose:
+    def __call__(self, name: str) -> ShardReader | TensorInMemory:
         stored = self._plan["tensors"][name]
         if stored["shard"] == self._shard:
             return self._reader
@@ -81,10 +81,10 @@ class Places:
                 raise UserError(f"{stored['shard']}: {name} changed while {self._shard} was converted; {INSPECT}")
         return self._kept[name]
 
-    def _fetched(self, name: str, stored: dict) -> Loose:
+    def _fetched(self, name: str, stored: dict) -> TensorInMemory:
         info = TensorInfo(stored["dtype"], tuple(stored["shape"]), 0, stored["bytes"])
         if self._settings.source.path:
             with ShardReader(Path(self._settings.source.path) / stored["shard"]) as other:
                 check_tensor(other, stored["shard"], name, stored)
-                return Loose(other.array(name), info)
-        return Loose(as_array(bytearray(read_tensor_bytes(self._settings, stored["shard"], name)), info.dtype, info.shape), info)
+                return TensorInMemory(other.array(name), info)
+        return TensorInMemory(as_array(bytearray(read_tensor_bytes(self._settings, stored["shard"], name)), info.dtype, info.shape), info)

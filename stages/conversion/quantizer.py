@@ -76,8 +76,7 @@ class Quantizer:
             why = f"its scales are not those of {claim.dialect}, or are damaged" if claim.scale else DAMAGED
             raise UserError(f"{entry['shard']}: {source}{'' if expert is None else [expert]} decodes to weights of {size:.1e} (root mean "
                             f"square), which no network has; {why}")
-        number = expert if matrix.number is None else matrix.number
-        self.sums.setdefault(matrix.group, []).append(MatrixSums(number, *total))
+        self.sums.setdefault(matrix.group, []).append(MatrixSums(expert if matrix.expert is None else matrix.expert, *total))
 
     def _unusable(self, source: str, claim: Claim, expert: int | None, rows: range, error: NonFiniteError) -> UserError:
         """The line that names the number of the source that no weight can be made of; `rows` are those that `error` counts from."""

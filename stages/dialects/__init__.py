@@ -1,7 +1,7 @@
 """How sources store weights: one file per dialect, one table that recognizes them, one table of tensor roles.
 
 A dialect is recognized from the headers of all shards, weight by weight, and cross-checked with config.json; the first
-row that claims a tensor wins, and brings the scales that belong to it. Adding a dialect is adding a file and a row.
+row that claims a tensor wins, and brings the scales that belong to it. Adding a dialect is adding a module (`Dialect` in claim.py) and a row.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Mapping
 
 from stages.checkpoint.header import TensorInfo
 from stages.dialects import block_fp8, channel_fp8, int4, mxfp4, mxfp8, nvfp4, plain
-from stages.dialects.claim import Claim
+from stages.dialects.claim import Claim, Dialect
 from stages.dialects.config import changes_weights, declared
 from stages.dialects.transposed import transposed
 from stages.errors import UserError
 
 __all__ = ["DIALECTS", "Claim", "by_name", "recognize"]
 
-DIALECTS = (block_fp8, mxfp8, channel_fp8, mxfp4, nvfp4, int4, plain)  # more specific first
+DIALECTS: tuple[Dialect, ...] = (block_fp8, mxfp8, channel_fp8, mxfp4, nvfp4, int4, plain)  # more specific first
 SCALE = re.compile(r".*(_scale_inv|weight_scale|weight_scale_2|weight_global_scale|weight_zero_point|weight_shape|weight_packed|weight_g_idx"
                    r"|proj_scales|proj_blocks|_proj\.(input_scale|input_global_scale|scale|bias_scale)"
                    r"|(?<!\.[kv])_proj\.output_scale)")  # k and v have one of the KV cache, which passes through
@@ -26,7 +26,7 @@ FOREIGN = re.compile(r".*\.(qweight|qzeros|scales|g_idx|SCB|pre_quant_scale|lora
 _BY_NAME = {dialect.NAME: dialect for dialect in DIALECTS}
 
 
-def by_name(name: str):
+def by_name(name: str) -> Dialect:
     """The module of a dialect."""
     return _BY_NAME[name]
 

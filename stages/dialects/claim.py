@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stages.checkpoint.header import TensorInfo
+    from stages.dialects.reading import Tensors
 
 
 @dataclass(frozen=True)
@@ -48,3 +55,22 @@ class Claim:
         return cls(entry["dialect"], entry["scale"], tuple(entry["tile"]) if entry["tile"] else None,
                    tuple(entry["matrix"]) if entry["matrix"] else None, entry["parts"], entry["belongs_to"],
                    entry["one_scale"], tuple((name, row) for name, row in entry["scales"]), entry["transposed"])
+
+
+class Dialect(Protocol):
+    """What a module of this package has."""
+
+    NAME: str
+    METHODS: tuple[str, ...] | None  # each `quant_method` of config.json under which its weights occur; None: under any, and without one
+
+    @staticmethod
+    def claim(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo], where: Mapping[str, str], config: dict) -> Claim | None:
+        """How a tensor is stored, if it is a weight of this dialect; its scales follow from the claim.
+
+        tensors: header entries of the whole checkpoint. where: tensor -> shard. UserError for a weight of this dialect that cannot be read.
+        """
+
+    @staticmethod
+    def rows(tensors: Tensors, name: str, claim: Claim, expert: int | None, begin: int, end: int,
+             buffer: memoryview | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """`stored_rows` (stages/dialects/reading.py) of a claimed weight that is not stored transposed."""

@@ -21,10 +21,10 @@ def check_experts(entries: Mapping[str, Mapping], count: int | None, hidden_size
     for name, entry in entries.items():
         for matrix in matrices(name, tuple(entry["matrix"]), "per_expert"):
             experts, _, projection = matrix.module.rpartition(".")
-            if matrix.number is None:
+            if matrix.expert is None:
                 raise UserError(f"{entry['shard']}: {name} has the role of routed experts, but its name holds no expert's number")
             layer = experts.rpartition(".")[0]
-            layers[layer][projection][matrix.number] = (name, len(range(*matrix.rows)), entry["matrix"][-1])
+            layers[layer][projection][matrix.expert] = (name, len(range(*matrix.rows)), entry["matrix"][-1])
     if count and not layers:
         raise UserError(f"config.json has {count} experts in a layer, but no shard holds a routed expert; the checkpoint is incomplete or of another "
                         "config")

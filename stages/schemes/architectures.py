@@ -32,7 +32,7 @@ CLASSES = (
 
 
 @dataclass(frozen=True)
-class Tried:
+class EngineRun:
     """Releases that an engine was really given, by their form (see engines.form_of), and what came of it."""
 
     engine: str
@@ -64,7 +64,7 @@ class Architecture:
     needed: str | None = None  # what each layer with experts must have: without it vLLM routes by uninitialized memory and says nothing
     plugin: bool = False  # a release bundles the plugin that vLLM needs for its draft layers
     in_process: tuple[str, ...] = ()  # of the names, those that stages/models can run
-    tried: tuple[Tried, ...] = ()  # what was really run, with the first of `names`
+    tried: tuple[EngineRun, ...] = ()  # what was really run, with the first of `names`
     cautions: tuple[str, ...] = ()  # what a user of the release must know
     refused: str | None = None  # why a release of it would not load
 
@@ -77,11 +77,11 @@ _LIMITS = "whether vLLM passes the limits on to MXFP4 experts is open (vllm#5102
 _LING = {"merged": GATE_UP, "visible": ("gate_up_proj",), "never": _NEVER, "draftless": True}  # q, k and v are stored merged, as query_key_value
 
 
-def _run(*forms: str, transformers: tuple[str, ...] = ()) -> tuple[Tried, ...]:
+def _run(*forms: str, transformers: tuple[str, ...] = ()) -> tuple[EngineRun, ...]:
     """The small random models of tests/serving/test_families_in_vllm.py and tests/test_families.py."""
     same = "log-probabilities are those of the same values in BF16"
-    return (Tried(VLLM, "yes", f"a small random model was run on a CPU, weights expanded when loaded: {same}; no GPU's kernel was", forms),
-            *([Tried(TRANSFORMERS, "yes", f"5.23 with compressed-tensors 0.20, a small random model: {same}", transformers)] if transformers else ()))
+    return (EngineRun(VLLM, "yes", f"a small random model was run on a CPU, weights expanded when loaded: {same}; no GPU's kernel was", forms),
+            *([EngineRun(TRANSFORMERS, "yes", f"5.23 with compressed-tensors 0.20, a small random model: {same}", transformers)] if transformers else ()))
 
 
 ARCHITECTURES = (
@@ -95,9 +95,9 @@ ARCHITECTURES = (
         unseen=r"model\.layers\.|vision_model\.|vit_large_projector",  # drafts and tower are built before the mapping is set
         never=_NEVER + r"|.*embed_tokens$|.*vit_downsampler\d$",
         stacked=True, projector=r"(model\.)?vit_large_projector\.", plugin=True, in_process=("Step3p7ForConditionalGeneration",),
-        tried=(Tried(VLLM, "yes", "run on a CPU with the plugin that the release bundles; without it the draft layers do not load",
+        tried=(EngineRun(VLLM, "yes", "run on a CPU with the plugin that the release bundles; without it the draft layers do not load",
                      ("experts mxfp4", "stacked experts mxfp4", "experts mxfp4, rest mxfp8")),
-               Tried(TRANSFORMERS, "no", "5.19 leaves the experts of this model at random values, with only a warning; evaluate here expands "
+               EngineRun(TRANSFORMERS, "no", "5.19 leaves the experts of this model at random values, with only a warning; evaluate here expands "
                                          "them first")),
         draft=((r"^transformer\.shared_head\.output$", "shared_head.head"), (r"^(?!shared_head|eh_proj)", "mtp_block."))),
     Architecture(

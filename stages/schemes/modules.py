@@ -17,13 +17,13 @@ FUSED = {"gate_up_proj": ("gate_proj", "up_proj")}  # fused projection of stacke
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a release: module name without `.weight`, expert number or None, rows of the source as in range()."""
+    """One matrix of a release, or a 3D tensor of them that stays together."""
 
-    module: str
-    expert: int | None
-    rows: tuple[int, int, int]
+    module: str  # without `.weight`
+    index: int | None  # in the source's 3D tensor; None where the source has it in 2D, or where it stays together
+    rows: tuple[int, int, int]  # of the source's matrix, as in range()
     group: str  # stacked name of the weights that its SQNR is reported with: one for all experts of a projection
-    number: int | None  # of the expert in its group; None for other weights, and for a 3D matrix, which holds them all
+    expert: int | None  # its number in the group; None for other weights, and for a 3D tensor that stays together
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def pair(name: str, shape: tuple[int, ...], layout: str, suffixes: tuple[str, st
     """Outputs of a scheme that stores codes and scales: for each matrix one tensor [out, columns] of either."""
     result = []
     for matrix in matrices(name, shape, layout):
-        leading = tuple(shape[:-1]) if matrix.expert is None else (len(range(*matrix.rows)),)
+        leading = tuple(shape[:-1]) if matrix.index is None else (len(range(*matrix.rows)),)
         for part, suffix, dtype, width in zip(("codes", "scale"), suffixes, dtypes, columns):
             result.append(Output(f"{matrix.module}.{suffix}", dtype, (*leading, width), name, part, matrix))
     return result

@@ -36,7 +36,8 @@ def quantize(weight, tile_scale, tile, rule, backend, memory=None):
 
     import torch
 
-    from kernels.formats import decode_block_fp8, encode_mxfp8
+    from kernels.formats import encode_mxfp8
+    from kernels.fp8 import decode_block_fp8
     from stages.dialects.reading import as_tensors
 
     weight, tile_scale = as_tensors(weight, tile_scale)

@@ -36,13 +36,20 @@ def load(overrides: list[str] | tuple[str, ...] = (), resolve: Callable[[str, No
     return settings
 
 
+def results_of_another(settings: Settings, record: Path, listed: str) -> UserError:
+    """The line that refuses to replace results that `record` says are of another source with the same name."""
+    source = settings.source
+    return UserError(f"{record}: the results there are of {listed}, not of {source.path or source.repository}: set source.name to another name; or, "
+                     f"where the source was only moved or those results are not needed any more, remove {settings.source_directory}, and everything "
+                     "is made again")
+
+
 def _pin(settings: Settings, resolve: Callable | None) -> None:
     """Fills in the revision and the shards that a hub source without them was first converted at."""
     source, record = settings.source, settings.source_directory / "revision.json"
     found = read_json(record, "snakemake") if record.exists() else None
     if found is not None and found.get("repository") not in (None, source.repository):
-        raise UserError(f"{record}: the results there are of {found['repository']}, not of {source.repository}: set source.name to another name; or, "
-                        f"where those results are not needed any more, remove {settings.source_directory}, and everything is made again")
+        raise results_of_another(settings, record, found["repository"])
     if found is None or not found.get("repository") or not found.get("revision") or not found.get("shards"):
         if resolve is None:
             raise UserError(f"{record} is missing: {source.repository} was given without a revision, which snakemake looks up and records when "

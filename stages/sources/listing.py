@@ -8,6 +8,7 @@ from stages.checkpoint.files import read_json
 from stages.checkpoint.header import Header, TensorInfo
 from stages.dialects.config import read_source_config
 from stages.errors import UserError
+from stages.records import SourceShard
 from stages.settings import Settings, SourceSettings
 from stages.sources.hub import Hub
 from stages.sources.local import check_file, list_directory
@@ -67,15 +68,13 @@ def check_source(settings: Settings, may_be_gone: bool = False) -> None:
             check_file(source, name, entry)
 
 
-def read_headers(settings: Settings) -> tuple[dict[str, TensorInfo], dict[str, str], dict]:
-    """(tensor -> header entry, tensor -> shard, shard -> file size and metadata) over all shards."""
+def read_headers(settings: Settings) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, SourceShard]]:
+    """(tensor -> header entry, tensor -> shard, shard -> its entry in the census) over all shards, of which no two have a tensor of one name."""
     headers = read_json(settings.source_directory / "headers.json", "download --metadata")
     tensors, where, files = {}, {}, {}
     for shard in sorted(headers):
-        files[shard] = {"file_size": headers[shard]["file_size"], "metadata": headers[shard]["metadata"]}
+        files[shard] = {"file_size": headers[shard]["file_size"]}
         for name, (dtype, shape, begin, end) in headers[shard]["tensors"].items():
-            if name in where:
-                raise UserError(f"tensor {name} is in two shards, {where[name]} and {shard}; remove the stale file")
             tensors[name], where[name] = TensorInfo(dtype, tuple(shape), begin, end), shard
     return tensors, where, files
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import formats
-from kernels.formats import NonFiniteError
+from kernels.errors import NonFiniteError
 from kernels.fp8 import decode_block_fp8
 
 

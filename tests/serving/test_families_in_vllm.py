@@ -94,7 +94,7 @@ def test_vllm_reads_transposed_experts_as_they_are_converted(tmp_path):
         for name, claim in source.claims.items():
             if claim.transposed:
                 values = decoded(source.places, name, claim).bfloat16()
-                tensors |= {f"{matrix.module}.weight": values[matrix.expert, slice(*matrix.rows)].contiguous()
+                tensors |= {f"{matrix.module}.weight": values[matrix.index, slice(*matrix.rows)].contiguous()
                             for matrix in matrices(name, claim.matrix, "per_expert")}
                 del tensors[name]
     apart = unquantized(settings.run_directory / "release", tmp_path / "apart", tensors)

@@ -21,7 +21,7 @@ OF_ITS_WRITER = ("transformers_version", "_name_or_path", "use_cache")  # keys o
 RENAMED = {"torch_dtype": "dtype"}  # by transformers 5
 
 
-def against_source(checkpoint: Checkpoint, source: Source | None) -> Iterator[str]:
+def compare(checkpoint: Checkpoint, source: Source | None) -> Iterator[str]:
     """Quantized matrices are the source's to LOWEST_SQNR_DB, everything else is bit-identical, nothing is missing, and nothing came in."""
     if source is None:
         return
@@ -90,13 +90,13 @@ def _matches(checkpoint: Checkpoint, source: Source) -> Generator[str, None, lis
                 yield f"{label}: the source has no weight that becomes it"
                 break
             name, matrix = found
-            number = matrix.expert if expert is None or matrix.module != pair.module else expert
+            index = matrix.index if expert is None or matrix.module != pair.module else expert
             shape = source.claims[name].matrix
-            has_it = len(shape) == 2 if number is None else len(shape) == 3 and number < shape[0]
+            has_it = len(shape) == 2 if index is None else len(shape) == 3 and index < shape[0]
             if not has_it or (len(range(*matrix.rows)), shape[-1]) != pair.shape:
                 yield f"{label}: decodes to {list(pair.shape)}, the source's {name} has {list(shape)}"
                 continue
-            result.append(Match(label, pair, expert, name, number, matrix.rows))
+            result.append(Match(label, pair, expert, name, index, matrix.rows))
     return result
 
 
@@ -123,13 +123,13 @@ def _lost_matrices(source: Source, matches: list[Match]) -> Iterator[str]:
     """Matrices that the release does not have, of source weights of which it has others."""
     converted = defaultdict(set)
     for match in matches:
-        converted[match.name].add((match.number, match.rows))
-    for name, numbers in converted.items():
+        converted[match.name].add((match.index, match.rows))
+    for name, found in converted.items():
         shape = source.claims[name].matrix
-        wanted = {(matrix.expert, matrix.rows) for matrix in matrices(name, shape, "per_expert")}
-        if len(shape) == 3 and {rows for _, rows in numbers} != {rows for _, rows in wanted}:
-            wanted = {(number, (0, shape[1], 1)) for number in range(shape[0])}
-        yield from some([f"{name}[{number}]" for number, _ in sorted(wanted - numbers, key=str)], "there is nothing of the source's",
+        wanted = {(matrix.index, matrix.rows) for matrix in matrices(name, shape, "per_expert")}
+        if len(shape) == 3 and {rows for _, rows in found} != {rows for _, rows in wanted}:
+            wanted = {(index, (0, shape[1], 1)) for index in range(shape[0])}
+        yield from some([f"{name}[{index}]" for index, _ in sorted(wanted - found, key=str)], "there is nothing of the source's",
                         "the expert was lost")
 
 

@@ -12,7 +12,7 @@ from stages.checkpoint.files import read_json, sha256_file
 from stages.errors import UserError
 from stages.planning.record import is_plan_for
 from stages.provenance import RESULTS_FORMAT
-from stages.settings import Settings, as_dict, scoring
+from stages.settings import Settings, as_dict, results_of_another, scoring
 from stages.sources.listing import lists_files, lists_place, lists_source
 
 
@@ -37,9 +37,7 @@ def refuse_another_source(settings: Settings) -> None:
     if path.exists() and _differs(path, lambda found: lists_place(found, source)):
         found = read_json(path)
         listed = found.get("path") or found.get("repository")
-        raise UserError(f"{path}: the results there are of {listed}, not of {source.path or source.repository}: set source.name to another name; or, "
-                        f"where the source was only moved or those results are not needed any more, remove {settings.source_directory}, and everything "
-                        "is made again")
+        raise results_of_another(settings, path, listed)
 
 
 def is_exchanged(settings: Settings) -> bool:
