@@ -3,8 +3,8 @@
 import re, sys
 from snakemake.io import IOFile
 sys.path.insert(0, workflow.basedir)
+from stages import download, plan
 from stages.errors import UserError
-from stages.plan import refuse
 from stages.provenance import code_of
 from stages.serving.environment import fingerprint, ingredients
 from stages.settings import as_json
@@ -42,7 +42,7 @@ rule inspect_format:
     shell: stage("inspect_format")
 
 def known_results(wildcards):
-    W.refuse_foreign_results(lambda path: workflow.persistence.metadata(IOFile(str(path))), refuse)
+    W.refuse_foreign_results(lambda path: workflow.persistence.metadata(IOFile(str(path))), download.refuse, plan.refuse)
     return []
 
 rule plan:
@@ -66,7 +66,6 @@ rule quantize_experts:
     output: shard=f"{RUN}/shards/{{shard}}.safetensors", receipt=f"{RUN}/shards/{{shard}}.json"
     log: f"{RUN}/logs/quantize_experts/{{shard}}.log"
     params: code=CODE, **W.params("shards"), source=lambda wildcards: W.watched.get(f"{S.shard_directory}/{wildcards.shard}.safetensors")
-    benchmark: f"{RUN}/benchmarks/quantize_experts/{{shard}}.tsv"
     resources: lane=1, mem_mb=S.device.memory_mb
     priority: 10
     group: "shard"
@@ -75,8 +74,7 @@ rule quantize_experts:
 rule validate_gemm:
     input: f"{RUN}/plan.json", expand(f"{RUN}/shards/{{shard}}.json", shard=W.shards)
     output: f"{RUN}/gemm.json"
-    params: sizes=[S.evaluation.gemm_tensors, S.evaluation.gemm_tokens],  # together: Snakemake compares values without names
-        code=code_of("stages/validate_gemm.py", "kernels/gemm", "kernels/decibels.py")
+    params: **W.params("gemm.json"), code=code_of("stages/validate_gemm.py", "kernels/gemm", "kernels/decibels.py")
     log: f"{RUN}/logs/validate_gemm.log"
     shell: stage("validate_gemm")
 
@@ -98,7 +96,7 @@ rule verify_release:
 rule evaluate:
     input: RELEASE, ancient(f"{RUN}/verify.json"), W.text, W.server if W.served else []
     output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
-    params: **W.params("perplexity.json", text=W.watched[W.text], server=as_json(S.serving) if W.served else ""),
+    params: **W.params("perplexity.json", server=as_json(S.serving) if W.served else ""),
         code=code_of("stages/evaluate.py", "stages/models", "kernels/decibels.py", *(serving_code("score", "launcher") if W.served else []))
     resources: mem_mb=int(1000 * S.evaluation.memory_gb), server=1
     log: f"{RUN}/logs/evaluate.log"
@@ -115,7 +113,7 @@ rule serve_environment:
 rule serve_bench:
     input: RELEASE, ancient(f"{RUN}/verify.json"), W.server
     output: f"{RUN}/serving.json"
-    params: **W.params(serving=as_json(S.serving)), code=code_of("stages/serve_bench.py", *serving_code("launcher", "load", "statistics"))
+    params: **W.params("serving.json"), code=code_of("stages/serve_bench.py", *serving_code("launcher", "load", "statistics"))
     resources: server=1
     log: f"{RUN}/logs/serve_bench.log"
     threads: 64  # as many as there are

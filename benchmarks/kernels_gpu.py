@@ -115,11 +115,11 @@ def interleaved(table: dict, repetitions: int, calls: dict | None = None) -> dic
     calls: name -> number of calls that a row makes, 1 where it is not named.
     """
     warm_up()
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    flush = torch.ones(64 << 20, dtype=torch.int32, device="cuda")
     times = {name: [] for name in table}
     for repetition in range(repetitions + 3):
         for name, run in table.items():
-            flush.zero_()
+            flush.sum()  # reads: lines that were written would have to go back to memory while `run` is timed
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             run()
@@ -139,22 +139,26 @@ def bandwidth(generator, repetitions: int) -> list[dict]:
     codes, scale = block_fp8((EXPERTS, 1280, 4096), generator)
     made = mxfp4.quantize(codes, scale, backend="cuda")
     small = made.packed.numel() + made.scale.numel()
-    table, moved = {}, {}
+    table, moved, graphs = {}, {}, {}
+
+    def kernel(name, run):
+        table[name], graphs[name] = captured(run)
+
     for rule in mxfp4.RULES:
         table[f"quantize FP8, {rule}, public"] = lambda rule=rule: mxfp4.quantize(codes, scale, rule=rule, backend="cuda")
         moved[f"quantize FP8, {rule}, public"] = codes.numel() + small
-        table[f"quantize FP8, {rule}, kernel"] = captured(lambda rule=rule: cuda.launch_quantize(codes, scale, rule, (128, 128), None))[0]
+        kernel(f"quantize FP8, {rule}, kernel", lambda rule=rule: cuda.launch_quantize(codes, scale, rule, (128, 128), None))
         moved[f"quantize FP8, {rule}, kernel"] = codes.numel() + small
     for name, dtype, size in (("BF16", torch.bfloat16, 2), ("float32", torch.float32, 4)):
         table[f"dequantize to {name}, public"] = lambda dtype=dtype: mxfp4.dequantize(made.packed, made.scale, dtype, backend="cuda")
-        table[f"dequantize to {name}, kernel"] = captured(lambda dtype=dtype: cuda.dequantize(made.packed, made.scale, dtype))[0]
+        kernel(f"dequantize to {name}, kernel", lambda dtype=dtype: cuda.dequantize(made.packed, made.scale, dtype))
         moved |= {f"dequantize to {name}, {kind}": small + size * codes.numel() for kind in ("public", "kernel")}
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     table["copy"], moved["copy"] = lambda: target.copy_(source), 2 * source.numel()
     measured = interleaved(table, repetitions)
     rate = {name: moved[name] / row["median_ms"] / 1e6 for name, row in measured.items()}
-    return [{"name": n, **row, "GB_per_s": rate[n], "of_copy": rate[n] / rate["copy"]} for n, row in measured.items()]
+    return [{"name": n, **row, "GB_per_s": rate[n], "of_copy": rate[n] / rate["copy"], "captured": graphs.get(n, False)} for n, row in measured.items()]
 
 
 def unchecked(x, packed, scale, offsets):

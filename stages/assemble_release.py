@@ -7,13 +7,12 @@ code, licence) are the source's, byte for byte; its README.md goes below the mod
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import struct
 from pathlib import Path
 
-from stages.checkpoint.files import only_one, sha256_file, sync_directory, write_json, write_text
+from stages.checkpoint.files import hard_link, only_one, sha256_file, sync_directory, write_json, write_text
 from stages.checkpoint.header import INDEX
 from stages.checkpoint.writer import ShardWriter
 from stages.errors import UserError, exit_with_one_line
@@ -46,13 +45,7 @@ def _link_shards(settings: Settings, receipts: dict[str, Receipt], building: Pat
         if not made.exists() or made.stat().st_size != receipt["output"]["bytes"]:
             raise UserError(f"{made} is not the file its receipt describes ({receipt['output']['bytes']} bytes); run "
                             f"quantize_experts --shard {shard} again")
-        try:
-            os.link(made, building / shard)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                raise
-            raise UserError(f"{made}: cannot be linked into {building.parent} ({error.strerror}); shards/ and release/ must be on one file system "
-                            "that knows hard links") from None
+        hard_link(made, building / shard)
 
 
 def _copy_auxiliary(settings: Settings, building: Path) -> dict[str, dict]:

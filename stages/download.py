@@ -21,13 +21,13 @@ from pathlib import Path
 from stages.checkpoint.files import CHUNK, atomic_write, check_disk, human_bytes, only_one, read_json, sha256_file, write_json, write_rows
 from stages.checkpoint.header import Header, read_header
 from stages.errors import UserError, exit_with_one_line
-from stages.settings import Settings, load, stage_parser
+from stages.settings import Settings, SourceSettings, load, stage_parser
 from stages.sources import list_files
 from stages.sources.files import SourceFile
 from stages.sources.hub import Hub
 from stages.sources.index import index_anomalies
 from stages.sources.listing import read_listing, record_of
-from stages.sources.local import check_file
+from stages.sources.local import check_file, directory_of
 
 
 def fetch_metadata(settings: Settings) -> None:
@@ -38,6 +38,29 @@ def fetch_metadata(settings: Settings) -> None:
     """
     with only_one(settings.source_directory / ".metadata.lock", "reading this source"):
         _fetch_metadata(settings)
+
+
+def refuse(settings: Settings) -> None:
+    """UserError where `fetch_metadata` of a local source would raise it; writes nothing."""
+    source = settings.source
+    index_anomalies(Path(source.path), _read_headers(source, list_files(source)), source.path)
+
+
+def _read_headers(source: SourceSettings, files: list[SourceFile]) -> dict[str, Header]:
+    """Shard -> header; UserError for a damaged one, or where two shards have a tensor of one name."""
+    hub = Hub(source) if source.repository else None
+    headers: dict[str, Header] = {}
+    where: dict[str, str] = {}
+    for file in files:
+        if file.kind != "shard":
+            continue
+        header = headers[file.name] = hub.read_header(file.name, file.size) if hub else read_header(Path(source.path) / file.name)
+        for name in header.tensors:
+            if name in where:
+                raise UserError(f"{source.repository or source.path}: tensor {name} is in two shards, {where[name]} and {file.name}; remove the "
+                                "stale file")
+            where[name] = file.name
+    return headers
 
 
 def _fetch_metadata(settings: Settings) -> None:
@@ -58,18 +81,7 @@ def _fetch_metadata(settings: Settings) -> None:
                     with atomic_write(building / file.name) as output, open(Path(source.path) / file.name, "rb") as original:
                         shutil.copyfileobj(original, output, CHUNK)
         hashes = {file.name: sha256_file(building / file.name) for file in files if (building / file.name).is_file()}
-        headers: dict[str, Header] = {}
-        where: dict[str, str] = {}
-        for file in files:
-            if file.kind != "shard":
-                continue
-            header = hub.read_header(file.name, file.size) if hub else read_header(Path(source.path) / file.name)
-            headers[file.name] = header
-            for name in header.tensors:
-                if name in where:
-                    raise UserError(f"{place}: tensor {name} is in two shards, {where[name]} and {file.name}; remove the "
-                                    "stale file")
-                where[name] = file.name
+        headers = _read_headers(source, files)
         anomalies = index_anomalies(building, headers, place)
         shutil.rmtree(auxiliary, ignore_errors=True)
         os.replace(building, auxiliary)
@@ -77,7 +89,7 @@ def _fetch_metadata(settings: Settings) -> None:
         shutil.rmtree(building, ignore_errors=True)
     write_rows(directory / "headers.json", {shard: record_of(header) for shard, header in headers.items()}, levels=3)
     write_json(directory / "listing.json", {
-        "path": source.path, "repository": source.repository, "revision": source.revision, "anomalies": anomalies,
+        "path": directory_of(source), "repository": source.repository, "revision": source.revision, "anomalies": anomalies,
         "files": {file.name: {"bytes": file.size, "sha256": hashes.get(file.name, file.sha256), "kind": file.kind, "mtime_ns": file.mtime_ns}
                   for file in files}})
     shards = [file for file in files if file.kind == "shard"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from stages.checkpoint.files import check_disk, human_bytes, write_rows
+from stages.checkpoint.files import check_disk, check_hard_links, human_bytes, write_rows
 from stages.dialects.config import KEY_VALUE_HEADS, whole_number
 from stages.dialects.roles import draft_layers
 from stages.errors import UserError, exit_with_one_line
@@ -90,6 +90,7 @@ def planned(settings: Settings) -> Plan:
 
 def _check(settings: Settings, plan: Plan) -> None:
     """UserError for what is better told before the first byte of a shard is downloaded."""
+    check_hard_links(settings.run_directory / "shards", settings.run_directory)  # of which the release is made
     for shard, sizes in plan["shards"].items() if settings.source.repository else ():
         check_download(settings.source, shard, sizes["source_bytes"])
     _check_disk(settings, plan)

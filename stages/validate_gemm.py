@@ -30,7 +30,7 @@ from stages.planning.record import read_plan
 from stages.receipts import read_receipts, shards_sha256
 from stages.records import Plan
 from stages.schemes.modules import Output
-from stages.settings import Settings, load, stage_parser
+from stages.settings import Settings, gemm_sizes, load, stage_parser
 from stages.sources.listing import check_source
 
 MINIMUM_ARITHMETIC_DB = 45.0
@@ -180,7 +180,7 @@ def run(settings: Settings) -> dict:
             skipped = {"cuda"} if _interpreted() and shape in shapes else set()
             rows += check_tensor(settings, plan, shard, group, members, [backend for backend in backends if backend not in skipped])
             shapes.add(shape)
-    result = {"shards_sha256": shards_sha256(receipts), "minimum_arithmetic_db": MINIMUM_ARITHMETIC_DB, "minimum_format_db": MINIMUM_FORMAT_DB,
+    result = {"shards_sha256": shards_sha256(receipts), "sizes": gemm_sizes(settings.evaluation), "minimum_arithmetic_db": MINIMUM_ARITHMETIC_DB, "minimum_format_db": MINIMUM_FORMAT_DB,
               "backends": sorted({row["backend"] for row in rows}),
               "passed": not any(_is_wrong(row) or _is_foreign(row) for row in rows) if rows else None, "rows": rows}
     if not rows:

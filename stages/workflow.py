@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from stages.stale_results import is_exchanged, of_other_settings, refuse_another_source
 from stages.errors import UserError
 from stages.provenance import CONVERTING, RESULTS_FORMAT, code_of
 from stages.serving.environment import marker_inputs
 from stages.serving.plugin import PLUGIN, plugin_files
-from stages.settings import Settings, as_json, load, scoring, text_path
+from stages.settings import PROJECT, Settings, as_json, gemm_sizes, load, scoring, text_path
 from stages.settings.commands import overrides_from
 from stages.settings.handed_over import forget
 from stages.sources import shards_of
 from stages.sources.hub import resolve
-from stages.sources.local import identities, local_files
+from stages.sources.local import directory_of, identities, local_files
+from stages.stale_results import is_exchanged, of_other_settings, refuse_another_source, refuse_damaged, results_of
 
 RESULTS = ("report.html", "card.md", "metrics.json", "settings.yaml", "verify.json", "sqnr.json", "perplexity.json", "gemm.json", "serving.json")
 
@@ -43,7 +43,10 @@ class Workflow:
         self.watched = dict(identities([*self.files, self.text]))  # by size and time: an older file in the place of another is new, too
         self.plugin = [str(PLUGIN / path) for path in plugin_files()]
         self.source, self.run = str(settings.source_directory), str(settings.run_directory)
-        self.python, self.arguments = shlex.quote(sys.executable), shlex.join(self.overrides)
+        identities([str(path) for path in results_of(settings) if path.exists()])
+        # this project's code, wherever the working directory is and whatever lies in it
+        self.python = f"env PYTHONPATH={shlex.quote(os.pathsep.join(filter(None, (str(PROJECT), os.environ.get('PYTHONPATH')))))} {shlex.quote(sys.executable)} -P"
+        self.arguments = shlex.join(self.overrides)
         self.converting = code_of(*CONVERTING)
 
     @property
@@ -59,7 +62,7 @@ class Workflow:
     def made_with(self, result: str) -> dict:
         """The settings that a result was made with: it is made again when they change."""
         source, recipe, release = self.settings.source, self.settings.recipe, self.settings.release
-        made_from = [source.path, source.repository, source.revision]
+        made_from = [directory_of(source), source.repository, source.revision]
         plan = {"recipe": as_json(recipe), "draft_scales": release.draft_scales}
         return {
             "listing.json": {"source": made_from, "format": RESULTS_FORMAT, "files": [self.watched[path] for path in self.files]},
@@ -67,7 +70,10 @@ class Workflow:
             # a refused run leaves no plan behind, so that what is made of one must name its settings, too
             "shards": {"made_from": [*plan.values(), *made_from]},
             "verify.json": {"release": as_json(release)},
-            "perplexity.json": {"evaluation": as_json(scoring(self.settings.evaluation))},
+            # in one list: Snakemake compares values without names
+            "gemm.json": {"sizes": gemm_sizes(self.settings.evaluation)},
+            "serving.json": {"serving": as_json(self.settings.serving)},
+            "perplexity.json": {"evaluation": as_json(scoring(self.settings.evaluation)), "text": self.watched[self.text]},
         }.get(result, {})
 
     def unprotect(self) -> None:
@@ -80,12 +86,13 @@ class Workflow:
                 with suppress(OSError):  # somebody else's, or on a read-only file system: Snakemake says which, if it must be made again
                     path.chmod(stat.S_IMODE(path.stat().st_mode) | stat.S_IWUSR)
 
-    def refuse_foreign_results(self, record_of: Callable[[Path], Mapping | None], refuse_plan: Callable[[Settings], None]) -> None:
-        """Ends the run where results of other settings would be taken for these.
+    def refuse_foreign_results(self, record_of: Callable[[Path], Mapping | None], refuse_source: Callable[[Settings], None],
+                               refuse_plan: Callable[[Settings], None]) -> None:
+        """Stops the run if results made with other settings, or damaged ones, would be mistaken for this run's.
 
         record_of: Snakemake's record of how a file was made. Where it has none, or one of other parameters than the file shows, somebody ran
         a stage by hand.
-        refuse_plan: raises UserError for settings that cannot be planned.
+        refuse_source: raises UserError for a local source that cannot be listed. refuse_plan: for settings that cannot be planned.
         """
         foreign = of_other_settings(self.settings)
         for stale in foreign:
@@ -94,27 +101,31 @@ class Workflow:
                 sys.exit(f"error: {stale} was made for other settings or from other files of the source, and not by a run that this working "
                          "directory knows of: remove it, or choose other results=")
         made_again = {"listing.json", "plan.json"} & {stale.name for stale in foreign}
-        if made_again == {"plan.json"} and self._made_by_this_code("inspect.json", record_of):
-            self._refuse_plan(refuse_plan)
-        if not made_again and self._made_by_this_code("plan.json", record_of) and is_exchanged(self.settings):
-            sys.exit(f"error: {self.run}/release is not the release that {self.run}/verify.json is the proof of; somebody put it there: remove "
-                     f"{self.run}/release and run again, it is made anew")
-
-    def _refuse_plan(self, refuse_plan: Callable[[Settings], None]) -> None:
-        """Ends the run where these settings cannot be planned, while the plan of the settings before and the shards that were made of it are there:
-        Snakemake would remove that plan before the stage refuses, and with the settings before make it, and so everything, again."""
-        source, run = self.settings.source_directory, self.settings.run_directory
-        if not all(path.is_file() for path in (source / "listing.json", source / "auxiliary" / "config.json", run / "inspect.json")):
-            return  # they are made again first, and the plan of them
         try:
-            refuse_plan(self.settings)
+            if "listing.json" in made_again and self.settings.source.path:
+                refuse_source(self.settings)
+            if made_again == {"plan.json"} and self._made_by_this_code("inspect.json", record_of):
+                self._refuse_plan(refuse_plan)
+            if not made_again and self._made_by_this_code("plan.json", record_of):
+                if is_exchanged(self.settings):
+                    raise UserError(f"{self.run}/release is not the release that {self.run}/verify.json is the proof of; somebody put it there: remove "
+                                    f"{self.run}/release and run again, it is made anew")
+                refuse_damaged(self.settings)
         except UserError as error:
             sys.exit(f"error: {' '.join(str(error).split())}")
 
+    def _refuse_plan(self, refuse_plan: Callable[[Settings], None]) -> None:
+        """UserError if these settings cannot be planned: Snakemake deletes the plan before the stage can refuse, and returning to the settings before
+        would make it, and so everything, again. (So it would the source's listing.)"""
+        source, run = self.settings.source_directory, self.settings.run_directory
+        if all(path.is_file() for path in (source / "listing.json", source / "auxiliary" / "config.json", run / "inspect.json")):
+            refuse_plan(self.settings)  # else they are made again first, and the plan of them
+
     def _made_by_this_code(self, name: str, record_of: Callable[[Path], Mapping | None]) -> bool:
-        """Whether Snakemake would leave a result as it is as far as the code goes."""
-        record = record_of(self.settings.run_directory / name)
-        return record is not None and repr(self.converting) in (record["params"] or ())
+        """Whether Snakemake would leave a result as it is as far as the code goes; so it does where it has no record of it."""
+        path = self.settings.run_directory / name
+        record = record_of(path)
+        return path.exists() and (record is None or repr(self.converting) in (record["params"] or ()))
 
 
 def stage(name: str, arguments: str = "") -> str:

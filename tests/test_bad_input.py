@@ -1,6 +1,7 @@
 """What users get wrong and disks get wrong: one line that says what, where and what to do; nothing half-written."""
 
 import hashlib
+import errno
 import json
 import os
 import shutil
@@ -14,14 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from stages import checkup, inspect_format, plan, validate_gemm
 from stages.assemble_release import run as assemble
+from stages.checkpoint.files import sha256_file
 from stages.checkup import configuring
-from stages.stale_results import of_other_settings
+from stages.stale_results import of_other_settings, refuse_damaged
 from stages.download import fetch_metadata
 from stages.errors import UserError
 from stages.planning.record import read_plan
 from stages.release import REPORTS
 from stages.serving import environment
-from stages.settings import load
+from stages.settings import gemm_sizes, load, scoring, text_path
 from stages.verify_release import run as verify
 from tests.conftest import PROJECT, TINY, convert
 
@@ -313,6 +315,16 @@ def test_output_equal_to_inside_or_around_the_source_is_refused(checkpoint, wher
     assert sorted(path.name for path in checkpoint.iterdir()) == before
 
 
+def test_a_file_system_without_hard_links_is_told_before_the_first_byte(local, monkeypatch):
+    def refused(*arguments, **keywords):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(UserError, match="cannot be linked into .* hard links"):
+        convert(*local)
+    assert not list(load(local).run_directory.glob("shards/*")) and not list(load(local).run_directory.glob(".link"))
+
+
 def test_a_full_disk_is_told_before_the_first_byte(local, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -478,6 +490,34 @@ def test_a_manifest_that_says_something_else_than_plan_and_receipts_is_found(fin
     change(manifest)
     path.write_text(json.dumps(manifest, indent=2))
     assert failing(finished) == {"files"}
+
+
+def test_a_file_of_another_size_than_it_was_made_with_is_found_without_reading_it(finished):
+    unlinked(finished)
+    refuse_damaged(finished)
+    for name in ("release/tokenizer.json", "release/model-00003.safetensors", "shards/model-00003.safetensors"):
+        path = finished.run_directory / name
+        before = path.read_bytes()
+        path.write_bytes(before[:1000])
+        with pytest.raises(UserError, match=f"{name}: has not the size that"):
+            refuse_damaged(finished)
+        path.write_bytes(before)
+    (finished.run_directory / "release/tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json: is missing; remove"):
+        refuse_damaged(finished)
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("gemm.json", {"sizes": [1, 1]}), ("serving.json", {"server": "endpoint"}), ("serving.json", {"settings": {}}),
+    ("perplexity.json", {"text": {"sha256": "0"}}), ("perplexity.json", {"settings": {}})])
+def test_results_of_other_settings_are_known(finished, name, change):
+    path, evaluation = finished.run_directory / name, finished.evaluation
+    found = {"gemm.json": {"sizes": gemm_sizes(evaluation)}, "serving.json": {"server": finished.serving.name},
+             "perplexity.json": {"settings": scoring(evaluation), "text": {"sha256": sha256_file(text_path(finished))}}}[name]
+    path.write_text(json.dumps(found))
+    assert of_other_settings(finished) == []
+    path.write_text(json.dumps(found | change))
+    assert of_other_settings(finished) == [path]
 
 
 def test_files_that_the_manifest_was_changed_to_fit_are_found(finished):

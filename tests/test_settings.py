@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -82,6 +83,16 @@ def test_snakemake_config_becomes_overrides():
     assert overrides_from({"overrides": "x.y=1 z.w=2"}) == ["x.y=1", "z.w=2"]
     with pytest.raises(UserError, match="recip=a: unknown"):
         overrides_from({"recip": "a"})
+
+
+def test_a_path_has_one_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("deep/er")
+    for spelt, wanted in (("a/b/", "a/b"), ("./a//b", "a/b"), ("deep/../a/b", "a/b"), (f"{tmp_path}/a/b", "a/b"), (".", "."), ("/data/m/", "/data/m"),
+                          ("link/../m", "link/../m"), ("link", "link")):
+        made = load(["source=local", f"source.path={spelt}", "source.name=x", f"results='{spelt}_'"])
+        assert made.source.path == wanted and Path(made.results).absolute() == Path(f"{spelt}_").absolute(), spelt
 
 
 def test_a_local_source_is_named_after_its_directory():
@@ -178,15 +189,23 @@ def test_settings_are_handed_over_to_the_same_overrides_only(environment):
 
 
 @pytest.mark.parametrize("change", [
-    lambda found: [], lambda found: found | {"project": "/elsewhere"}, lambda found: {"project": found["project"]},
+    lambda found: [], lambda found: {"project": found["project"]}, lambda found: {"project": found["project"], "code": found["code"]},
     lambda found: found | {"settings": {}}, lambda found: found | {"settings": []}, lambda found: found | {"settings": found["settings"] | {"recipe": None}},
     lambda found: found | {"settings": found["settings"] | {"device": found["settings"]["device"] | {"unknown": 1}}},
     lambda found: found | {"settings": found["settings"] | {"device": {"name": "cpu"}}},
 ])
-def test_what_another_version_handed_over_is_composed_anew(environment, change):
+def test_what_cannot_be_read_of_what_was_handed_over_is_composed_anew(environment, change):
     hand_over([], load([]))
     environment.setenv(VARIABLE, json.dumps(change(json.loads(os.environ[VARIABLE]))))
     assert handed_over([]) is None and load([]).recipe.name == "mxfp4_experts"
+
+
+@pytest.mark.parametrize(("key", "words"), [("project", "was started with the code in 0, this stage"), ("code", "changed while this run was going on")])
+def test_a_stage_does_not_run_other_code_than_snakemake_records(environment, key, words):
+    hand_over([], load([]))
+    environment.setenv(VARIABLE, json.dumps(json.loads(os.environ[VARIABLE]) | {key: "0"}))
+    with pytest.raises(UserError, match=words):
+        load([])
 
 
 def test_a_stage_with_settings_that_were_handed_over_does_without_hydra(environment, tmp_path):

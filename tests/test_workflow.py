@@ -303,7 +303,7 @@ def test_results_of_other_settings_are_not_taken_for_these_where_snakemake_has_l
     assert "Traceback" not in ran.stdout + ran.stderr
     shutil.copytree(PROJECT / "tests/tiny/step37_tiny", tmp_path / "step37_tiny")
     ran = snakemake(directory, "--cores", "2", "--config", "source=local", f"overrides=[source.path={tmp_path / 'step37_tiny'}]")
-    assert ran.returncode != 0 and "listing.json: the results there are of tests/tiny/step37_tiny, not of " in ran.stderr, ran.stdout + ran.stderr
+    assert ran.returncode != 0 and f"listing.json: the results there are of {PROJECT / 'tests/tiny/step37_tiny'}, not of " in ran.stderr, ran.stdout + ran.stderr
 
 
 def test_a_source_of_the_same_name_in_another_place_does_not_replace_the_results(copied, tmp_path):
@@ -324,6 +324,46 @@ def test_a_source_of_the_same_name_in_another_place_does_not_replace_the_results
     shutil.rmtree(copied / "results/step37_tiny/source")  # as the line says
     ran = snakemake(copied, "--until", "plan", *settings, f"overrides=[source.path={source}]")
     assert ran.returncode == 0 and {"download_metadata", "plan"} <= jobs_of(ran), ran.stdout + ran.stderr
+
+
+def test_a_link_that_was_turned_to_another_checkpoint_is_another_source(tmp_path):
+    source, directory = tmp_path / "source", workdir(tmp_path / "run")
+    source.symlink_to(PROJECT / "tests/tiny/step37_tiny")
+    settings = ["--cores", "2", "--until", "inspect_format", "--config", "source=local", f"overrides=[source.path={source},source.name=linked]"]
+    assert snakemake(directory, *settings).returncode == 0
+    source.unlink()
+    source.symlink_to(shutil.copytree(PROJECT / "tests/tiny/step37_tiny", tmp_path / "other", copy_function=shutil.copy2))
+    ran = snakemake(directory, *settings)
+    assert ran.returncode != 0 and f"the results there are of {PROJECT / 'tests/tiny/step37_tiny'}, not of" in ran.stderr, ran.stdout + ran.stderr
+
+
+def test_the_stages_are_this_projects_whatever_lies_in_the_working_directory(tmp_path):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages/__init__.py").write_text("raise SystemExit('stages of somebody else')")
+    ran = snakemake(tmp_path, "--cores", "1", "--until", "inspect_format", "--config", f"overrides=[source.path={PROJECT / 'tests/tiny/step37_tiny'}]")
+    assert ran.returncode == 0 and (tmp_path / "results/step37_tiny/mxfp4_experts/inspect.json").exists(), ran.stdout + ran.stderr
+
+
+def test_a_source_that_cannot_be_listed_any_more_costs_no_shard(tmp_path):
+    source, directory = tmp_path / "source", workdir(tmp_path / "run")
+    shutil.copytree(PROJECT / "tests/tiny/step37_tiny", source)
+    settings = ["--cores", "2", "--until", "inspect_format", "--config", "source=local", f"overrides=[source.path={source}]"]
+    assert snakemake(directory, *settings).returncode == 0
+    (source / "model-00004.safetensors").rename(tmp_path / "away")
+    ran = snakemake(directory, *settings)
+    assert ran.returncode != 0 and "names model-00004.safetensors" in ran.stderr and "Traceback" not in ran.stderr, ran.stdout + ran.stderr
+    (tmp_path / "away").rename(source / "model-00004.safetensors")
+    ran = snakemake(directory, "-n", *settings)
+    assert ran.returncode == 0 and not jobs_of(ran), ran.stdout + ran.stderr
+
+
+def test_a_result_that_is_dated_in_the_future_is_named_before_a_job_runs(copied):
+    plan = copied / "results/step37_tiny/mxfp4_experts/plan.json"
+    before = plan.stat()
+    os.utime(plan, (before.st_atime, time.time() + 7200))
+    ran = snakemake(copied, "-n", "--cores", "2")
+    os.utime(plan, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert ran.returncode != 0 and "plan.json: is dated in the future" in ran.stderr, ran.stdout + ran.stderr
 
 
 def test_older_files_in_the_place_of_the_source_are_noticed_where_snakemake_has_lost_its_records(tmp_path):

@@ -11,13 +11,14 @@ their running sum, on the device and in one launch. The grid is an upper bound, 
 experts that have rows, sum of ceil(rows_g / BT) <= m + (T - m) / BT, which grows with m <= min(E, T). Row tiles past the last expert's
 return at once. `linear` is the case E = 1 and needs no groups.
 
-Tile sizes: for few tokens narrow tiles, two warps and four stages, so that many loads are on their way at once; above, tiles that Hopper
+Tile sizes: for few tokens narrow tiles in three or four stages, so that many loads are on their way at once, whose k is split over the warps
+of a program (SPLIT): each decodes and sums a part of every step, and the parts are added in a fixed order at the end; above, tiles that Hopper
 multiplies with wgmma, in three or four stages where shared memory holds them. A matrix for DENSE_ROWS rows and more is decoded once
 and multiplied by cuBLAS: a row tile of 128 would decode it again and again. The tiles that Step-3.7's shapes take spill no registers on
 sm_90 (tests/kernels/test_triton_compile.py): with a limit of 255 named the assembler keeps what it otherwise spills to make room for more
 programs than shared memory holds. Float32 activations, which no tensor core multiplies exactly, take small tiles.
 
-Roads not taken: split-k, which would fill a large GPU better at T = 1 but needs atomics (results would vary from run to run)
+Roads not taken: split-k over programs, which would fill a large GPU better at T = 1 but needs atomics (results would vary from run to run)
 or a second pass; tl.dot_scaled, which wants activations in a microscaling format on most hardware; autotuning, because the
 first call would then take longer than the checks this kernel is for.
 """
@@ -38,8 +39,8 @@ DENSE_ROWS = 512
 
 @triton.jit
 def weight_tile(packed, scale, n, k_block, blocks, EVEN: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
-                WIDEN: tl.constexpr):
-    """Tile function: weights [32 * BB, BN] of outputs n in DTYPE, rows starting at block k_block.
+                WIDEN: tl.constexpr, SPLIT: tl.constexpr):
+    """Tile function: weights [32 * BB, BN] of outputs n in DTYPE, rows starting at block k_block; [SPLIT, 32 * BB / SPLIT, BN] where SPLIT > 1.
 
     EVEN: all are inside, and `scale` points to int32, four bytes each, because single bytes cannot be loaded ahead of their use
     (cp.async starts at four). Otherwise `scale` points to bytes, and weights outside are zero.
@@ -68,7 +69,10 @@ def weight_tile(packed, scale, n, k_block, blocks, EVEN: tl.constexpr, BB: tl.co
         w = tl.reshape((tl.interleave(low, high) * TWO_TO_126).to(low.dtype), [BN, BB, 32]) * unit
     else:
         w = tl.reshape(tl.interleave(decode_nibble(pair), decode_nibble(pair >> 4)), [BN, BB, 32]) * unit
-    return tl.trans(tl.reshape(w.to(DTYPE), [BN, 32 * BB]))
+    if SPLIT > 1:
+        return tl.permute(tl.reshape(w.to(DTYPE), [BN, SPLIT, 32 * BB // SPLIT]), (1, 2, 0))
+    else:
+        return tl.trans(tl.reshape(w.to(DTYPE), [BN, 32 * BB]))
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -90,7 +94,7 @@ def row_tiles_kernel(offsets, tile_expert, tile_row, experts, tiles, BT: tl.cons
 @triton.jit(do_not_specialize=["tokens"])
 def grouped_kernel(
     x, packed, scale, y, offsets, tile_expert, tile_row, tokens, out, experts, columns: tl.constexpr, GROUPED: tl.constexpr,
-    EVEN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
+    EVEN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Pointer kernel. Grid (ceil(out / BN), row tiles). `columns` is compiled in: the interpreters of Triton 3.4 to 3.6 cannot loop to
     a number that is not, and a model has few widths."""
@@ -110,17 +114,24 @@ def grouped_kernel(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     t_inside, n_inside = t < end, n < out
     weight_row = tl.minimum(n, out - 1)  # outside, an output that exists is computed again and not stored
-    sums = tl.zeros([BT, BN], tl.float32)
+    if SPLIT > 1:  # each warp sums its part of every step's k; added in a fixed order at the end
+        sums = tl.zeros([SPLIT, BT, BN], tl.float32)
+    else:
+        sums = tl.zeros([BT, BN], tl.float32)
     for k in range(0, columns, BK):
         column = k + tl.arange(0, BK)
         inside = t_inside[:, None] & (column >= 0)[None, :]  # rows of another expert are not fetched
         if not EVEN:
             inside &= (column < columns)[None, :]
         rows = tl.load(x + t[:, None] * columns + column[None, :], mask=inside, other=0.0)
-        w = weight_tile(packed, scale, weight_row, k // 32, blocks, EVEN, BK // 32, BN, x.dtype.element_ty, WIDEN)
+        w = weight_tile(packed, scale, weight_row, k // 32, blocks, EVEN, BK // 32, BN, x.dtype.element_ty, WIDEN, SPLIT)
         if WIDEN:
             rows, w = rows.to(tl.float32), w.to(tl.float32)
+        if SPLIT > 1:
+            rows = tl.permute(tl.reshape(rows, [BT, SPLIT, BK // SPLIT]), (1, 0, 2))
         sums = tl.dot(rows, w, sums, input_precision="ieee")
+    if SPLIT > 1:
+        sums = tl.sum(sums, axis=0)
     tl.store(y + t[:, None] * out + n[None, :], sums.to(y.dtype.element_ty), mask=t_inside[:, None] & n_inside[None, :])
 
 
@@ -130,18 +141,23 @@ def row_tiles(experts: int, tokens: int, bt: int) -> int:
     return nonempty + (tokens - nonempty) // bt
 
 
-def tile_sizes(dtype: torch.dtype, out: int, experts: int, tokens: int) -> tuple[int, int, int, int, int]:
+def tile_sizes(dtype: torch.dtype, out: int, columns: int, experts: int, tokens: int) -> tuple[int, int, int, int, int]:
     """(BT, BN, BK, warps, stages); see the module docstring."""
     if dtype == torch.float32:  # no tensor cores: products of whole tiles would not fit the registers
         return 16, 32, 32, 4, 2
     mean = tokens / experts
     if mean <= 16:
         few = triton.cdiv(out, 64) * row_tiles(experts, tokens, 16) < FEW_PROGRAMS
-        return (16, 16, 256, 2, 4) if few else (16, 64, 128, 4, 4)
+        if not few:
+            return 16, 64, 128, 4, 4
+        narrow = 16 if triton.cdiv(out, 16) * row_tiles(experts, tokens, 16) >= MULTIPROCESSORS else 8
+        return (16, narrow, 512, 8, 3) if columns % 512 == 0 else (16, narrow, 256, 4, 4)
     # more than 99 KB of shared memory in a program: data-centre GPUs from Hopper on
     large = INTERPRETED or triton.runtime.driver.active.get_current_target().arch in (90, 100, 103)
     if mean <= 128:
         few = triton.cdiv(out, 64) * row_tiles(experts, tokens, 64) < MULTIPROCESSORS
+        if few and mean <= 32 and columns % 512 == 0:
+            return 32, 16, 512, 8, 3 if large else 2
         return 64, 32 if few else 64, 128, 4, 4 if large else 2
     return 128, 128, 128, 8, 3 if large else 2
 
@@ -169,10 +185,11 @@ def grouped_linear(x, packed, scale, expert_offsets):
         return result
     if experts == 1 and tokens >= DENSE_ROWS and x.dtype == torch.bfloat16:
         return summed_in_float32(x, dequantize(packed[0], scale[0], x.dtype))
-    bt, bn, bk, warps, stages = tile_sizes(x.dtype, out, experts, tokens)
+    bt, bn, bk, warps, stages = tile_sizes(x.dtype, out, columns, experts, tokens)
     grouped, tiles = experts > 1, row_tiles(experts, tokens, bt)
     assert tiles < 2**16, f"{tokens} rows in {experts} experts: {tiles} row tiles, the grid's second axis ends at 65535"
-    even = bk % 128 == 0 and columns % bk == 0 and scale.storage_offset() % 4 == 0
+    scale = scale.contiguous()
+    even = bk % 128 == 0 and columns % bk == 0 and scale.data_ptr() % 4 == 0
     tile_expert = tile_row = offsets = expert_offsets.contiguous()
     if grouped:
         tile_expert, tile_row = torch.empty(2, tiles + tiles % 2, dtype=torch.int64, device=x.device)  # even: both aligned to 16 bytes
@@ -180,8 +197,8 @@ def grouped_linear(x, packed, scale, expert_offsets):
             offsets, tile_expert, tile_row, experts, tiles, BT=bt, EP=triton.next_power_of_2(experts), N=16, num_warps=4, enable_fp_fusion=False
         )
     grouped_kernel[(triton.cdiv(out, bn), tiles)](
-        x.contiguous(), packed.contiguous(), scale.contiguous().view(torch.int32 if even else torch.uint8), result,
+        x.contiguous(), packed.contiguous(), scale.view(torch.int32 if even else torch.uint8), result,
         offsets, tile_expert, tile_row, tokens, out, experts, columns=columns, GROUPED=grouped, EVEN=even, BT=bt, BN=bn, BK=bk, WIDEN=INTERPRETED,
-        num_warps=warps, num_stages=stages, maxnreg=255, enable_fp_fusion=False,
+        SPLIT=warps if bn <= 16 else 1, num_warps=warps, num_stages=stages, maxnreg=255, enable_fp_fusion=False,
     )  # fmt: skip
     return result

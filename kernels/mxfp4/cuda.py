@@ -52,7 +52,7 @@ BLOCK = 32
 TALL, WIDE, MOST_STEPS = 16, 8, 8  # a program takes TALL rows, WIDE blocks of each in a step
 LEAST_SCALE = 2.0**-117  # of a tile: from here on all weights other than 0 are normal float32
 BYTES_PER_PROGRAM = 2048
-TWO_TO_120, TWO_TO_126 = tl.constexpr(2.0**120), tl.constexpr(2.0**126)
+TWO_TO_100, TWO_TO_120, TWO_TO_126 = tl.constexpr(2.0**100), tl.constexpr(2.0**120), tl.constexpr(2.0**126)
 
 
 @triton.jit
@@ -100,13 +100,12 @@ def load_fp8(weight, block, lane, mask):
     bits, signs = (), ()
     for half in tl.static_range(2):
         word = tl.load(weight + block * 4 + 2 * half + lane, mask=mask, other=0)
-        packed = tl.zeros_like(word.to(tl.int32))
-        for part in tl.static_range(2):
-            four = (word >> (32 * part)).to(tl.int32)
-            bits = bits + ((four << 20) & 0x07F00000, (four << 12) & 0x07F00000, (four << 4) & 0x07F00000, (four >> 4) & 0x07F00000)
-            sign = (four >> 4) & 0x08080808
-            sign = (sign | (sign >> 4)) & 0x00FF00FF
-            packed |= ((sign | (sign >> 8)) & 0xFFFF) << (16 * part)
+        a, b = word.to(tl.int32), (word >> 32).to(tl.int32)
+        for four in tl.static_range(2):
+            part = b if four else a
+            bits = bits + ((part << 20) & 0x07F00000, (part << 12) & 0x07F00000, (part << 4) & 0x07F00000, (part >> 4) & 0x07F00000)
+        low, high = (a & 0xFFFF) | (b << 16), ((a >> 16) & 0xFFFF) | (b & -0x10000)  # codes 0 1 4 5 and 2 3 6 7
+        packed = ((low >> 4) & 0x00080008) | ((low >> 8) & 0x00800080) | ((high << 4) & 0x08000800) | (high & -0x7FFF8000)
         signs = signs + (packed,)
     return bits, signs
 
@@ -146,7 +145,7 @@ def round_to_e2m1(x, change):
     p = float_of(tl.maximum(bits_of(clamped) & 0x7F800000, (127 + change) << 23))
     large = 4194307.0 - change.to(tl.float32)
     total = tl.fma(p, large, clamped)
-    return tl.fma(-p, large, total), bits_of(total) + (bits_of(total) >> 22) - 304
+    return tl.fma(p, -large, total), bits_of(total) + (bits_of(total) >> 22) - 304
 
 
 @triton.jit
@@ -155,18 +154,19 @@ def eight_codes(codes):
     high = codes[7]
     for i in tl.static_range(4):
         high = (high << 4) + codes[6 - i]
-    return (high << 12) | ((codes[2] & 15) << 8) | ((codes[1] & 15) << 4) | (codes[0] & 15)  # bits from 23 on leave with the shift
+    low = (((codes[2] << 4) + codes[1]) << 4) + codes[0]
+    return (high << 12) | (low & 0xFFF)  # bits from 23 on leave with the shift
 
 
 @triton.jit
-def block_error(x, change: tl.constexpr, factor):
+def block_error(x, change: tl.constexpr, factor, UNIT: tl.constexpr):
     """Tile function: weighted D(e0 + change) per block, [NB] float64; x = |u|."""
     first = tl.arange(0, 2)[None, :] == 0
     total = tl.zeros([x[0].shape[0]], tl.float64)
     for half in tl.static_range(2):
         for lane in tl.static_range(2):
             for i in tl.static_range(8 * half, 8 * half + 8):
-                q, _ = round_to_e2m1(x[i], tl.full([1, 1], change, tl.int32))
+                q, _ = round_to_e2m1(x[i], tl.full([1, 1], change + UNIT, tl.int32))
                 difference = q.to(tl.float64) * (q.to(tl.float64) - 2.0 * x[i].to(tl.float64))  # exact
                 term = factor[i].to(tl.float64) * difference
                 total += tl.sum(tl.where(first == (lane == 0), term, 0.0), axis=1)  # one term and a zero
@@ -174,24 +174,24 @@ def block_error(x, change: tl.constexpr, factor):
 
 
 @triton.jit
-def weighted_change(x, e, factor):
+def weighted_change(x, e, factor, UNIT: tl.constexpr):
     """Tile function: -1, 0 or 1, the step from e to the exponent of least weighted error, int32 [NB]; x = |w| 2^-e."""
-    least, up, down = block_error(x, 0, factor), block_error(x, 1, factor), block_error(x, -1, factor)
+    least, up, down = block_error(x, 0, factor, UNIT), block_error(x, 1, factor, UNIT), block_error(x, -1, factor, UNIT)
     change = tl.where(up < least, 1, 0)
     least = tl.minimum(up, least)
     return tl.where((down < least) & (e > -127), -1, change)
 
 
 @triton.jit
-def unweighted_change(x, low):
+def unweighted_change(x, low, HALF: tl.constexpr):
     """Tile function: 1 where exponent b + 1 is better than b, else 0, int32 [NB]; x = |w| 2^-b. Where `low`, b + 1 is e0, which wins a tie."""
     lost = tl.zeros_like(bits_of(x[0]))
     gained = tl.zeros_like(x[0])
     for i in tl.static_range(16):
-        near = saturate(x[i] * 0.5)
+        near = saturate(x[i] * HALF)
         distance = tl.abs(near - ((near + 4194304.0) - 4194304.0))  # r / 2: adding 2^22 rounds to a multiple of 1/2
         lost += bits_of(tl.maximum(distance, 0.125)) - 0x3E000000  # in 2^-25 of r: the bits of 1/8 to 1/4 count their ulps
-        gained += saturate(tl.fma(x[i], 0.5, -3.5))
+        gained += saturate(tl.fma(x[i], HALF, -3.5))
     gain = (tl.minimum(tl.sum(gained, axis=1), 4.0) * 268435456.0).to(tl.int64)  # 8 of 2^25 each
     difference = tl.sum(lost, axis=1).to(tl.int64) - gain
     return ((difference < 0) | ((difference == 0) & low)).to(tl.int32)
@@ -211,6 +211,8 @@ def quantize_kernel(
     packed += expert * blocks * 4
     scale += expert * blocks
     NB: tl.constexpr = TALL * WIDE
+    UNIT: tl.constexpr = -20 if INPUT == "fp8" else 0  # x and q are in units of 2^-UNIT: one product decodes and scales FP8
+    HALF: tl.constexpr = 524288.0 if INPUT == "fp8" else 0.5
     signal = tl.zeros([NB], tl.float64)
     error = tl.zeros([NB], tl.float64)
     decoded = tl.zeros([NB], tl.float64)
@@ -246,9 +248,9 @@ def quantize_kernel(
             e -= low.to(tl.int32)
         x = ()
         if INPUT == "fp8":
-            unit = tl.where(top > 0, s * power32(-e), 0.0)[:, None]  # of zeros it could be infinite
+            unit = tl.where(top > 0, (s * power32(-e)) * TWO_TO_100, 0.0)[:, None]  # of zeros it could be infinite
             for i in tl.static_range(16):
-                x = x + ((float_of(bits[i]) * TWO_TO_120) * unit,)
+                x = x + (float_of(bits[i]) * unit,)
         else:
             for i in tl.static_range(16):
                 x = x + (float_of(bits[i]) * power32(-e)[:, None],)
@@ -259,9 +261,9 @@ def quantize_kernel(
                 for i in tl.static_range(16):
                     column = position[:, None] * 32 + 16 * (i // 8) + 8 * lane + i % 8
                     factor = factor + (tl.load(importance + column, mask=mask, other=0.0),)
-                change = weighted_change(x, e, factor)
+                change = weighted_change(x, e, factor, UNIT)
             else:
-                change = unweighted_change(x, low)
+                change = unweighted_change(x, low, HALF)
 
         squares = tl.zeros_like(x[0])
         noises = tl.zeros_like(x[0])
@@ -270,7 +272,7 @@ def quantize_kernel(
         for half in tl.static_range(2):
             codes = ()
             for i in tl.static_range(8 * half, 8 * half + 8):
-                q, code = round_to_e2m1(x[i], change[:, None])
+                q, code = round_to_e2m1(x[i], change[:, None] + UNIT)
                 noise = x[i] - q  # exact
                 squares = tl.fma(x[i], x[i], squares)
                 noises = tl.fma(noise, noise, noises)
@@ -281,7 +283,7 @@ def quantize_kernel(
         word = tl.reshape(tl.permute(tl.join(words[0], words[1]), (0, 2, 1)), (TALL * WIDE, 4))  # a thread's own: nothing moves
         tl.store(packed + block[:, None] * 4 + quarter, word, mask=inside[:, None] & (quarter >= 0))
         tl.store(scale + block, (e + change + 127).to(tl.uint8), mask=inside)
-        square = power64(2 * e)
+        square = power64(2 * (e - UNIT))
         signal += tl.sum(squares, axis=1).to(tl.float64) * square
         error += tl.sum(noises, axis=1).to(tl.float64) * square
         decoded += tl.sum(values, axis=1).to(tl.float64) * square
@@ -389,7 +391,7 @@ def launch_quantize(weight, tile_scale, rule, tile, importance):
             importance.contiguous() if importance is not None else sums,
             packed.view(torch.int32), scale, sums, bad, out, columns, *(tile_scale.shape[1:] if kind == "fp8" else (0, 0)),
             TILE_ROWS=tile[0], TILE_COLUMNS=tile[1], INPUT=kind, RULE=RULE_NUMBER[rule], WEIGHTED=importance is not None,
-            TALL=TALL, WIDE=WIDE, STEPS=triton.cdiv(steps, max(grid[1], 1)), num_warps=4 if importance is None else 8, enable_fp_fusion=False,
+            TALL=TALL, WIDE=WIDE, STEPS=triton.cdiv(steps, max(grid[1], 1)), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return packed, scale, sums, bad
 

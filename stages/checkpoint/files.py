@@ -30,6 +30,14 @@ def memory(size: int) -> memoryview:
     return memoryview(mmap.mmap(-1, max(1, size)))[:size]
 
 
+def from_here(path: Path | str) -> str:
+    """A path in one spelling, however it was given: from the working directory for what lies in it, else from the root. Links keep their names."""
+    whole = Path(os.path.abspath(path))
+    if whole.resolve() != Path(path).resolve():
+        return str(path)  # `..` behind a link leads elsewhere
+    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
+
+
 def sync_directory(directory: Path) -> None:
     """Makes a rename durable: without it a power loss can forget the new name."""
     handle = os.open(directory, os.O_RDONLY)
@@ -201,6 +209,31 @@ def sha256_file(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def hard_link(made: Path, target: Path) -> None:
+    """Makes `target` another name of a file; UserError where the file system cannot do that."""
+    try:
+        os.link(made, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        raise UserError(f"{made}: cannot be linked into {target.parent} ({error.strerror}); both must be on one file system that knows hard "
+                        "links") from None
+
+
+def check_hard_links(one: Path, other: Path) -> None:
+    """UserError unless files of one directory can have names in the other, too; makes both directories where they are missing."""
+    probe, link = one / ".link", other / ".link"
+    for directory in (one, other):
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
+        probe.touch()
+        link.unlink(missing_ok=True)
+        hard_link(probe, link)
+    finally:
+        for path in (probe, link):
+            path.unlink(missing_ok=True)
 
 
 def human_bytes(count: float) -> str:

@@ -11,9 +11,9 @@ from stages.settings.checks import check
 from stages.settings.commands import stage_parser
 from stages.settings.conf import CONF, PROJECT, choices
 from stages.settings.handed_over import handed_over
-from stages.settings.schema import EvaluationSettings, Settings, SourceSettings, as_dict, as_json, scoring
+from stages.settings.schema import EvaluationSettings, Settings, SourceSettings, as_dict, as_json, gemm_sizes, scoring
 
-__all__ = ["CONF", "PROJECT", "EvaluationSettings", "Settings", "SourceSettings", "as_dict", "as_json", "choices", "load", "scoring", "stage_parser",
+__all__ = ["CONF", "PROJECT", "EvaluationSettings", "Settings", "SourceSettings", "as_dict", "as_json", "choices", "gemm_sizes", "load", "scoring", "stage_parser",
            "text_path"]
 
 

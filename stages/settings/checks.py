@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+from stages.checkpoint.files import from_here
 from stages.errors import UserError
 from stages.settings.schema import EvaluationSettings, RecipeSettings, ServingSettings, Settings, SourceSettings
 
@@ -14,10 +15,14 @@ LATENCIES = ("ttft", "tpot", "end_to_end")
 
 
 def check(settings: Settings) -> None:
-    """UserError for settings that cannot be meant. A source without a name takes its directory's or its repository's."""
+    """UserError for settings that cannot be meant. A source without a name takes its directory's or its repository's, and paths that name results
+    or are recorded with them get one spelling: with another Snakemake would make everything again."""
     _check_source(settings.source)
     _check_places(settings)
     _check_apart(settings)
+    settings.results = from_here(settings.results)
+    if settings.source.path:
+        settings.source.path = from_here(settings.source.path)
     _check_limits(settings)
     _check_evaluation(settings.evaluation, settings.serving)
     _check_serving(settings.serving)

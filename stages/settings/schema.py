@@ -154,6 +154,11 @@ def as_json(part: object) -> str:
     return json.dumps(part if isinstance(part, dict) else as_dict(part), sort_keys=True, separators=(",", ":"))
 
 
+def gemm_sizes(evaluation: EvaluationSettings) -> list[int]:
+    """What the GEMM checks depend on."""
+    return [evaluation.gemm_tensors, evaluation.gemm_tokens]
+
+
 def scoring(evaluation: EvaluationSettings) -> dict:
     """What a perplexity depends on: all of the evaluation's settings but those of the GEMM checks."""
     return {key: value for key, value in as_dict(evaluation).items() if not key.startswith("gemm")}

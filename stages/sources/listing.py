@@ -19,7 +19,7 @@ FIELDS = {"bytes", "sha256", "kind"}  # of a listed file; times came later
 def lists_place(listing: dict, source: SourceSettings) -> bool:
     """Whether listing.json is of this directory, however its path is spelt, or of this repository at any revision."""
     path = listing.get("path")
-    same_directory = bool(source.path) == bool(path) and (not path or Path(source.path).resolve() == Path(path).resolve())
+    same_directory = bool(source.path) == bool(path) and (not path or Path(source.path).resolve() == Path(path).absolute())
     return same_directory and source.repository == listing.get("repository")
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from stages.checkpoint.files import from_here
 from stages.errors import UserError
 from stages.settings import SourceSettings
 from stages.sources.files import SourceFile, is_plain, kind_of, safe_name
@@ -20,6 +21,11 @@ def _stays(target: Path, root: Path) -> bool:
 
 def _refuse_to_walk(error: OSError):
     raise error  # os.walk would leave out what it may not read, and the checkpoint would look complete
+
+
+def directory_of(source: SourceSettings) -> str | None:
+    """The directory that source.path leads to, over whatever links: one that was turned to another checkpoint is another source."""
+    return from_here(Path(source.path).resolve()) if source.path else None
 
 
 def list_directory(source: SourceSettings) -> list[SourceFile]:

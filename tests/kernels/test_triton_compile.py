@@ -73,10 +73,10 @@ def compile_all(target: int) -> dict[str, dict]:
         weight = torch.zeros(2, 128, 1280, dtype=torch.uint8).view(torch.float8_e4m3fn)
         mxfp4.quantize(weight, torch.ones(2, 1, 10), rule, (128, 128), importance)
 
-    def multiply(tokens, experts, dtype=torch.bfloat16, out=256):
-        packed, scale = torch.zeros(experts, out, 256, dtype=torch.uint8), torch.zeros(experts, out, 16, dtype=torch.uint8)
+    def multiply(tokens, experts, dtype=torch.bfloat16, out=256, columns=1024):
+        packed, scale = (torch.zeros(experts, out, columns // part, dtype=torch.uint8) for part in (2, 32))
         offsets = torch.linspace(0, tokens, experts + 1).long()
-        gemm.grouped_linear(torch.zeros(tokens, 512, dtype=dtype), packed, scale, offsets)
+        gemm.grouped_linear(torch.zeros(tokens, columns, dtype=dtype), packed, scale, offsets)
 
     cases = {
         "quantize FP8": quantize,
@@ -84,7 +84,9 @@ def compile_all(target: int) -> dict[str, dict]:
         "quantize BF16": lambda: mxfp4.quantize(torch.zeros(2, 128, 1280, dtype=torch.bfloat16), None, "mse", (128, 128), None),
         "quantize with importance": lambda: quantize(importance=torch.ones(1280)),
         "dequantize": lambda: mxfp4.dequantize(torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(64, 4, dtype=torch.uint8), torch.bfloat16),
-        "gemm grouped": lambda: multiply(24, 8),
+        "gemm grouped": lambda: multiply(24, 8, columns=4096),
+        "gemm 8 rows": lambda: multiply(8, 1, out=1280, columns=4096),
+        "gemm 32 rows": lambda: multiply(32, 1, out=1280, columns=4096),
         "gemm grouped, many programs": lambda: multiply(64, 64, out=1280),
         "gemm 64 rows": lambda: multiply(64, 1),
         "gemm 1024 rows in 4 experts": lambda: multiply(1024, 4),
@@ -129,7 +131,7 @@ def count(kernel: dict, start: str) -> int:
 
 
 def test_no_kernel_spills_registers_or_flushes_subnormals(compiled):
-    assert len(compiled) == 14  # the grouped cases launch two
+    assert len(compiled) == 16  # the grouped cases launch two
     for name, kernel in compiled.items():
         assert kernel["stack"] == 0 and count(kernel, "LDL") + count(kernel, "STL") == 0, f"{name} spills: {kernel['stack']} bytes of stack"
         assert ".ftz" not in kernel["ptx"], name
@@ -152,13 +154,15 @@ def test_large_loads_and_stores_are_vectors(compiled):
     assert count(compiled["dequantize: dequantize_kernel"], "LDG.E.128") and count(compiled["dequantize: dequantize_kernel"], "STG.E.128")
 
 
-@pytest.mark.parametrize("name, instruction", [("grouped", "HMMA"), ("grouped, many programs", "HMMA"), ("64 rows", "HGMMA"), ("1024 rows in 4 experts", "HGMMA")])
-def test_bfloat16_gemm_multiplies_on_tensor_cores_loads_ahead_and_decodes_in_pairs(compiled, name, instruction):
+@pytest.mark.parametrize("name, instruction, weights", [  # that a thread decodes in a step
+    ("grouped", "HMMA", 32), ("8 rows", "HMMA", 16), ("32 rows", "HMMA", 32), ("grouped, many programs", "HMMA", 32), ("64 rows", "HGMMA", 32),
+    ("1024 rows in 4 experts", "HGMMA", 32)])
+def test_bfloat16_gemm_multiplies_on_tensor_cores_loads_ahead_and_decodes_in_pairs(compiled, name, instruction, weights):
     kernel = compiled[f"gemm {name}: grouped_kernel"]
     assert count(kernel, instruction), sorted(kernel["code"])
     assert count(kernel, "LDGSTS") and not count(kernel, "LDG.E.U8"), f"{name}: a load waits in the loop: {sorted(kernel['code'])}"
     assert not count(kernel, "STS.U16"), f"{name}: decoded weights are stored one by one"
-    assert count(kernel, "HMUL2.BF16") >= 32 and count(kernel, "FMUL") <= 8, f"{name}: weights are decoded one by one: {kernel['code']}"
+    assert count(kernel, "HMUL2.BF16") >= weights and count(kernel, "FMUL") <= 8, f"{name}: weights are decoded one by one: {kernel['code']}"
     assert kernel["waits"] and not any(wait == 0 for wait in kernel["waits"]), f"{name}: every step waits for all of its loads: {kernel['waits']}"
 
 
