@@ -17,12 +17,12 @@ from contextlib import contextmanager, suppress
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: what, where, what to do."""
+    """A mistake that the user can fix. The message is one line: what, where, what to do."""
 
 
 @contextmanager
 def without_collection():
-    """For imports of torch and numba after a stage has begun: what they make lives on, and looking through it takes a fifth of the time."""
+    """Suspends garbage collection while torch and numba are imported: they make long-lived objects, and scanning them takes a fifth of the import."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -70,7 +70,7 @@ def exit_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
             if error.errno is None:
                 raise
             where = "".join(f" {name!r}" for name in (error.filename, error.filename2) if name)
-            print(f"error: {error.strerror}{where}: the operating system refused; mend that and run again",
+            print(f"error: {error.strerror}{where}: refused by the operating system; fix the cause and run again",
                   file=sys.stderr)
             sys.exit(1)
 

@@ -1,5 +1,4 @@
-"""Which results that are there were made for other settings or from other files: by hand, or by a run that this working directory has no
-records of."""
+"""Existing results made with other settings or from other files, by hand or by a run that Snakemake has no record of here; and damaged ones."""
 
 from __future__ import annotations
 
@@ -45,8 +44,8 @@ def refuse_another_source(settings: Settings) -> None:
 
 
 def is_exchanged(settings: Settings) -> bool:
-    """Whether verify.json is of another release than the one that is there, but not older: somebody put that in the place of the proven one
-    (`dvc checkout` does), and Snakemake, which goes by times, would leave both."""
+    """Whether release/ was replaced after it was verified (`dvc checkout` does that) by a release that is not newer, which Snakemake cannot see from
+    timestamps."""
     proof, manifest = settings.run_directory / "verify.json", settings.run_directory / "release" / "manifest.json"
     if not (proof.is_file() and manifest.is_file()) or proof.stat().st_mtime_ns < manifest.stat().st_mtime_ns:
         return False

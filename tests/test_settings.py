@@ -6,7 +6,6 @@ import os
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -89,10 +88,10 @@ def test_a_path_has_one_spelling(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deep/er").mkdir(parents=True)
     (tmp_path / "link").symlink_to("deep/er")
-    for spelt, wanted in (("a/b/", "a/b"), ("./a//b", "a/b"), ("deep/../a/b", "a/b"), (f"{tmp_path}/a/b", "a/b"), (".", "."), ("/data/m/", "/data/m"),
+    for spelt, wanted in (("a/b/", "a/b"), ("./a//b", "a/b"), ("deep/../a/b", "a/b"), (f"{tmp_path}/a/b", "a/b"), ("/data/m/", "/data/m"),
                           ("link/../m", "link/../m"), ("link", "link")):
-        made = load(["source=local", f"source.path={spelt}", "source.name=x", f"results='{spelt}_'"])
-        assert made.source.path == wanted and Path(made.results).absolute() == Path(f"{spelt}_").absolute(), spelt
+        made = load(["source=local", f"source.path={spelt}", "source.name=x", f"results={tmp_path}/r//s/"])
+        assert (made.source.path, made.results) == (wanted, "r/s"), spelt
 
 
 def test_a_local_source_is_named_after_its_directory():

@@ -18,7 +18,7 @@ ROUNDED_WEIGHTS = 1 << 22  # that torch rounds to float16 at once: starting its 
 
 
 def table_shift(weight, tile_scale, tile, importance):
-    """log2 of a tile's width in blocks where tables pay and hold all of the matrix, else None."""
+    """log2 of a tile's width in blocks if per-tile tables are worthwhile and valid for the whole matrix, else None."""
     if tile_scale is None or importance is not None or not weight.size or tile[0] * tile[1] < 4096:
         return None
     width = tile[1] // BLOCK

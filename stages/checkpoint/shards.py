@@ -11,7 +11,7 @@ from stages.checkpoint.reader import ShardReader
 
 
 class Shards:
-    """The shards of a directory: readers by file name, of every tensor its header entry and its file. Closed behind a `with`."""
+    """The shards of a directory: readers by file name; for each tensor its header entry and shard. Use in a `with`."""
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)

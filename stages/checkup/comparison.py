@@ -73,7 +73,7 @@ def compare_matrix(checkpoint: Checkpoint, source: Source, buffers: Buffers, mat
 
 
 def _spans(source: Source, match: Match, quick: bool) -> list[tuple[int, int]]:
-    """Rows of a matrix that are compared at once, each span of whole tiles of the source's, as far as there are."""
+    """Spans of rows that are compared at once, aligned to the source's tiles where possible."""
     claim, rows = source.claims[match.name], range(*match.rows)
     step = claim.tile[0] if claim.tile else 1
     if quick:

@@ -113,12 +113,10 @@ class Hub:
         return HfHubHTTPError, __import__(transport).HTTPError, OSError, ValueError
 
     def patiently(self, what: str, action: Callable[[], object], received: Callable[[], int] = lambda: 0, pauses: Sequence[int] | None = None):
-        """`action()`, again after failures that pass, until it has failed in vain behind the last of `pauses` (PAUSES by default); a line on
-        standard error says so each time.
+        """Runs `action()`, retrying transient failures after each of `pauses` in seconds (PAUSES by default); each retry is a line on standard error.
 
-        `received` counts the bytes that have come: a failure behind new bytes is the first one again, so that a flaky line
-        brings a large shard home in any number of pieces. Raises UserError with the remedy when the hub means it; an
-        OSError of the local disk is passed on as it is.
+        `received` counts the bytes that have come: progress begins the pauses anew, so that a flaky line brings a large shard home in any number of
+        pieces. Raises UserError with the remedy when the hub means it; an OSError of the local disk is passed on as it is.
         """
         pauses = PAUSES if pauses is None else pauses
         failures, most = 0, received()
@@ -268,11 +266,10 @@ def resolve(repository: str, revision: str | None) -> tuple[str, list[str]]:
 
 
 class HashedFile(io.FileIO):
-    """A file that is written at its end only, whatever is sought, and the sha256 of all that is in it.
+    """An append-only file, whatever position is sought, with the sha256 of all that is in it.
 
     One process writes it at a time: UserError for a second. What is there is read once; what comes is hashed as far as the system took it, so
-    that the hash is the file's behind a failed write, too. A file that is cut, as the hub's client does when a server ignores ranges, is read
-    again.
+    that the hash is right after a failed write, too. Truncating it, as the hub's client does when a server ignores ranges, reads it again.
     """
 
     def __init__(self, path: Path):

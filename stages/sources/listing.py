@@ -60,8 +60,8 @@ def read_anomalies(settings: Settings) -> list[str]:
 
 
 def check_source(settings: Settings, may_be_gone: bool = False) -> None:
-    """UserError unless a local source still has the files that it was listed with, by size and time, so that nothing is compared with others;
-    may_be_gone: or does not have them any more. A hub's revision cannot change."""
+    """UserError unless a local source still has the files that it was listed with, by size and time, so that nothing is compared with others.
+    A hub's revision cannot change. may_be_gone: accept missing files."""
     source = settings.source
     for name, entry in sorted(read_listing(settings).items()) if source.path else ():
         if entry["kind"] != "ignored" and not (may_be_gone and not (Path(source.path) / name).exists()):
