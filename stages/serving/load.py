@@ -20,12 +20,14 @@ import json
 import random
 import re
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import httpx
 
 from stages.errors import UserError
 
+LINE_END = re.compile(rb"\r\n|\n|\r")
 SAMPLE = re.compile(r"^(vllm:[a-z_]+?)(?:_total)?(?:\{([^}]*)\})? ([0-9.eE+-]+)$", re.M)
 POSITION = re.compile(r'position="(\d+)"')
 COUNTERS = ("generation_tokens", "spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
@@ -54,6 +56,20 @@ def parse_metrics(text: str) -> dict:
             values[name] = values.get(name, 0.0) + float(number)
     values["accepted_per_position"] = [positions[place] for place in sorted(positions)]
     return values
+
+
+async def lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """Lines of an event stream. They end at CR LF, LF or CR only: httpx's own lines end at U+0085, U+2028 and U+2029, too, which generated text holds.
+
+    A CR LF that two pieces share gives an empty line more, which means nothing here.
+    """
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = LINE_END.split(rest + piece)
+        for line in lines:
+            yield line.decode(errors="replace")
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 class ClosedLoop:
@@ -96,7 +112,7 @@ class ClosedLoop:
             if answer.status_code != 200:
                 text = (await answer.aread()).decode(errors="replace")
                 raise UserError(f"{where} answers with {answer.status_code}: {text[:200]}")
-            async for line in answer.aiter_lines():
+            async for line in lines_of(answer.aiter_bytes()):
                 arrived = self.now()
                 if not line.startswith("data:"):
                     if line.strip() and not line.startswith((":", "event:", "id:", "retry:")):

@@ -1,7 +1,8 @@
 """A completions server whose rate is known: it emits tokens by absolute time and remembers when.
 
 It runs in a thread of the test's process, so that both read the same clock. Chunks hold the numbers of tokens in `chunks`,
-in turn. `fault` makes it misbehave in one of the ways that real servers do.
+in turn. `fault` makes it misbehave in one of the ways that real servers do. Their text holds characters at which Python, but
+not an event stream, begins a new line.
 """
 
 import asyncio
@@ -9,6 +10,8 @@ import itertools
 import json
 import threading
 import time
+
+TEXT = "x\u0085\u2028\u2029\u00e4"  # not escaped in the events, as vLLM sends them
 
 
 class PacedServer:
@@ -106,7 +109,8 @@ class PacedServer:
                 elif fault == "error_event":
                     self._event(writer, '{"error": {"message": "engine core died"}}')
                 else:
-                    self._event(writer, json.dumps({"choices": [{"text": "x"}], **({} if fault == "no_usage" else {"usage": usage})}))
+                    self._event(writer, json.dumps({"choices": [{"text": TEXT}], **({} if fault == "no_usage" else {"usage": usage})},
+                                                   ensure_ascii=False))
                 await writer.drain()
                 if sent == total or (fault == "short" and sent > total // 2):
                     break
