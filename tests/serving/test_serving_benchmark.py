@@ -112,12 +112,56 @@ def test_every_figure_can_be_recomputed_from_the_saved_events(tmp_path):
 
 def test_latencies_are_those_of_the_definitions():
     from stages.serving.load import Events
-    rows = [("send", 1.0, 0, 1, 8), ("tokens", 1.5, 0, 1, 2), ("tokens", 2.0, 0, 1, 4), ("tokens", 2.5, 0, 1, 6),
-            ("end", 2.5, 0, 1, 6)]
+    rows = [("send", 0.0, 0, 1, 8), ("tokens", 0.5, 0, 1, 6), ("end", 0.5, 0, 1, 6),
+            ("send", 1.0, 0, 2, 8), ("tokens", 1.5, 0, 2, 2), ("tokens", 2.0, 0, 2, 4), ("tokens", 2.5, 0, 2, 6),
+            ("end", 2.5, 0, 2, 6)]
     found = figures(Events(rows, [], [(1.0, 3.0)]), streams=1, output_tokens=6, goodput_limits={"ttft": 400})
     assert found["latency"]["ttft"]["mean_ms"] == 500 and found["latency"]["itl"]["mean_ms"] == 500
     assert found["latency"]["tpot"]["mean_ms"] == 250 and found["latency"]["end_to_end"]["mean_ms"] == 1500
     assert found["windows"][0]["tokens"] == 6 and found["goodput"]["share"] == 0
+
+
+def burst(streams, burst_seconds, ttft, per_token, output_tokens, horizon):
+    """Rows of streams that all send at 0: the first tokens come one stream after the other within `burst_seconds`, later ones after `ttft`."""
+    rows, request = [], 0
+    for stream in range(streams):
+        at, first = 0.0, burst_seconds * (stream + 1) / streams
+        while at < horizon:
+            request += 1
+            rows.append(("send", at, stream, request, 8))
+            at += first
+            rows.append(("tokens", at, stream, request, 1))
+            for count in range(2, output_tokens + 1):
+                at += per_token
+                rows.append(("tokens", at, stream, request, count))
+            rows.append(("end", at, stream, request, output_tokens))
+            first = ttft
+    return sorted(rows, key=lambda row: row[1])
+
+
+def test_the_burst_at_the_start_is_in_no_latency():
+    """Windows begin before the first requests have ended, as they do with completions longer than the ramp."""
+    from stages.serving.load import Events
+    rows = burst(streams=4, burst_seconds=5.0, ttft=0.2, per_token=0.1, output_tokens=64, horizon=60)
+    window = (6.0, 36.0)
+    found = figures(Events(rows, [], [window]), streams=4, output_tokens=64, goodput_limits={"ttft": 300})
+    assert found["first_requests_left_out"] == 4 and found["requests"] == found["windows"][0]["requests"] > 8
+    assert found["latency"]["ttft"]["count"] == found["requests"] and found["latency"]["ttft"]["p95_ms"] == pytest.approx(200)
+    assert found["latency"]["end_to_end"]["p95_ms"] == pytest.approx(6500) and found["latency"]["tpot"]["p50_ms"] == pytest.approx(100)
+    assert found["goodput"]["share"] == 1
+    counted = sum(window[0] <= row[1] < window[1] for row in rows if row[0] == "tokens")  # one token each; those of the first requests, too
+    assert found["windows"][0]["tokens"] == counted
+    assert not any("latencies are not measured" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize("window", [(6.0, 7.0), (6.0, 11.5)])  # in which none ends, and the first of each stream only
+def test_a_window_without_a_request_to_take_latencies_from_is_warned_of(window):
+    from stages.serving.load import Events
+    rows = burst(streams=4, burst_seconds=5.0, ttft=0.2, per_token=0.1, output_tokens=64, horizon=60)
+    found = figures(Events(rows, [{}] * 4, [(20.0, 40.0), window]), streams=4, output_tokens=64)
+    assert [row["requests"] > 0 for row in found["windows"]] == [True, False]
+    assert [warning for warning in found["warnings"] if "latencies" in warning] == [
+        "4 streams, window 2: no request but each stream's first ended in this window: latencies are not measured; lengthen serving.window_seconds"]
 
 
 def test_draft_counters_that_contradict_each_other_are_faults():
