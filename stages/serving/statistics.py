@@ -28,6 +28,7 @@ from pathlib import Path
 from stages.serving.load import Events
 
 PERCENTILES = (50, 90, 95, 99)
+FEWEST = {99: 100}  # values that a percentile is given from: of fewer, the 99th would be little but the largest
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 1 to 10 degrees of freedom
 
 
@@ -59,11 +60,11 @@ def percentile(values: list[float], percent: float) -> float:
 
 
 def summary(values: list[float]) -> dict | None:
-    """Mean and percentiles in milliseconds of values in seconds; None without values."""
+    """Count, mean and percentiles in milliseconds of values in seconds; None without values, and for the 99th percentile of fewer than 100."""
     if not values:
         return None
     return {"count": len(values), "mean_ms": 1000 * statistics.fmean(values),
-            **{f"p{percent}_ms": 1000 * percentile(values, percent) for percent in PERCENTILES}}
+            **{f"p{percent}_ms": 1000 * percentile(values, percent) if len(values) >= FEWEST.get(percent, 1) else None for percent in PERCENTILES}}
 
 
 def mean_and_interval(values: list[float]) -> dict:

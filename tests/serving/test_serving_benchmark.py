@@ -192,8 +192,15 @@ def test_metrics_are_read_as_vllm_writes_them():
 
 def test_means_and_percentiles_are_the_textbook_ones():
     assert summary([0.001 * value for value in range(1, 101)])["p90_ms"] == pytest.approx(90.1)
+    assert summary([0.001 * value for value in range(1, 101)])["p99_ms"] == pytest.approx(99.01)
     found = mean_and_interval([10.0, 12.0, 14.0])
     assert found["mean"] == 12.0 and found["half_interval_95"] == pytest.approx(4.303 * 2 / 3**0.5)
+
+
+def test_a_99th_percentile_is_not_given_from_fewer_than_100_values():
+    found = summary([0.001 * value for value in range(1, 100)])
+    assert found["count"] == 99 and found["p99_ms"] is None and found["p95_ms"] == pytest.approx(94.1)
+    assert summary([]) is None
 
 
 def settings_for(server, tmp_path, **others):
