@@ -69,7 +69,7 @@ def measure(settings: Settings, running, streams: int, vocabulary: int) -> dict:
     progress = Progress(loop)
     try:
         asyncio.run(loop.run(serving.windows, serving.window_seconds, serving.ramp_seconds, progress))
-    except UserError:
+    except BaseException:  # Ctrl-C, and mistakes of ours, too: what was measured is worth a look
         save(path.with_name(f"{streams}.partial.jsonl.gz"), loop.events, facts)
         raise
     finally:
@@ -81,7 +81,7 @@ def measure(settings: Settings, running, streams: int, vocabulary: int) -> dict:
 
 
 def run(settings: Settings) -> dict:
-    """Writes serving.json. A failure leaves serving.partial.json with the levels that were measured, and raises UserError."""
+    """Writes serving.json. A failure leaves serving.partial.json with the levels that were measured, and raises UserError; Ctrl-C leaves it, too."""
     serving, target = settings.serving, settings.run_directory / "serving.json"
     partial = target.with_name("serving.partial.json")
     if serving.kind == "none" or (serving.if_installed and not marker_inputs(serving)):
@@ -112,8 +112,10 @@ def run(settings: Settings) -> dict:
                 print(line, flush=True)
                 for warning in level["warnings"]:
                     print(f"note: {warning}", flush=True)
-    except UserError as error:
-        write_json(partial, result | {"failed": str(error)})
+    except BaseException as error:
+        write_json(partial, result | {"failed": str(error) or type(error).__name__})
+        if not isinstance(error, UserError):
+            raise
         raise UserError(f"{error} ({len(result['levels'])} of {len(serving.concurrencies)} levels are in {partial})") from None
     write_json(target, result)
     partial.unlink(missing_ok=True)

@@ -59,7 +59,7 @@ def parse_metrics(text: str) -> dict:
 
 
 async def lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
-    """Lines of an event stream. They end at CR LF, LF or CR only: httpx's own lines end at U+0085, U+2028 and U+2029, too, which generated text holds.
+    """Lines of an event stream. They end at CR LF, LF or CR only: httpx's own end at U+0085, U+2028 and U+2029, too, which generated text holds.
 
     A CR LF that two pieces share gives an empty line more, which means nothing here.
     """
@@ -70,6 +70,34 @@ async def lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
             yield line.decode(errors="replace")
     if rest:
         yield rest.decode(errors="replace")
+
+
+def completion_tokens(data: str, where: str) -> int:
+    """Completion tokens so far by the usage counter in one event's data. UserError for an error that the server reports, in its form of today or as
+    older vLLM did ({"object": "error", "message": ...}), and for what is no event with a counter."""
+    damaged = UserError(f"{where} sends a damaged event: {data[:80]!r}")
+    try:
+        chunk = json.loads(data)
+    except (ValueError, RecursionError):
+        raise damaged from None
+    if not isinstance(chunk, dict):
+        raise damaged
+    error = chunk.get("error")
+    if error is None and chunk.get("object") == "error":
+        error = chunk
+    if error is not None:
+        said = error.get("message") if isinstance(error, dict) else error
+        raise UserError(f"{where} reports an error in the stream: {str(said or error)[:200]}")
+    usage = {} if chunk.get("usage") is None else chunk["usage"]
+    if not isinstance(usage, dict):
+        raise damaged
+    count = usage.get("completion_tokens")
+    if count is None:
+        raise UserError(f"{where} streams without usage counters; tokens cannot be counted by chunks (a chunk holds several under speculation): "
+                        "use a server with stream_options.continuous_usage_stats")
+    if type(count) is not int:
+        raise damaged
+    return count
 
 
 class ClosedLoop:
@@ -122,17 +150,7 @@ class ClosedLoop:
                 if data == "[DONE]":
                     finished = True
                     break
-                try:
-                    chunk = json.loads(data)
-                except ValueError:
-                    raise UserError(f"{where} sends a damaged event: {data[:80]!r}") from None
-                if "error" in chunk:
-                    raise UserError(f"{where} reports an error in the stream: {str(chunk['error'])[:200]}")
-                usage = chunk.get("usage") or {}
-                count = usage.get("completion_tokens")
-                if count is None:
-                    raise UserError(f"{where} streams without usage counters; tokens cannot be counted by chunks (a chunk holds "
-                                    "several under speculation): use a server with stream_options.continuous_usage_stats")
+                count = completion_tokens(data, where)
                 if count < seen:
                     raise UserError(f"{where} counts backwards, from {seen} to {count} completion tokens")
                 if count > seen:

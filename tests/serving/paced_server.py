@@ -106,6 +106,8 @@ class PacedServer:
                 usage = {"completion_tokens": sent - 2 * (sent > total // 2) * (size + 1) if fault == "backwards" else sent}
                 if fault == "malformed":
                     self._event(writer, '{"choices": [')
+                elif fault == "null_event":
+                    self._event(writer, "null")
                 elif fault == "error_event":
                     self._event(writer, '{"error": {"message": "engine core died"}}')
                 else:

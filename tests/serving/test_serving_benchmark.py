@@ -1,6 +1,7 @@
 """The serving benchmark against a server whose true rate is known: right figures, or one line that says what is wrong."""
 
 import asyncio
+import gzip
 import json
 
 import pytest
@@ -235,7 +236,7 @@ def test_a_window_in_which_the_server_stands_still_is_measured_and_warned_of(tmp
 
 @pytest.mark.parametrize(("fault", "words"), [
     ("500", "answers with 500: out of memory in layer 7"), ("404", "answers with 404: no such model"),
-    ("malformed", "damaged event"), ("error_event", "engine core died"), ("no_usage", "without usage counters"),
+    ("malformed", "damaged event"), ("null_event", "damaged event"), ("error_event", "engine core died"), ("no_usage", "without usage counters"),
     ("short", "ended a stream after"), ("die", "while 4 streams were running"), ("backwards", "counts backwards"),
     ("hang", "while 4 streams were running"),
 ])
@@ -260,6 +261,23 @@ def test_a_server_that_fails_ends_the_run_with_one_line_and_keeps_what_was_measu
     partial = json.loads((settings.run_directory / "serving.partial.json").read_text())
     assert [level["streams"] for level in partial["levels"]] == [2] and partial["failed"]
     assert (settings.run_directory / "serving" / "4.partial.jsonl.gz").exists()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_was_measured_is_kept_whatever_ends_the_run(tmp_path, monkeypatch, kind):
+    def ends(self, what):
+        if what == "window 1":
+            raise kind("ended")
+
+    monkeypatch.setattr(serve_bench.Progress, "__call__", ends)
+    with PacedServer(rate=400.0) as server:
+        settings = settings_for(server, tmp_path)
+        with pytest.raises(kind):
+            serve_bench.run(settings)
+    assert not (settings.run_directory / "serving.json").exists()
+    assert json.loads((settings.run_directory / "serving.partial.json").read_text())["failed"]
+    with gzip.open(settings.run_directory / "serving" / "2.partial.jsonl.gz", "rt") as file:
+        assert sum(json.loads(line)[0] == "tokens" for line in [*file][1:]) > 0
 
 
 def test_an_address_where_nobody_listens_is_one_line(tmp_path):
