@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -23,7 +24,7 @@ from stages.dialects.config import whole_number
 from stages.errors import UserError, exit_with_one_line
 from stages.serving.environment import marker_inputs
 from stages.serving.launcher import server
-from stages.serving.load import ClosedLoop
+from stages.serving.load import ClosedLoop, text_ids
 from stages.serving.statistics import figures, recompute, save
 from stages.settings import Settings, as_dict, load, stage_parser
 
@@ -59,7 +60,7 @@ class Progress:
             self._live.stop()
 
 
-def measure(settings: Settings, running, streams: int, vocabulary: int) -> dict:
+def measure(settings: Settings, running, streams: int, vocabulary: Sequence[int]) -> dict:
     """Figures of one concurrency level; its raw events are saved even if it fails."""
     serving = settings.serving
     loop = ClosedLoop(running, streams=streams, output_tokens=serving.output_tokens, prompt_tokens=serving.prompt_tokens,
@@ -91,16 +92,18 @@ def run(settings: Settings) -> dict:
         write_json(target, result)
         print(result["not_measured"])
         return result
-    config = read_json(settings.run_directory / "release" / "config.json", "assemble_release")
+    release = settings.run_directory / "release"
+    config = read_json(release / "config.json", "assemble_release")
     vocabulary = whole_number(config, "vocab_size")
     if vocabulary is None:
         raise UserError("config.json: has no vocab_size, from which the random prompts are drawn; restore the original, or choose serving=none")
+    drawn = text_ids(release, vocabulary)
     result = {"manifest_sha256": measured_release(settings), "server": serving.name, "settings": as_dict(serving), "engine": {}, "levels": []}
     try:
         with server(settings) as running:
             result["engine"] = running.facts
             for streams in serving.concurrencies:
-                level = measure(settings, running, streams, vocabulary)
+                level = measure(settings, running, streams, drawn)
                 result["levels"].append(level)
                 line = (f"{streams} streams: {level['tokens_per_second']['mean']:.1f} tokens/s over {serving.windows} x "
                         f"{serving.window_seconds:g} s")

@@ -20,8 +20,9 @@ import json
 import random
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 
@@ -31,7 +32,8 @@ LINE_END = re.compile(rb"\r\n|\n|\r")
 SAMPLE = re.compile(r"^(vllm:[a-z_]+?)(?:_total)?(?:\{([^}]*)\})? ([0-9.eE+-]+)$", re.M)
 POSITION = re.compile(r'position="(\d+)"')
 COUNTERS = ("generation_tokens", "spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
-SPECIAL_TOKENS = 16  # lowest token ids, which prompts leave out
+TOKENIZER = "tokenizer.json"
+SPECIAL_TOKENS = 16  # lowest token ids, which prompts leave out where no tokenizer.json says which are special
 
 
 @dataclass
@@ -56,6 +58,30 @@ def parse_metrics(text: str) -> dict:
             values[name] = values.get(name, 0.0) + float(number)
     values["accepted_per_position"] = [positions[place] for place in sorted(positions)]
     return values
+
+
+def _higher_ids(vocabulary: int) -> range:
+    return range(min(SPECIAL_TOKENS, vocabulary - 1), vocabulary)
+
+
+def text_ids(directory: Path, vocabulary: int) -> Sequence[int]:
+    """Token ids that stand for text, to draw random prompts from: those of tokenizer.json below `vocabulary` that are no added tokens. Added ones,
+    often at the end, are special: they would end a text, call for an image that is not there, or be read by nobody.
+
+    Without a tokenizer.json: all of the vocabulary but its lowest ids. UserError for a tokenizer.json that cannot be read.
+    """
+    path = directory / TOKENIZER
+    found: list[int] = []
+    if path.exists():
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # of no kind of its own
+            raise UserError(f"{path} is damaged ({str(error)[:120]}): restore the original") from None
+        found = sorted({number for number in tokenizer.get_vocab(with_added_tokens=False).values() if number < vocabulary}
+                       - tokenizer.get_added_tokens_decoder().keys())
+    return found or _higher_ids(vocabulary)
 
 
 async def lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
@@ -101,12 +127,13 @@ def completion_tokens(data: str, where: str) -> int:
 
 
 class ClosedLoop:
-    """One concurrency level against one server."""
+    """One concurrency level against one server. vocabulary: the token ids that prompts are drawn from, or the number of all that there are."""
 
-    def __init__(self, server, *, streams: int, output_tokens: int, prompt_tokens: int, vocabulary: int, seed: int,
+    def __init__(self, server, *, streams: int, output_tokens: int, prompt_tokens: int, vocabulary: int | Sequence[int], seed: int,
                  timeout_seconds: float):
         self.server, self.streams, self.output_tokens, self.prompt_tokens = server, streams, output_tokens, prompt_tokens
-        self.vocabulary, self.timeout = vocabulary, timeout_seconds
+        self.vocabulary = _higher_ids(vocabulary) if isinstance(vocabulary, int) else vocabulary
+        self.timeout = timeout_seconds
         self.events = Events()
         self._random, self._heads = random.Random(seed), set()
         self._start = time.perf_counter()
@@ -119,9 +146,8 @@ class ClosedLoop:
 
     def prompt(self) -> list[int]:
         """Random token ids; the first two tokens never occur again while there are pairs left."""
-        low = min(SPECIAL_TOKENS, self.vocabulary - 1)
         for _ in range(1000):
-            ids = [self._random.randrange(low, self.vocabulary) for _ in range(self.prompt_tokens)]
+            ids = self._random.choices(self.vocabulary, k=self.prompt_tokens)
             if tuple(ids[:2]) not in self._heads:
                 break
         self._heads.add(tuple(ids[:2]))

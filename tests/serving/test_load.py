@@ -1,11 +1,13 @@
 """The closed loop's reading of a stream: what is a line, what is an event, and what a prompt is made of."""
 
 import asyncio
+import json
 
 import pytest
 
 from stages.errors import UserError
-from stages.serving.load import completion_tokens, lines_of
+from stages.serving.load import ClosedLoop, completion_tokens, lines_of, text_ids
+from tests.conftest import TINY
 
 
 def read(*pieces):
@@ -47,3 +49,37 @@ def test_an_event_that_is_none_or_tells_of_an_error_is_one_line(data, words):
 @pytest.mark.parametrize("data", ['{"choices": [], "usage": {"completion_tokens": 3}}', '{"error": null, "usage": {"completion_tokens": 3}}'])
 def test_a_good_event_gives_its_counter(data):
     assert completion_tokens(data, "http://server/v1/completions") == 3
+
+
+def tokenizer(directory, vocabulary, added):
+    """A tokenizer.json of words 0 to `vocabulary` - 1, with added tokens of these ids."""
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None,
+        "decoder": None, "model": {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(vocabulary)}, "unk_token": "w0"},
+        "added_tokens": [{"id": i, "content": f"w{i}" if i < vocabulary else f"<{i}>", "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": i % 2 == 0} for i in added]}))
+    return directory
+
+
+@pytest.mark.parametrize(("vocabulary", "added", "known", "expected"), [
+    (100, (0, 1, 97, 98, 99, 100, 101), 128, range(2, 97)),  # special ones first, in the midst of the words, and behind them
+    (100, (), 128, range(100)), (100, (100,), 50, range(50)),  # the model's embedding is shorter than the tokenizer
+    (4, (0, 1, 2, 3), 64, range(16, 64)),  # nothing left: as without a tokenizer
+])
+def test_prompts_are_drawn_from_ids_that_stand_for_text(tmp_path, vocabulary, added, known, expected):
+    assert list(text_ids(tokenizer(tmp_path, vocabulary, added), known)) == list(expected)
+
+
+def test_a_checkpoint_without_a_tokenizer_or_with_a_damaged_one(tmp_path):
+    assert list(text_ids(tmp_path, 64)) == list(range(16, 64)) and list(text_ids(tmp_path, 1)) == [0]
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(UserError, match="tokenizer.json is damaged .*: restore the original"):
+        text_ids(tmp_path, 64)
+
+
+def test_no_prompt_of_the_tiny_model_holds_a_special_token():
+    added = {entry["id"] for entry in json.loads((TINY / "tokenizer.json").read_text())["added_tokens"]}
+    loop = ClosedLoop(None, streams=1, output_tokens=1, prompt_tokens=64, vocabulary=text_ids(TINY, 512), seed=0, timeout_seconds=1)
+    drawn = {number for _ in range(200) for number in loop.prompt()}
+    assert len(added) == 10 and not drawn & added and len(drawn) == 512 - len(added)
