@@ -27,6 +27,7 @@ from pathlib import Path
 import httpx
 
 from stages.errors import UserError
+from stages.serving.launcher import http_options, without_key
 
 LINE_END = re.compile(rb"\r\n|\n|\r")
 SAMPLE = re.compile(r"^(vllm:[a-z_]+?)(?:_total)?(?:\{([^}]*)\})? ([0-9.eE+-]+)$", re.M)
@@ -113,7 +114,7 @@ def completion_tokens(data: str, where: str) -> int:
         error = chunk
     if error is not None:
         said = error.get("message") if isinstance(error, dict) else error
-        raise UserError(f"{where} reports an error in the stream: {str(said or error)[:200]}")
+        raise UserError(f"{where} reports an error in the stream: {without_key(str(said or error))[:200]}")
     usage = {} if chunk.get("usage") is None else chunk["usage"]
     if not isinstance(usage, dict):
         raise damaged
@@ -165,7 +166,7 @@ class ClosedLoop:
         async with client.stream("POST", where, json=body) as answer:
             if answer.status_code != 200:
                 text = (await answer.aread()).decode(errors="replace")
-                raise UserError(f"{where} answers with {answer.status_code}: {text[:200]}")
+                raise UserError(f"{where} answers with {answer.status_code}: {without_key(text)[:200]}")
             async for line in lines_of(answer.aiter_bytes()):
                 arrived = self.now()
                 if not line.startswith("data:"):
@@ -231,7 +232,8 @@ class ClosedLoop:
         """Runs the loop until the last window has closed, then drops the streams. UserError for anything irregular; what
         was recorded until then stays in `events`."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx.AsyncClient(timeout=httpx.Timeout(self.timeout, connect=30.0), limits=limits, trust_env=False) as client:
+        async with httpx.AsyncClient(timeout=httpx.Timeout(self.timeout, connect=30.0), limits=limits,
+                                     **http_options(self.server.base_url)) as client:
             streams = [asyncio.create_task(self._stream(client, stream)) for stream in range(self.streams)]
             measuring = asyncio.create_task(self._measure(client, windows, window_seconds, ramp_seconds, tick))
             try:

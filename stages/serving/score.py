@@ -13,7 +13,7 @@ import httpx
 import torch
 
 from stages.errors import UserError
-from stages.serving.launcher import Server
+from stages.serving.launcher import Server, http_options, without_key
 
 PARALLEL = 8  # windows in flight
 TIMEOUT_SECONDS = 600.0
@@ -48,7 +48,7 @@ def token_log_probabilities(server: Server, tokens: torch.Tensor, windows: list[
             answer = client.post(where, json=body)
             if answer.status_code != 200:
                 raise UserError(f"{where} answers a prompt of {end - begin} tokens with {answer.status_code}: "
-                                f"{answer.text[:200]}")
+                                f"{without_key(answer.text)[:200]}")
             return _scored(answer.json()["choices"][0].get("prompt_logprobs"), ids[begin:end], scored - begin, where)
         except httpx.HTTPError as error:
             server.check()
@@ -56,6 +56,6 @@ def token_log_probabilities(server: Server, tokens: torch.Tensor, windows: list[
         except (ValueError, KeyError, IndexError, AttributeError):
             raise UserError(f"{where} gave no answer in the form of vLLM's completions; name a vLLM server") from None
 
-    with httpx.Client(timeout=TIMEOUT_SECONDS, trust_env=False) as client, ThreadPoolExecutor(PARALLEL) as pool:
+    with httpx.Client(timeout=TIMEOUT_SECONDS, **http_options(server.base_url)) as client, ThreadPoolExecutor(PARALLEL) as pool:
         parts = list(pool.map(lambda window: one(client, window), windows))
     return torch.tensor([value for part in parts for value in part], dtype=torch.float64)

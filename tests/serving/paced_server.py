@@ -21,6 +21,7 @@ class PacedServer:
         self.rate, self.chunks, self.fault, self.stall = rate, chunks, fault, stall  # tokens/s of each stream; stall: (at, for)
         self.counter_factor, self.metrics = counter_factor, metrics
         self.emitted, self.prompts, self.running, self.requests = [], [], 0, 0
+        self.keys = set()  # that came as authorization, None for none
         self.ready, self.started_at = threading.Event(), None
 
     def __enter__(self):
@@ -50,6 +51,8 @@ class PacedServer:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 path = head.split(b" ", 2)[1].decode()
                 length = next((int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), 0)
+                self.keys.add(next((line.split(b": ")[1].decode() for line in head.split(b"\r\n") if line.lower().startswith(b"authorization")),
+                                   None))
                 body = json.loads(await reader.readexactly(length)) if length else {}
                 if path == "/metrics":
                     self._plain(writer, 200 if self.metrics else 404, self._metrics())
