@@ -14,6 +14,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime, timezone
 
 from rich.console import Console
 from rich.live import Live
@@ -23,7 +24,7 @@ from stages.checkpoint.files import read_json, write_json
 from stages.dialects.config import whole_number
 from stages.errors import UserError, exit_with_one_line
 from stages.serving.environment import marker_inputs
-from stages.serving.launcher import server
+from stages.serving.launcher import server, without_api_key, without_secrets
 from stages.serving.load import ClosedLoop, text_ids
 from stages.serving.statistics import figures, recompute, save
 from stages.settings import Settings, as_dict, load, stage_parser
@@ -58,6 +59,11 @@ class Progress:
         """Leaves the terminal as it was."""
         if self._live:
             self._live.stop()
+
+
+def now_utc() -> str:
+    """The time, to the second, as ISO 8601 writes it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def measure(settings: Settings, running, streams: int, vocabulary: Sequence[int]) -> dict:
@@ -98,13 +104,16 @@ def run(settings: Settings) -> dict:
     if vocabulary is None:
         raise UserError("config.json: has no vocab_size, from which the random prompts are drawn; restore the original, or choose serving=none")
     drawn = text_ids(release, vocabulary)
-    result = {"manifest_sha256": measured_release(settings), "server": serving.name, "settings": as_dict(serving), "engine": {}, "levels": []}
+    shown = as_dict(serving) | {"flags": without_api_key(serving.flags), "variables": without_secrets(serving.variables)}
+    result = {"manifest_sha256": measured_release(settings), "server": serving.name, "settings": shown, "engine": {}, "levels": []}
     try:
         with server(settings) as running:
             result["engine"] = running.facts
+            running.facts["begin_utc"] = now_utc()
             for streams in serving.concurrencies:
                 level = measure(settings, running, streams, drawn)
                 result["levels"].append(level)
+                running.facts["end_utc"] = now_utc()
                 line = (f"{streams} streams: {level['tokens_per_second']['mean']:.1f} tokens/s over {serving.windows} x "
                         f"{serving.window_seconds:g} s")
                 window = level["windows"][0]

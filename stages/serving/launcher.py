@@ -44,6 +44,11 @@ UNVERIFIED = "not verified to be this release"  # what an endpoint serves
 PR_SET_PDEATHSIG = 1
 TELL_TALE = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception)|error): (.+)")
 CONSEQUENCES = ("Engine core initialization failed", "core proc", "WorkerProc initialization failed", "leaked")
+BACKEND = re.compile(r"\b(?:Using|Selected) (?=.*(?:[Bb]ackend|[Kk]ernel\b|Experts\b|FlashAttention version)).+")
+MOST_BACKENDS = 40  # lines
+SECRET_NAME = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)(?:_|$)", re.I)
+SECRET_VALUE = re.compile(r"://[^/\s]*@|^(?:sk-|hf_|gh[a-z]_|Bearer )|^(?=.*\d)(?=.*[A-Za-z])[\w+=-]{32,}$", re.A)
+LEFT_OUT = "(left out)"
 
 
 class Server:
@@ -51,7 +56,7 @@ class Server:
 
     def __init__(self, base_url: str, model: str, facts: dict, process: subprocess.Popen | None = None, log: Path | None = None):
         self.base_url, self.model, self.process, self.log = base_url, model, process, log
-        self.facts = facts  # engine, version, hardware and the command that started it, for serving.json and the card
+        self.facts = facts  # engine, version, hardware, backends and the command that started it, for serving.json and the card
 
     def check(self) -> None:
         """UserError with what the server's log says, when the process has ended."""
@@ -97,6 +102,39 @@ def reason(log: Path) -> str:
                 what = f"{what}: {following.strip()}"
             return what[:300]
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it left no log")
+
+
+def backends_of(log: Path) -> list[str]:
+    """What a server's log says of the kernels behind its figures, each line once and without its time: vLLM names its choice for experts, attention
+    and linear layers, which depends on the GPU, its version and environment variables."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace")).splitlines() if log.exists() else []
+    return list(dict.fromkeys(found.group()[:200] for line in lines if (found := BACKEND.search(line))))[:MOST_BACKENDS]
+
+
+def without_secrets(variables: dict[str, str]) -> dict[str, str]:
+    """Environment variables as results may show them: what is named or looks like a key is left out."""
+    return {name: LEFT_OUT if SECRET_NAME.search(name) or SECRET_VALUE.search(value) else value for name, value in sorted(variables.items())}
+
+
+def without_api_key(words: list[str]) -> list[str]:
+    """Words of a `vllm serve` command as results may show them: without what follows --api-key."""
+    shown, left_out = [], False
+    for word in words:
+        flag, equals, _ = word.replace("_", "-").partition("=")
+        left_out = left_out and not word.startswith("--")  # several keys may follow
+        shown.append(LEFT_OUT if left_out else f"{flag}={LEFT_OUT}" if flag == "--api-key" and equals else word)
+        left_out = left_out or (flag == "--api-key" and not equals)
+    return shown
+
+
+def driver_version() -> str | None:
+    """Version of this machine's NVIDIA driver; None where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said[0] if said else None
 
 
 def free_port() -> int:
@@ -337,18 +375,22 @@ def server(settings: Settings, directory: Path | None = None) -> Iterator[Server
     command = command_line(settings, directory.absolute(), port, program)
     log = settings.run_directory / "logs" / f"server-{directory.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    shown = command_line(settings, directory, port, "vllm")
+    shown = without_api_key(command_line(settings, directory, port, "vllm"))
     print(f"starting {' '.join(shown)}", flush=True)
-    facts = {"engine": "vllm", "command": shown, **hardware(program, environment_of(settings))}
+    variables = environment_of(settings)
+    facts = {"engine": "vllm", "command": shown, **hardware(program, variables),
+             "variables": without_secrets({name: value for name, value in variables.items() if name.startswith("VLLM_")})}
+    if not facts.get("on_cpu") and (driver := driver_version()):
+        facts["driver"] = driver
     with _terminated_as_exit(), open(log, "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   env=environment_of(settings), start_new_session=True,
+                                   env=variables, start_new_session=True,
                                    preexec_fn=_die_with_parent)
         try:
             running = Server(f"http://127.0.0.1:{port}", serving.model, facts, process, log)
             start = time.monotonic()
             _wait(running, serving.startup_seconds)
-            running.facts |= {"version": version_of(running), "startup_seconds": round(time.monotonic() - start, 1)}
+            running.facts |= {"version": version_of(running), "startup_seconds": round(time.monotonic() - start, 1), "backends": backends_of(log)}
             print(f"vLLM {running.facts['version']} answers after {running.facts['startup_seconds']} s", flush=True)
             yield running
         finally:

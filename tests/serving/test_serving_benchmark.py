@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -221,6 +222,8 @@ def test_the_stage_measures_every_level_through_an_endpoint(tmp_path):
         serve_bench.run(settings)
     found = json.loads((settings.run_directory / "serving.json").read_text())
     assert [level["streams"] for level in found["levels"]] == [2, 4]
+    begin, end = (datetime.fromisoformat(found["engine"][key]) for key in ("begin_utc", "end_utc"))
+    assert 1 <= (end - begin).total_seconds() < 60 and begin.utcoffset() == timedelta(0)
     for level in found["levels"]:
         assert recompute(settings.run_directory / "serving" / f"{level['streams']}.jsonl.gz") == level
 
