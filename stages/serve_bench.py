@@ -15,19 +15,20 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 
 from stages.assemble_release import measured_release
-from stages.checkpoint.files import read_json, write_json
+from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.dialects.config import whole_number
 from stages.errors import UserError, exit_with_one_line
 from stages.serving.environment import marker_inputs
 from stages.serving.launcher import server, without_api_key, without_secrets
-from stages.serving.load import ClosedLoop, text_ids
+from stages.serving.load import HEAD_TOKENS, ClosedLoop, pieces, text_ids, tokens_of_text
 from stages.serving.statistics import figures, recompute, save
-from stages.settings import Settings, as_dict, load, stage_parser
+from stages.settings import PROJECT, Settings, as_dict, load, stage_parser
 
 REPORT_SECONDS = 10.0  # between progress lines where the output is no terminal
 
@@ -66,11 +67,28 @@ def now_utc() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def measure(settings: Settings, running, streams: int, vocabulary: Sequence[int]) -> dict:
+def prompts_of(settings: Settings, known: Sequence[int]) -> tuple[list[int], dict]:
+    """(token ids of serving.prompts, empty for random ones; what serving.json says of the prompts). UserError for a text that does not do."""
+    serving = settings.serving
+    if not serving.prompts:
+        return [], {"content": "random token ids"}
+    path = next((path for path in (Path(serving.prompts), PROJECT / serving.prompts) if path.is_file()), None)
+    if path is None:
+        raise UserError(f"serving.prompts={serving.prompts}: no such file; name a UTF-8 text")
+    tokens = tokens_of_text(path, settings.run_directory / "release", known)
+    found, needed = len(pieces(tokens, serving.prompt_tokens)), max(serving.concurrencies)
+    if found < needed:
+        raise UserError(f"serving.prompts={serving.prompts}: {len(tokens)} tokens give {found} prompts of "
+                        f"serving.prompt_tokens={serving.prompt_tokens} (of which {HEAD_TOKENS} are random), fewer than {needed} streams; give a longer text")
+    return tokens, {"content": path.name, "sha256": sha256_file(path), "tokens": len(tokens), "pieces": found}
+
+
+def measure(settings: Settings, running, streams: int, vocabulary: Sequence[int], text: Sequence[int] = ()) -> dict:
     """Figures of one concurrency level; its raw events are saved even if it fails."""
     serving = settings.serving
     loop = ClosedLoop(running, streams=streams, output_tokens=serving.output_tokens, prompt_tokens=serving.prompt_tokens,
-                      vocabulary=vocabulary, seed=serving.seed + streams, timeout_seconds=serving.timeout_seconds)
+                      vocabulary=vocabulary, seed=serving.seed + streams, timeout_seconds=serving.timeout_seconds,
+                      text=text)
     facts = {"streams": streams, "output_tokens": serving.output_tokens, "goodput_limits": serving.goodput_ms or None}
     path = settings.run_directory / "serving" / f"{streams}.jsonl.gz"
     progress = Progress(loop)
@@ -104,14 +122,16 @@ def run(settings: Settings) -> dict:
     if vocabulary is None:
         raise UserError("config.json: has no vocab_size, from which the random prompts are drawn; restore the original, or choose serving=none")
     drawn = text_ids(release, vocabulary)
+    text, prompts = prompts_of(settings, drawn)
     shown = as_dict(serving) | {"flags": without_api_key(serving.flags), "variables": without_secrets(serving.variables)}
-    result = {"manifest_sha256": measured_release(settings), "server": serving.name, "settings": shown, "engine": {}, "levels": []}
+    result = {"manifest_sha256": measured_release(settings), "server": serving.name, "settings": shown, "prompts": prompts, "engine": {},
+              "levels": []}
     try:
         with server(settings) as running:
             result["engine"] = running.facts
             running.facts["begin_utc"] = now_utc()
             for streams in serving.concurrencies:
-                level = measure(settings, running, streams, drawn)
+                level = measure(settings, running, streams, drawn, text)
                 result["levels"].append(level)
                 running.facts["end_utc"] = now_utc()
                 line = (f"{streams} streams: {level['tokens_per_second']['mean']:.1f} tokens/s over {serving.windows} x "

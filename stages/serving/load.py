@@ -1,7 +1,8 @@
 """A closed loop of N streams over the completions API, and every token event that came back, with its time.
 
 Each stream sends a completion of a fixed length (`ignore_eos`), and the next one at once when it has ended, so that N are
-always running. Prompts are random token ids that differ from the first token on: no prefix cache can answer for them.
+always running. Prompts are random token ids, or such a beginning and a piece of a text: they differ from the first tokens on, so that
+no prefix cache can answer for them. Which tokens follow, and so how often drafts are accepted, depends on what they hold.
 
 A token is counted when the chunk that carries it arrives, by the server's own cumulative usage counter in that chunk
 (`continuous_usage_stats`). Chunks are not tokens: with draft layers one chunk holds several.
@@ -16,6 +17,7 @@ Raw events are tuples (kind, seconds since start, stream, request, number):
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -34,6 +36,7 @@ SAMPLE = re.compile(r"^(vllm:[a-z_]+?)(?:_total)?(?:\{([^}]*)\})? ([0-9.eE+-]+)$
 POSITION = re.compile(r'position="(\d+)"')
 COUNTERS = ("generation_tokens", "spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
 TOKENIZER = "tokenizer.json"
+HEAD_TOKENS = 2  # first ids of a prompt, which no other one begins with
 SPECIAL_TOKENS = 16  # lowest token ids, which prompts leave out where no tokenizer.json says which are special
 
 
@@ -65,24 +68,51 @@ def _higher_ids(vocabulary: int) -> range:
     return range(min(SPECIAL_TOKENS, vocabulary - 1), vocabulary)
 
 
+def _tokenizer(directory: Path):
+    path = directory / TOKENIZER
+    if not path.exists():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # of no kind of its own
+        raise UserError(f"{path} is damaged ({str(error)[:120]}): restore the original") from None
+    tokenizer.no_truncation()  # which tools that calibrate leave in the file
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def pieces(text: Sequence[int], prompt_tokens: int) -> list[Sequence[int]]:
+    """What of a text stands in one prompt each, behind HEAD_TOKENS random ids: parts that do not overlap."""
+    length = prompt_tokens - HEAD_TOKENS
+    return [text[begin:begin + length] for begin in range(0, len(text) - length + 1, length)] if length > 0 else []
+
+
 def text_ids(directory: Path, vocabulary: int) -> Sequence[int]:
     """Token ids that stand for text, to draw random prompts from: those of tokenizer.json below `vocabulary` that are no added tokens. Added ones,
     often at the end, are special: they would end a text, call for an image that is not there, or be read by nobody.
 
     Without a tokenizer.json: all of the vocabulary but its lowest ids. UserError for a tokenizer.json that cannot be read.
     """
-    path = directory / TOKENIZER
-    found: list[int] = []
-    if path.exists():
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # of no kind of its own
-            raise UserError(f"{path} is damaged ({str(error)[:120]}): restore the original") from None
+    tokenizer, found = _tokenizer(directory), []
+    if tokenizer is not None:
         found = sorted({number for number in tokenizer.get_vocab(with_added_tokens=False).values() if number < vocabulary}
                        - tokenizer.get_added_tokens_decoder().keys())
     return found or _higher_ids(vocabulary)
+
+
+def tokens_of_text(path: Path, directory: Path, known: Sequence[int]) -> list[int]:
+    """Token ids of a UTF-8 text by the checkpoint's tokenizer.json, without those that are not `known`, special ones in the first place."""
+    tokenizer = _tokenizer(directory)
+    if tokenizer is None:
+        raise UserError(f"{directory / TOKENIZER} is missing, by which serving.prompts={path} becomes tokens: leave serving.prompts out")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"serving.prompts={path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+    kept = set(known)
+    return [number for number in tokenizer.encode(text, add_special_tokens=False).ids if number in kept]
 
 
 async def lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
@@ -128,15 +158,22 @@ def completion_tokens(data: str, where: str) -> int:
 
 
 class ClosedLoop:
-    """One concurrency level against one server. vocabulary: the token ids that prompts are drawn from, or the number of all that there are."""
+    """One concurrency level against one server.
+
+    vocabulary: the token ids that prompts are drawn from, or the number of all that there are. text: token ids whose `pieces` stand in the prompts,
+    one after the other in random order, and then again.
+    """
 
     def __init__(self, server, *, streams: int, output_tokens: int, prompt_tokens: int, vocabulary: int | Sequence[int], seed: int,
-                 timeout_seconds: float):
-        self.server, self.streams, self.output_tokens, self.prompt_tokens = server, streams, output_tokens, prompt_tokens
+                 timeout_seconds: float, text: Sequence[int] = ()):
+        self.server, self.streams, self.output_tokens = server, streams, output_tokens
         self.vocabulary = _higher_ids(vocabulary) if isinstance(vocabulary, int) else vocabulary
         self.timeout = timeout_seconds
         self.events = Events()
         self._random, self._heads = random.Random(seed), set()
+        found = pieces(text, prompt_tokens)
+        self._random.shuffle(found)
+        self._drawn, self._bodies = (HEAD_TOKENS, itertools.cycle(found)) if found else (prompt_tokens, itertools.repeat(()))
         self._start = time.perf_counter()
         self._requests = 0
         self._active: set[int] = set()
@@ -146,13 +183,13 @@ class ClosedLoop:
         return time.perf_counter() - self._start
 
     def prompt(self) -> list[int]:
-        """Random token ids; the first two tokens never occur again while there are pairs left."""
+        """Random token ids, and a piece of the text if there is one; the first two tokens never occur again while there are pairs left."""
         for _ in range(1000):
-            ids = self._random.choices(self.vocabulary, k=self.prompt_tokens)
-            if tuple(ids[:2]) not in self._heads:
+            ids = self._random.choices(self.vocabulary, k=self._drawn)
+            if tuple(ids[:HEAD_TOKENS]) not in self._heads:
                 break
-        self._heads.add(tuple(ids[:2]))
-        return ids
+        self._heads.add(tuple(ids[:HEAD_TOKENS]))
+        return [*ids, *next(self._bodies)]
 
     async def _request(self, client: httpx.AsyncClient, stream: int) -> None:
         self._requests += 1

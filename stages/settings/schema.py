@@ -98,7 +98,8 @@ class ServingSettings:
     startup_seconds: float = limited(600.0, above=0)  # until the first completion must have come back, of an endpoint that loads, too
     concurrencies: list[int] = field(default_factory=lambda: [8, 32, 64])  # numbers of streams, measured one after the other
     output_tokens: int = limited(512, least=1)  # of each completion (ignore_eos)
-    prompt_tokens: int = limited(32, least=1)  # random token ids, which no prefix cache can have seen
+    prompt_tokens: int = limited(32, least=1)  # of each prompt, which no prefix cache can have seen
+    prompts: str | None = None  # UTF-8 text whose pieces stand in the prompts; relative paths start at the project; null: random token ids
     windows: int = limited(1, least=1)  # measured one after the other at each level
     window_seconds: float = limited(30.0, above=0)
     ramp_seconds: float = limited(10.0, least=0)  # between the first token of the last stream and the first window

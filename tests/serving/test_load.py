@@ -6,7 +6,7 @@ import json
 import pytest
 
 from stages.errors import UserError
-from stages.serving.load import ClosedLoop, completion_tokens, lines_of, text_ids
+from stages.serving.load import ClosedLoop, completion_tokens, lines_of, pieces, text_ids, tokens_of_text
 from tests.conftest import TINY
 
 
@@ -83,3 +83,32 @@ def test_no_prompt_of_the_tiny_model_holds_a_special_token():
     loop = ClosedLoop(None, streams=1, output_tokens=1, prompt_tokens=64, vocabulary=text_ids(TINY, 512), seed=0, timeout_seconds=1)
     drawn = {number for _ in range(200) for number in loop.prompt()}
     assert len(added) == 10 and not drawn & added and len(drawn) == 512 - len(added)
+
+
+def loop_of(text, prompt_tokens, seed=0):
+    return ClosedLoop(None, streams=1, output_tokens=1, prompt_tokens=prompt_tokens, vocabulary=range(1000, 1100), seed=seed,
+                      timeout_seconds=1, text=text)
+
+
+def test_prompts_of_a_text_are_its_pieces_each_behind_a_beginning_of_its_own():
+    text = list(range(100))
+    assert pieces(text, 12) == [text[i:i + 10] for i in range(0, 100, 10)] and len(pieces(text[:99], 12)) == 9
+    assert pieces(text, 2) == pieces([], 12) == []
+    loop = loop_of(text, 12)
+    made = [loop.prompt() for _ in range(20)]
+    assert all(len(prompt) == 12 and min(prompt[:2]) >= 1000 for prompt in made) and len({tuple(prompt[:2]) for prompt in made}) == 20
+    bodies = [prompt[2:] for prompt in made]
+    assert sorted(bodies[:10]) == pieces(text, 12) != bodies[:10] and bodies[10:] == bodies[:10]  # all of them in another order, then again
+    assert loop_of(text, 12, seed=1).prompt()[2:] != made[0][2:]
+
+
+def test_a_text_becomes_tokens_without_special_ones(tmp_path):
+    directory, text = tokenizer(tmp_path, 50, (0, 49, 60)), tmp_path / "text.txt"
+    text.write_text("w1 w2 w49 w3 <60> w4 w48 unknown w5")
+    assert tokens_of_text(text, directory, text_ids(directory, 48)) == [1, 2, 3, 4, 5]
+    text.write_bytes(b"w1 \xff")
+    with pytest.raises(UserError, match="text.txt is not UTF-8 .* byte 3"):
+        tokens_of_text(text, directory, [1])
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json is missing"):
+        tokens_of_text(text, directory, [1])

@@ -3,15 +3,19 @@
 import asyncio
 import gzip
 import json
+import shutil
 from datetime import datetime, timedelta
 
 import pytest
+from tokenizers import Tokenizer
 
 from stages import serve_bench
+from stages.checkpoint.files import sha256_file
 from stages.errors import UserError
 from stages.serving.load import ClosedLoop, parse_metrics
 from stages.serving.statistics import drafting, figures, mean_and_interval, recompute, save, summary
 from stages.settings import load
+from tests.conftest import TINY
 from tests.serving.paced_server import PacedServer
 
 
@@ -222,10 +226,34 @@ def test_the_stage_measures_every_level_through_an_endpoint(tmp_path):
         serve_bench.run(settings)
     found = json.loads((settings.run_directory / "serving.json").read_text())
     assert [level["streams"] for level in found["levels"]] == [2, 4]
+    assert found["prompts"] == {"content": "random token ids"}
     begin, end = (datetime.fromisoformat(found["engine"][key]) for key in ("begin_utc", "end_utc"))
     assert 1 <= (end - begin).total_seconds() < 60 and begin.utcoffset() == timedelta(0)
     for level in found["levels"]:
         assert recompute(settings.run_directory / "serving" / f"{level['streams']}.jsonl.gz") == level
+
+
+def test_prompts_can_come_from_a_text_which_the_result_names(tmp_path):
+    text = tmp_path / "questions.txt"
+    text.write_text("".join(f"What is {i} times {i + 7}? " for i in range(200)))
+    with PacedServer(rate=400.0) as server:
+        settings = settings_for(server, tmp_path / "results", prompts=f"'{text}'", prompt_tokens=16)
+        release = settings.run_directory / "release"
+        with pytest.raises(UserError, match="tokenizer.json is missing"):
+            serve_bench.run(settings)
+        shutil.copy(TINY / "tokenizer.json", release)
+        serve_bench.run(settings)
+        found = json.loads((settings.run_directory / "serving.json").read_text())["prompts"]
+        assert found.items() >= {"content": "questions.txt", "sha256": sha256_file(text)}.items() and found["pieces"] == found["tokens"] // 14
+        assert len(server.prompts) > 6 and all(len(prompt) == 16 for prompt in server.prompts)
+        words = Tokenizer.from_file(str(TINY / "tokenizer.json")).decode([number for prompt in server.prompts for number in prompt[2:]])
+        assert "times" in words
+        text.write_text("too short a text")
+        with pytest.raises(UserError, match="tokens give 0 prompts of serving.prompt_tokens=16 .*, fewer than 4 streams"):
+            serve_bench.run(settings)
+        settings.serving.prompts = "nowhere.txt"
+        with pytest.raises(UserError, match="serving.prompts=nowhere.txt: no such file"):
+            serve_bench.run(settings)
 
 
 def test_a_window_in_which_the_server_stands_still_is_measured_and_warned_of(tmp_path):
