@@ -87,8 +87,7 @@ def measure(settings: Settings, running, streams: int, vocabulary: Sequence[int]
     """Figures of one concurrency level; its raw events are saved even if it fails."""
     serving = settings.serving
     loop = ClosedLoop(running, streams=streams, output_tokens=serving.output_tokens, prompt_tokens=serving.prompt_tokens,
-                      vocabulary=vocabulary, seed=serving.seed + streams, timeout_seconds=serving.timeout_seconds,
-                      text=text)
+                      vocabulary=vocabulary, seed=serving.seed + streams, timeout_seconds=serving.timeout_seconds, text=text)
     facts = {"streams": streams, "output_tokens": serving.output_tokens, "goodput_limits": serving.goodput_ms or None}
     path = settings.run_directory / "serving" / f"{streams}.jsonl.gz"
     progress = Progress(loop)

@@ -11,9 +11,9 @@ Latencies, and goodput under limits of them, are those of requests that ended in
 all of these were sent together, so that their times are those of the benchmark's start and not of a server at work. Their tokens
 count like all others. Goodput is requests within the limits per second; it leaves out the first ones, so that short windows read low.
 
-The server's own counter over the same window must agree with the
-count here. The two cannot be equal: chunks are on their way when a window's edge is read, at most one chunk of each stream
-on either side, and the scrape itself takes time in which tokens are made; `edge_tokens` bounds both.
+The server's own counter over the same window must agree with the count here. The two cannot be equal: chunks are on their way
+when a window's edge is read, at most one chunk of each stream on either side, and the scrape itself takes time in which tokens are
+made; `edge_tokens` bounds both.
 """
 
 from __future__ import annotations
@@ -112,9 +112,7 @@ def figures(events: Events, *, streams: int, output_tokens: int, goodput_limits:
             ended[request] = seconds
     arrivals = sorted((seconds, count - before) for rows in chunks.values()
                       for (seconds, count), before in zip(rows, [0, *(c for _, c in rows)]))
-    samples = [row for row in events.rows if row[0] == "sample"]
-
-    firsts = set(first_of.values())
+    samples, firsts = [row for row in events.rows if row[0] == "sample"], set(first_of.values())
 
     def count(begin: float, end: float) -> int:
         return sum(tokens for seconds, tokens in arrivals if begin <= seconds < end)
