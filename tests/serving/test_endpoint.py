@@ -146,6 +146,13 @@ def test_a_key_that_is_missing_or_wrong_is_one_line_without_the_key(tmp_path, mo
     assert "\n" not in str(caught.value) and (not key or key not in str(caught.value))
 
 
+@pytest.mark.parametrize("url", ["http://me:word@127.0.0.1:9", "https://sk-1@host/v1"])
+def test_an_address_with_a_key_in_it_is_refused_without_repeating_it(url):
+    with pytest.raises(UserError, match="serving.url has a name or key .* MXFORGE_API_KEY") as caught:
+        load(["serving=endpoint", f"serving.url='{url}'"])
+    assert "me:word" not in str(caught.value) and "sk-1" not in str(caught.value)
+
+
 def test_a_key_is_sent_with_every_request_and_written_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv(launcher.KEY, SECRET + "\n")
     with Endpoint(with_key) as url:
