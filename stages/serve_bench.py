@@ -13,19 +13,22 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
 
 from rich.console import Console
 from rich.live import Live
 
-from stages.checkpoint.files import read_json, write_json
+from stages.checkpoint.files import read_json, sha256_file, write_json
 from stages.dialects.config import whole_number
 from stages.errors import UserError, exit_with_one_line
 from stages.release import measured_release
 from stages.serving.environment import marker_inputs
 from stages.serving.launcher import server
-from stages.serving.load import ClosedLoop
+from stages.serving.load import HEAD_TOKENS, ClosedLoop, pieces, text_ids, tokens_of_text
+from stages.serving.secrets import settings_shown
 from stages.serving.statistics import figures, recompute, save
-from stages.settings import Settings, as_dict, load, stage_parser
+from stages.settings import Settings, load, stage_parser, text_file
 
 REPORT_SECONDS = 10.0  # between progress lines where the output is no terminal
 
@@ -59,17 +62,36 @@ class Progress:
             self._live.stop()
 
 
-def measure(settings: Settings, running, streams: int, vocabulary: int) -> dict:
+def now_utc() -> str:
+    """The time, to the second, as ISO 8601 writes it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def prompts_of(settings: Settings, known: Sequence[int]) -> tuple[list[int], dict]:
+    """(token ids of serving.prompts, empty for random ones; what serving.json says of the prompts). UserError for a text that does not do."""
+    serving = settings.serving
+    if not serving.prompts:
+        return [], {"content": "random token ids"}
+    path = text_file("serving.prompts", serving.prompts)
+    tokens = tokens_of_text(path, settings.run_directory / "release", known)
+    found, needed = len(pieces(tokens, serving.prompt_tokens)), max(serving.concurrencies)
+    if found < needed:
+        raise UserError(f"serving.prompts={serving.prompts}: {len(tokens)} tokens give {found} prompts of "
+                        f"serving.prompt_tokens={serving.prompt_tokens} (of which {HEAD_TOKENS} are random), fewer than {needed} streams; give a longer text")
+    return tokens, {"content": path.name, "sha256": sha256_file(path), "tokens": len(tokens), "pieces": found}
+
+
+def measure(settings: Settings, running, streams: int, vocabulary: Sequence[int], text: Sequence[int] = ()) -> dict:
     """Figures of one concurrency level; its raw events are saved even if it fails."""
     serving = settings.serving
     loop = ClosedLoop(running, streams=streams, output_tokens=serving.output_tokens, prompt_tokens=serving.prompt_tokens,
-                      vocabulary=vocabulary, seed=serving.seed + streams, timeout_seconds=serving.timeout_seconds)
+                      vocabulary=vocabulary, seed=serving.seed + streams, timeout_seconds=serving.timeout_seconds, text=text)
     facts = {"streams": streams, "output_tokens": serving.output_tokens, "goodput_limits": serving.goodput_ms or None}
     path = settings.run_directory / "serving" / f"{streams}.jsonl.gz"
     progress = Progress(loop)
     try:
         asyncio.run(loop.run(serving.windows, serving.window_seconds, serving.ramp_seconds, progress))
-    except UserError:
+    except BaseException:  # Ctrl-C, and mistakes of ours, too: what was measured is worth a look
         save(path.with_name(f"{streams}.partial.jsonl.gz"), loop.events, facts)
         raise
     finally:
@@ -81,7 +103,7 @@ def measure(settings: Settings, running, streams: int, vocabulary: int) -> dict:
 
 
 def run(settings: Settings) -> dict:
-    """Writes serving.json. A failure leaves serving.partial.json with the levels that were measured, and raises UserError."""
+    """Writes serving.json. A failure leaves serving.partial.json with the levels that were measured, and raises UserError; Ctrl-C leaves it, too."""
     serving, target = settings.serving, settings.run_directory / "serving.json"
     partial = target.with_name("serving.partial.json")
     if serving.kind == "none" or (serving.if_installed and not marker_inputs(serving)):
@@ -91,17 +113,23 @@ def run(settings: Settings) -> dict:
         write_json(target, result)
         print(result["not_measured"])
         return result
-    config = read_json(settings.run_directory / "release" / "config.json", "assemble_release")
+    release = settings.run_directory / "release"
+    config = read_json(release / "config.json", "assemble_release")
     vocabulary = whole_number(config, "vocab_size")
     if vocabulary is None:
         raise UserError("config.json: has no vocab_size, from which the random prompts are drawn; restore the original, or choose serving=none")
-    result = {"manifest_sha256": measured_release(settings), "server": serving.name, "settings": as_dict(serving), "engine": {}, "levels": []}
+    drawn = text_ids(release, vocabulary)
+    text, prompts = prompts_of(settings, drawn)
+    result = {"manifest_sha256": measured_release(settings), "server": serving.name, "settings": settings_shown(serving), "prompts": prompts,
+              "engine": {}, "levels": []}
     try:
         with server(settings) as running:
             result["engine"] = running.facts
+            running.facts["begin_utc"] = now_utc()
             for streams in serving.concurrencies:
-                level = measure(settings, running, streams, vocabulary)
+                level = measure(settings, running, streams, drawn, text)
                 result["levels"].append(level)
+                running.facts["end_utc"] = now_utc()
                 line = (f"{streams} streams: {level['tokens_per_second']['mean']:.1f} tokens/s over {serving.windows} x "
                         f"{serving.window_seconds:g} s")
                 window = level["windows"][0]
@@ -112,8 +140,10 @@ def run(settings: Settings) -> dict:
                 print(line, flush=True)
                 for warning in level["warnings"]:
                     print(f"note: {warning}", flush=True)
-    except UserError as error:
-        write_json(partial, result | {"failed": str(error)})
+    except BaseException as error:
+        write_json(partial, result | {"failed": str(error) or type(error).__name__})
+        if not isinstance(error, UserError):
+            raise
         raise UserError(f"{error} ({len(result['levels'])} of {len(serving.concurrencies)} levels are in {partial})") from None
     write_json(target, result)
     partial.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from stages.checkpoint.files import read_json, sha256_file
 from stages.errors import UserError
 from stages.planning.record import is_plan_for
 from stages.provenance import RESULTS_FORMAT
+from stages.serving.secrets import settings_shown
 from stages.settings import Settings, as_dict, gemm_sizes, results_of_another, scoring, text_path
 from stages.sources.listing import lists_files, lists_place, lists_source
 
@@ -26,7 +27,7 @@ def of_other_settings(settings: Settings) -> list[Path]:
         (run / "perplexity.json", lambda found: found.get("settings") == scoring(settings.evaluation) and (
             "text" not in found or found["text"]["sha256"] == sha256_file(text_path(settings)))),
         (run / "gemm.json", lambda found: found.get("sizes", sizes) == sizes),  # results of older versions do not say
-        (run / "serving.json", lambda found: (found["settings"] == as_dict(settings.serving)) if "settings" in found else (
+        (run / "serving.json", lambda found: (found["settings"] == settings_shown(settings.serving)) if "settings" in found else (
             found.get("server") == settings.serving.name)),
         (run / "settings.yaml", lambda found: all(found.get(part) == as_dict(getattr(settings, part)) for part in ("source", "recipe", "release"))),
     )

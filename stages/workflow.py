@@ -14,7 +14,7 @@ from stages.errors import UserError
 from stages.provenance import CONVERTING, RESULTS_FORMAT, code_of
 from stages.serving.environment import marker_inputs
 from stages.serving.plugin import PLUGIN, plugin_files
-from stages.settings import PROJECT, Settings, as_json, gemm_sizes, load, scoring, text_path
+from stages.settings import PROJECT, Settings, as_json, gemm_sizes, load, scoring, text_file, text_path
 from stages.settings.commands import overrides_from
 from stages.settings.handed_over import forget
 from stages.sources import shards_of
@@ -40,7 +40,8 @@ class Workflow:
         serving = settings.serving
         if settings.evaluation.via == "vllm" and serving.if_installed and serving.makes_environment and not self.server:
             raise UserError("evaluation.via=vllm needs a server: run make serve-env, or choose serving=vllm_cpu, vllm_cuda or endpoint")
-        self.watched = dict(identities([*self.files, self.text]))  # by size and time: an older file in the place of another is new, too
+        self.prompts = [str(text_file("serving.prompts", serving.prompts))] if serving.prompts and serving.kind != "none" else []
+        self.watched = dict(identities([*self.files, self.text, *self.prompts]))  # by size and time: an older file in the place of another is new, too
         self.plugin = [str(PLUGIN / path) for path in plugin_files()]
         self.source, self.run = str(settings.source_directory), str(settings.run_directory)
         identities([str(path) for path in results_of(settings) if path.exists()])
@@ -72,7 +73,7 @@ class Workflow:
             "verify.json": {"release": as_json(release)},
             # in one list: Snakemake compares values without names
             "gemm.json": {"sizes": gemm_sizes(self.settings.evaluation)},
-            "serving.json": {"serving": as_json(self.settings.serving)},
+            "serving.json": {"serving": as_json(self.settings.serving), "prompts": [self.watched[path] for path in self.prompts]},
             "perplexity.json": {"evaluation": as_json(scoring(self.settings.evaluation)), "text": self.watched[self.text]},
         }.get(result, {})
 

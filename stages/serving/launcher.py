@@ -2,7 +2,7 @@
 
 `server(settings, directory)` is a context manager. With `serving.kind: vllm` it starts `vllm serve` on loopback with a free
 port; ready means that a completion came back, since a server's health page answers before its first forward pass, which may
-fail. With `serving.kind: endpoint` it uses the server at serving.url and starts nothing.
+fail. With `serving.kind: endpoint` it uses the server at serving.url, once that has answered one, and starts nothing.
 
 The server runs in a session of its own and is stopped by its process id: SIGTERM first, after STOP_SECONDS SIGKILL for all
 processes of that session. The kernel sends it SIGTERM, too, when this process dies without a chance to clean up.
@@ -19,6 +19,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -31,15 +32,20 @@ from stages.checkpoint.files import read_json
 from stages.checkpoint.header import INDEX, read_header
 from stages.dialects.roles import declared_drafts, draft_layers
 from stages.errors import UserError
+from stages.serving.secrets import KEY, without_api_key, without_key, without_secrets
 from stages.settings import PROJECT, Settings
 
 THREAD_VARIABLES = tuple(f"{library}_NUM_THREADS" for library in
                          ("OMP", "GOTO", "OPENBLAS", "MKL", "VECLIB_MAXIMUM", "NUMEXPR"))  # Snakemake sets these for every job
 STOP_SECONDS = 30.0
 POLL_SECONDS = 0.5
+NO_SUCH_PAGE, LOADING = (404, 405), (429, 502, 503, 504)  # HTTP statuses
+UNVERIFIED = "not verified to be this release"  # what an endpoint serves
 PR_SET_PDEATHSIG = 1
 TELL_TALE = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception)|error): (.+)")
 CONSEQUENCES = ("Engine core initialization failed", "core proc", "WorkerProc initialization failed", "leaked")
+BACKEND = re.compile(r"\b(?:Using|Selected) (?=.*(?:[Bb]ackend|[Kk]ernel\b|Experts\b|FlashAttention version)).+")
+MOST_BACKENDS = 40  # lines
 
 
 class Server:
@@ -47,12 +53,32 @@ class Server:
 
     def __init__(self, base_url: str, model: str, facts: dict, process: subprocess.Popen | None = None, log: Path | None = None):
         self.base_url, self.model, self.process, self.log = base_url, model, process, log
-        self.facts = facts  # engine, version, hardware and the command that started it, for serving.json and the card
+        self.facts = facts  # engine, version, hardware, backends and the command that started it, for serving.json and the card
 
     def check(self) -> None:
         """UserError with what the server's log says, when the process has ended."""
         if self.process is not None and self.process.poll() is not None:
             raise UserError(f"the server stopped with status {self.process.returncode}: {reason(self.log)}; see {self.log}")
+
+
+def http_options(url: str) -> dict:
+    """What every client of a server gets: no proxies, the API key of $MXFORGE_API_KEY, and for https the certificates in $SSL_CERT_FILE.
+
+    The key stands in this variable only, never in settings, which are written into results; and in no other tool's variable, whose key would go to
+    whatever address a run names. UserError for a key that no header can hold, and for certificates that cannot be read.
+    """
+    options: dict = {"trust_env": False}
+    if key := os.environ.get(KEY, "").strip():
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"{KEY} holds characters that no HTTP header can: set it to the key alone")
+        options["headers"] = {"Authorization": f"Bearer {key}"}
+    path = os.environ.get("SSL_CERT_FILE")
+    if path and url.startswith("https"):
+        try:
+            options["verify"] = ssl.create_default_context(cafile=path)
+        except OSError as error:
+            raise UserError(f"SSL_CERT_FILE={path} cannot be read ({error.strerror or error}): name a file of certificates in PEM form") from None
+    return options
 
 
 def reason(log: Path) -> str:
@@ -67,6 +93,23 @@ def reason(log: Path) -> str:
                 what = f"{what}: {following.strip()}"
             return what[:300]
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it left no log")
+
+
+def backends_of(log: Path) -> list[str]:
+    """What a server's log says of the kernels behind its figures, each line once and without its time: vLLM names its choice for experts, attention
+    and linear layers, which depends on the GPU, its version and environment variables."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace")).splitlines() if log.exists() else []
+    return list(dict.fromkeys(found.group()[:200] for line in lines if (found := BACKEND.search(line))))[:MOST_BACKENDS]
+
+
+def driver_version() -> str | None:
+    """Version of this machine's NVIDIA driver; None where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said[0] if said else None
 
 
 def free_port() -> int:
@@ -121,28 +164,60 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _answers(server: Server, client: httpx.Client) -> bool:
+def _said(answer: httpx.Response) -> str:
+    return f"{answer.url.path} answers with {answer.status_code}: {without_key(answer.text)[:200]}"
+
+
+def _not_ready(server: Server, client: httpx.Client) -> str | None:
+    """What a server says that may yet answer; None once a completion has come back. UserError for one that never will.
+
+    An endpoint must be there when it is asked, but may still load; whether it has a health page is its own affair.
+    """
+    ours = server.process is not None
     try:
-        if client.get(f"{server.base_url}/health").status_code != 200:
-            return False
+        health = client.get(f"{server.base_url}/health")
+        if health.status_code in NO_SUCH_PAGE:
+            health = client.get(f"{server.base_url}/v1/models")
+        if health.status_code in LOADING or (ours and health.status_code != 200):
+            return _said(health)
         answer = client.post(f"{server.base_url}/v1/completions", timeout=120.0,
                              json={"model": server.model, "prompt": [0, 1, 2], "max_tokens": 1, "temperature": 0})
-    except httpx.TransportError:
-        return False
-    if answer.status_code != 200:
-        server.check()
-        raise UserError(f"the server at {server.base_url} is up but answers a completion with {answer.status_code}: "
-                        f"{answer.text[:200]}" + (f"; see {server.log}" if server.log else ""))
-    return True
+    except httpx.TransportError as error:
+        what = f"{type(error).__name__} {error}".rstrip()
+        if ours or isinstance(error, httpx.ReadTimeout):
+            return what
+        if "CERTIFICATE" in what:
+            what += "; name the certificates that vouch for it in the environment variable SSL_CERT_FILE"
+        elif isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            what = f"nothing answers there ({what}); start the server or mend the address"
+        raise UserError(f"serving.url, {server.base_url}: {what}") from None
+    except httpx.InvalidURL as error:
+        raise UserError(f"serving.url, {server.base_url}: {error}; mend the address") from None
+    if answer.status_code == 200:
+        return None
+    if not ours and answer.status_code in LOADING:
+        return _said(answer)
+    server.check()
+    cure = ""
+    if answer.status_code in (401, 403):
+        cure = f"; the environment variable {KEY} " + ("holds another key than its" if os.environ.get(KEY) else "must hold its key")
+    elif answer.status_code == 404 and (names := [row["id"] for row in offered(server)]):
+        cure = f"; it offers {', '.join(names[:10])}, serving.model is {server.model}"
+    raise UserError(f"the server at {server.base_url} is up but answers a completion with {answer.status_code}: "
+                    f"{without_key(answer.text)[:200]}{cure}" + (f"; see {server.log}" if server.log else ""))
 
 
 def _wait(server: Server, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    with httpx.Client(timeout=10.0, trust_env=False) as client:
-        while not _answers(server, client):
+    deadline, told = time.monotonic() + seconds, server.process is not None
+    with httpx.Client(timeout=10.0, **http_options(server.base_url)) as client:
+        while said := _not_ready(server, client):
             server.check()
             if time.monotonic() > deadline:
-                raise UserError(f"the server did not answer within serving.startup_seconds={seconds:g}; see {server.log}")
+                raise UserError(f"the server did not answer within serving.startup_seconds={seconds:g}: {said}"
+                                + (f"; see {server.log}" if server.log else ""))
+            if not told:
+                print(f"waiting for {server.base_url}: {said}", flush=True)
+                told = True
             time.sleep(POLL_SECONDS)
 
 
@@ -191,22 +266,49 @@ def _raise_exit(*_) -> None:
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
-    """This process's environment without thread counts, then serving.variables.
+    """This process's environment without thread counts and the key of an endpoint, then serving.variables.
 
     A job of the workflow is told to use every core. vLLM keeps a core for its polling engine process unless it is told so, too:
     then both wait for each other, and two cores give 5 tokens a second in place of 200.
     """
-    inherited = {name: value for name, value in os.environ.items() if name not in THREAD_VARIABLES}
+    inherited = {name: value for name, value in os.environ.items() if name not in (*THREAD_VARIABLES, KEY)}
     return inherited | settings.serving.variables
 
 
 def version_of(server: Server) -> str | None:
     """What the server says of its own version."""
     try:
-        answer = httpx.get(f"{server.base_url}/version", timeout=10.0, trust_env=False)
+        answer = httpx.get(f"{server.base_url}/version", timeout=10.0, **http_options(server.base_url))
         return answer.json().get("version") if answer.status_code == 200 else None
-    except (httpx.HTTPError, ValueError):
+    except (httpx.HTTPError, ValueError, AttributeError):
         return None
+
+
+def offered(server: Server) -> list[dict]:
+    """{"id", "root", "max_model_len"} of each model that /v1/models lists, without what it does not say; empty where it lists none."""
+    try:
+        rows = httpx.get(f"{server.base_url}/v1/models", timeout=10.0, **http_options(server.base_url)).json()["data"]
+        rows = [{key: row[key] for key in ("id", "root", "max_model_len") if row.get(key) is not None} for row in rows]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return [row for row in rows if isinstance(row.get("id"), str)]
+
+
+def _endpoint_facts(server: Server, settings: Settings) -> dict:
+    """What can be known of a server that somebody else started: what it says of itself, and where that is at odds with the settings."""
+    serving, evaluation, rows = settings.serving, settings.evaluation, offered(server)
+    row = next((row for row in rows if row["id"] == server.model), None)
+    differences = [] if row or not rows else [f"/v1/models lists {', '.join(row['id'] for row in rows[:10])}, not serving.model={server.model}"]
+    length = (row or {}).get("max_model_len")
+    needs = {"serving.prompt_tokens + serving.output_tokens": serving.prompt_tokens + serving.output_tokens}
+    if evaluation.via == "vllm":
+        needs["evaluation.context + 1"] = evaluation.context + 1
+    if isinstance(length, int):
+        differences += [f"its max_model_len is {length}, below {what} = {need}" for what, need in needs.items() if need > length]
+    for difference in differences:
+        print(f"note: {server.base_url}: {difference}", flush=True)
+    return {"version": version_of(server), "identity": UNVERIFIED, "offers": row, "differences": differences,
+            **({"hardware": [serving.hardware]} if serving.hardware else {})}
 
 
 def _interpreter(program: Path) -> list[str]:
@@ -237,11 +339,9 @@ def server(settings: Settings, directory: Path | None = None) -> Iterator[Server
     serving = settings.serving
     directory = Path(directory or settings.run_directory / "release")
     if serving.kind == "endpoint":
-        found = Server(serving.url.rstrip("/"), serving.model, {"engine": "endpoint"})
-        with httpx.Client(timeout=10.0, trust_env=False) as client:
-            if not _answers(found, client):
-                raise UserError(f"serving.url={serving.url}: nothing answers there; start the server or mend the address")
-        found.facts["version"] = version_of(found)
+        found = Server(serving.url.rstrip("/").removesuffix("/v1").rstrip("/"), serving.model, {"engine": "endpoint"})
+        _wait(found, serving.startup_seconds)
+        found.facts |= _endpoint_facts(found, settings)
         yield found
         return
     if serving.kind != "vllm":
@@ -250,18 +350,22 @@ def server(settings: Settings, directory: Path | None = None) -> Iterator[Server
     command = command_line(settings, directory.absolute(), port, program)
     log = settings.run_directory / "logs" / f"server-{directory.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    shown = command_line(settings, directory, port, "vllm")
+    shown = without_api_key(command_line(settings, directory, port, "vllm"))
     print(f"starting {' '.join(shown)}", flush=True)
-    facts = {"engine": "vllm", "command": shown, **hardware(program, environment_of(settings))}
+    variables = environment_of(settings)
+    facts = {"engine": "vllm", "command": shown, **hardware(program, variables),
+             "variables": without_secrets({name: value for name, value in variables.items() if name.startswith("VLLM_")})}
+    if not facts.get("on_cpu") and (driver := driver_version()):
+        facts["driver"] = driver
     with _terminated_as_exit(), open(log, "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   env=environment_of(settings), start_new_session=True,
+                                   env=variables, start_new_session=True,
                                    preexec_fn=_die_with_parent)
         try:
             running = Server(f"http://127.0.0.1:{port}", serving.model, facts, process, log)
             start = time.monotonic()
             _wait(running, serving.startup_seconds)
-            running.facts |= {"version": version_of(running), "startup_seconds": round(time.monotonic() - start, 1)}
+            running.facts |= {"version": version_of(running), "startup_seconds": round(time.monotonic() - start, 1), "backends": backends_of(log)}
             print(f"vLLM {running.facts['version']} answers after {running.facts['startup_seconds']} s", flush=True)
             yield running
         finally:

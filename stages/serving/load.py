@@ -1,7 +1,8 @@
 """A closed loop of N streams over the completions API, and every token event that came back, with its time.
 
 Each stream sends a completion of a fixed length (`ignore_eos`), and the next one at once when it has ended, so that N are
-always running. Prompts are random token ids that differ from the first token on: no prefix cache can answer for them.
+always running. Prompts are random token ids, or such a beginning and a piece of a text: they differ from the first tokens on, so that
+no prefix cache can answer for them. Which tokens follow, and so how often drafts are accepted, depends on what they hold.
 
 A token is counted when the chunk that carries it arrives, by the server's own cumulative usage counter in that chunk
 (`continuous_usage_stats`). Chunks are not tokens: with draft layers one chunk holds several.
@@ -16,20 +17,28 @@ Raw events are tuples (kind, seconds since start, stream, request, number):
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import re
 import time
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 
 from stages.errors import UserError
+from stages.serving.launcher import http_options
+from stages.serving.secrets import without_key
 
+LINE_END = re.compile(rb"\r\n|\n|\r")
 SAMPLE = re.compile(r"^(vllm:[a-z_]+?)(?:_total)?(?:\{([^}]*)\})? ([0-9.eE+-]+)$", re.M)
 POSITION = re.compile(r'position="(\d+)"')
 COUNTERS = ("generation_tokens", "spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
-SPECIAL_TOKENS = 16  # lowest token ids, which prompts leave out
+TOKENIZER = "tokenizer.json"
+HEAD_TOKENS = 2  # first ids of a prompt, which no other one begins with
+SPECIAL_TOKENS = 16  # lowest token ids, which prompts leave out where no tokenizer.json says which are special
 
 
 @dataclass
@@ -56,15 +65,116 @@ def parse_metrics(text: str) -> dict:
     return values
 
 
-class ClosedLoop:
-    """One concurrency level against one server."""
+def _higher_ids(vocabulary: int) -> range:
+    return range(min(SPECIAL_TOKENS, vocabulary - 1), vocabulary)
 
-    def __init__(self, server, *, streams: int, output_tokens: int, prompt_tokens: int, vocabulary: int, seed: int,
-                 timeout_seconds: float):
-        self.server, self.streams, self.output_tokens, self.prompt_tokens = server, streams, output_tokens, prompt_tokens
-        self.vocabulary, self.timeout = vocabulary, timeout_seconds
+
+def _tokenizer(directory: Path):
+    path = directory / TOKENIZER
+    if not path.exists():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # of no kind of its own
+        raise UserError(f"{path} is damaged ({str(error)[:120]}): restore the original") from None
+    tokenizer.no_truncation()  # which tools that calibrate leave in the file
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def pieces(text: Sequence[int], prompt_tokens: int) -> list[Sequence[int]]:
+    """What of a text stands in one prompt each, behind HEAD_TOKENS random ids: parts that do not overlap."""
+    length = prompt_tokens - HEAD_TOKENS
+    return [text[begin:begin + length] for begin in range(0, len(text) - length + 1, length)] if length > 0 else []
+
+
+def text_ids(directory: Path, vocabulary: int) -> Sequence[int]:
+    """Token ids that stand for text, to draw random prompts from: those of tokenizer.json below `vocabulary` that are no added tokens. Added ones,
+    often at the end, are special: they would end a text, call for an image that is not there, or be read by nobody.
+
+    Without a tokenizer.json: all of the vocabulary but its lowest ids. UserError for a tokenizer.json that cannot be read.
+    """
+    tokenizer, found = _tokenizer(directory), []
+    if tokenizer is not None:
+        found = sorted({number for number in tokenizer.get_vocab(with_added_tokens=False).values() if number < vocabulary}
+                       - tokenizer.get_added_tokens_decoder().keys())
+    return found or _higher_ids(vocabulary)
+
+
+def tokens_of_text(path: Path, directory: Path, known: Sequence[int]) -> list[int]:
+    """Token ids of a UTF-8 text by the checkpoint's tokenizer.json, without those that are not `known`, special ones in the first place."""
+    tokenizer = _tokenizer(directory)
+    if tokenizer is None:
+        raise UserError(f"{directory / TOKENIZER} is missing, by which serving.prompts={path} becomes tokens: leave serving.prompts out")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"serving.prompts={path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+    kept = set(known)
+    return [number for number in tokenizer.encode(text, add_special_tokens=False).ids if number in kept]
+
+
+async def lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """Lines of an event stream. They end at CR LF, LF or CR only: httpx's own end at U+0085, U+2028 and U+2029, too, which generated text holds.
+
+    A CR LF that two pieces share gives an empty line more, which means nothing here.
+    """
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = LINE_END.split(rest + piece)
+        for line in lines:
+            yield line.decode(errors="replace")
+    if rest:
+        yield rest.decode(errors="replace")
+
+
+def completion_tokens(data: str, where: str) -> int:
+    """Completion tokens so far by the usage counter in one event's data. UserError for an error that the server reports, in its form of today or as
+    older vLLM did ({"object": "error", "message": ...}), and for what is no event with a counter."""
+    damaged = UserError(f"{where} sends a damaged event: {data[:80]!r}")
+    try:
+        chunk = json.loads(data)
+    except (ValueError, RecursionError):
+        raise damaged from None
+    if not isinstance(chunk, dict):
+        raise damaged
+    error = chunk.get("error")
+    if error is None and chunk.get("object") == "error":
+        error = chunk
+    if error is not None:
+        said = error.get("message") if isinstance(error, dict) else error
+        raise UserError(f"{where} reports an error in the stream: {without_key(str(said or error))[:200]}")
+    usage = {} if chunk.get("usage") is None else chunk["usage"]
+    if not isinstance(usage, dict):
+        raise damaged
+    count = usage.get("completion_tokens")
+    if count is None:
+        raise UserError(f"{where} streams without usage counters; tokens cannot be counted by chunks (a chunk holds several under speculation): "
+                        "use a server with stream_options.continuous_usage_stats")
+    if type(count) is not int:
+        raise damaged
+    return count
+
+
+class ClosedLoop:
+    """One concurrency level against one server.
+
+    vocabulary: the token ids that prompts are drawn from, or the number of all that there are. text: token ids whose `pieces` stand in the prompts,
+    one after the other in random order, and then again.
+    """
+
+    def __init__(self, server, *, streams: int, output_tokens: int, prompt_tokens: int, vocabulary: int | Sequence[int], seed: int,
+                 timeout_seconds: float, text: Sequence[int] = ()):
+        self.server, self.streams, self.output_tokens = server, streams, output_tokens
+        self.vocabulary = _higher_ids(vocabulary) if isinstance(vocabulary, int) else vocabulary
+        self.timeout = timeout_seconds
         self.events = Events()
         self._random, self._heads = random.Random(seed), set()
+        found = pieces(text, prompt_tokens)
+        self._random.shuffle(found)
+        self._drawn, self._bodies = (HEAD_TOKENS, itertools.cycle(found)) if found else (prompt_tokens, itertools.repeat(()))
         self._start = time.perf_counter()
         self._requests = 0
         self._active: set[int] = set()
@@ -74,14 +184,13 @@ class ClosedLoop:
         return time.perf_counter() - self._start
 
     def prompt(self) -> list[int]:
-        """Random token ids; the first two tokens never occur again while there are pairs left."""
-        low = min(SPECIAL_TOKENS, self.vocabulary - 1)
+        """Random token ids, and a piece of the text if there is one; the first two tokens never occur again while there are pairs left."""
         for _ in range(1000):
-            ids = [self._random.randrange(low, self.vocabulary) for _ in range(self.prompt_tokens)]
-            if tuple(ids[:2]) not in self._heads:
+            ids = self._random.choices(self.vocabulary, k=self._drawn)
+            if tuple(ids[:HEAD_TOKENS]) not in self._heads:
                 break
-        self._heads.add(tuple(ids[:2]))
-        return ids
+        self._heads.add(tuple(ids[:HEAD_TOKENS]))
+        return [*ids, *next(self._bodies)]
 
     async def _request(self, client: httpx.AsyncClient, stream: int) -> None:
         self._requests += 1
@@ -95,8 +204,8 @@ class ClosedLoop:
         async with client.stream("POST", where, json=body) as answer:
             if answer.status_code != 200:
                 text = (await answer.aread()).decode(errors="replace")
-                raise UserError(f"{where} answers with {answer.status_code}: {text[:200]}")
-            async for line in answer.aiter_lines():
+                raise UserError(f"{where} answers with {answer.status_code}: {without_key(text)[:200]}")
+            async for line in lines_of(answer.aiter_bytes()):
                 arrived = self.now()
                 if not line.startswith("data:"):
                     if line.strip() and not line.startswith((":", "event:", "id:", "retry:")):
@@ -106,17 +215,7 @@ class ClosedLoop:
                 if data == "[DONE]":
                     finished = True
                     break
-                try:
-                    chunk = json.loads(data)
-                except ValueError:
-                    raise UserError(f"{where} sends a damaged event: {data[:80]!r}") from None
-                if "error" in chunk:
-                    raise UserError(f"{where} reports an error in the stream: {str(chunk['error'])[:200]}")
-                usage = chunk.get("usage") or {}
-                count = usage.get("completion_tokens")
-                if count is None:
-                    raise UserError(f"{where} streams without usage counters; tokens cannot be counted by chunks (a chunk holds "
-                                    "several under speculation): use a server with stream_options.continuous_usage_stats")
+                count = completion_tokens(data, where)
                 if count < seen:
                     raise UserError(f"{where} counts backwards, from {seen} to {count} completion tokens")
                 if count > seen:
@@ -171,7 +270,8 @@ class ClosedLoop:
         """Runs the loop until the last window has closed, then drops the streams. UserError for anything irregular; what
         was recorded until then stays in `events`."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx.AsyncClient(timeout=httpx.Timeout(self.timeout, connect=30.0), limits=limits, trust_env=False) as client:
+        async with httpx.AsyncClient(timeout=httpx.Timeout(self.timeout, connect=30.0), limits=limits,
+                                     **http_options(self.server.base_url)) as client:
             streams = [asyncio.create_task(self._stream(client, stream)) for stream in range(self.streams)]
             measuring = asyncio.create_task(self._measure(client, windows, window_seconds, ramp_seconds, tick))
             try:

@@ -1,7 +1,7 @@
 """Perplexity through a server: what a released model is worth on the engine that serves it, however large it is.
 
 Windows of token ids go to /v1/completions with `prompt_logprobs`; the log-probability of each scored token is that of the
-token itself, looked up by its id (the first entry of the answer's dictionary is the *likeliest* token, another thing). The
+token itself, looked up by its id; the one other entry of the answer's dictionary, where there is one, is the likeliest token. The
 windows and the tokens are those of the in-process evaluation, so both can be compared token by token.
 """
 
@@ -13,42 +13,51 @@ import httpx
 import torch
 
 from stages.errors import UserError
-from stages.serving.launcher import Server
+from stages.serving.launcher import Server, http_options
+from stages.serving.secrets import without_key
 
 PARALLEL = 8  # windows in flight
 TIMEOUT_SECONDS = 600.0
 
 
-def _scored(entries: list, tokens: list[int], first: int, where: str) -> list[float]:
-    """Log-probabilities of tokens[first:] from `prompt_logprobs`, one dictionary per token, id (a string) -> entry."""
+def _scored(entries: list, tokens: list[int], first: int, where: str) -> list[tuple[float, int]]:
+    """(its log-probability, most likely token) for each of tokens[first:] from `prompt_logprobs`, one dictionary per token, id (a string) -> entry."""
     if not isinstance(entries, list) or len(entries) != len(tokens):
         raise UserError(f"{where} gave {len(entries) if isinstance(entries, list) else 'no'} prompt_logprobs for "
                         f"{len(tokens)} tokens; evaluation.via=vllm needs a vLLM server")
     values = []
     for token, entry in zip(tokens[first:], entries[first:]):
         try:
-            values.append(float(entry[str(token)]["logprob"]))
-        except (KeyError, TypeError, ValueError):
+            likelihood = {int(other): float(found["logprob"]) for other, found in entry.items()}
+            # of two that are equally likely the other one: it is there because the server picks it
+            values.append((likelihood[token], max(likelihood, key=lambda other: (likelihood[other], other != token))))
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{where}: no log-probability of the realized token {token} in {str(entry)[:80]}") from None
     return values
 
 
 def token_log_probabilities(server: Server, tokens: torch.Tensor, windows: list[tuple[int, int, int]]) -> torch.Tensor:
-    """float64 [number of scored tokens]: natural log-probability of each, given the window's tokens before it.
+    """The first part of `scored_tokens`."""
+    return scored_tokens(server, tokens, windows)[0]
+
+
+def scored_tokens(server: Server, tokens: torch.Tensor, windows: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float64, int64), both [number of scored tokens]: natural log-probability of each, given the window's tokens before it, and the id of the
+    token that the server holds most likely in its place.
 
     tokens: ids [n]. windows: (begin, end, first scored token). UserError when the server refuses or answers otherwise.
     """
     ids = tokens.tolist()
 
-    def one(client: httpx.Client, window: tuple[int, int, int]) -> list[float]:
+    def one(client: httpx.Client, window: tuple[int, int, int]) -> list[tuple[float, int]]:
         begin, end, scored = window
-        body = {"model": server.model, "prompt": ids[begin:end], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        body = {"model": server.model, "prompt": ids[begin:end], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
         where = f"{server.base_url}/v1/completions"
         try:
             answer = client.post(where, json=body)
             if answer.status_code != 200:
                 raise UserError(f"{where} answers a prompt of {end - begin} tokens with {answer.status_code}: "
-                                f"{answer.text[:200]}")
+                                f"{without_key(answer.text)[:200]}")
             return _scored(answer.json()["choices"][0].get("prompt_logprobs"), ids[begin:end], scored - begin, where)
         except httpx.HTTPError as error:
             server.check()
@@ -56,6 +65,7 @@ def token_log_probabilities(server: Server, tokens: torch.Tensor, windows: list[
         except (ValueError, KeyError, IndexError, AttributeError):
             raise UserError(f"{where} gave no answer in the form of vLLM's completions; name a vLLM server") from None
 
-    with httpx.Client(timeout=TIMEOUT_SECONDS, trust_env=False) as client, ThreadPoolExecutor(PARALLEL) as pool:
+    with httpx.Client(timeout=TIMEOUT_SECONDS, **http_options(server.base_url)) as client, ThreadPoolExecutor(PARALLEL) as pool:
         parts = list(pool.map(lambda window: one(client, window), windows))
-    return torch.tensor([value for part in parts for value in part], dtype=torch.float64)
+    pairs = [pair for part in parts for pair in part]
+    return torch.tensor([value for value, _ in pairs], dtype=torch.float64), torch.tensor([likeliest for _, likeliest in pairs], dtype=torch.int64)

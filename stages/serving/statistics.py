@@ -7,9 +7,13 @@
     TPOT            (last token - first chunk) / (tokens after the first chunk): time per token, also under speculation
     end to end      last token - sending
 
-Latencies are those of requests that ended inside a window. The server's own counter over the same window must agree with the
-count here. The two cannot be equal: chunks are on their way when a window's edge is read, at most one chunk of each stream
-on either side, and the scrape itself takes time in which tokens are made; `edge_tokens` bounds both.
+Latencies, and goodput under limits of them, are those of requests that ended inside a window, but for each stream's first request:
+all of these were sent together, so that their times are those of the benchmark's start and not of a server at work. Their tokens
+count like all others. Goodput is requests within the limits per second; it leaves out the first ones, so that short windows read low.
+
+The server's own counter over the same window must agree with the count here. The two cannot be equal: chunks are on their way
+when a window's edge is read, at most one chunk of each stream on either side, and the scrape itself takes time in which tokens are
+made; `edge_tokens` bounds both.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from pathlib import Path
 from stages.serving.load import Events
 
 PERCENTILES = (50, 90, 95, 99)
+FEWEST = {99: 100}  # values that a percentile is given from: of fewer, the 99th would be little but the largest
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 1 to 10 degrees of freedom
 
 
@@ -55,11 +60,11 @@ def percentile(values: list[float], percent: float) -> float:
 
 
 def summary(values: list[float]) -> dict | None:
-    """Mean and percentiles in milliseconds of values in seconds; None without values."""
+    """Count, mean and percentiles in milliseconds of values in seconds; None without values, and for the 99th percentile of fewer than 100."""
     if not values:
         return None
     return {"count": len(values), "mean_ms": 1000 * statistics.fmean(values),
-            **{f"p{percent}_ms": 1000 * percentile(values, percent) for percent in PERCENTILES}}
+            **{f"p{percent}_ms": 1000 * percentile(values, percent) if len(values) >= FEWEST.get(percent, 1) else None for percent in PERCENTILES}}
 
 
 def mean_and_interval(values: list[float]) -> dict:
@@ -96,26 +101,31 @@ def drafting(before: dict, after: dict) -> dict | None:
 def figures(events: Events, *, streams: int, output_tokens: int, goodput_limits: dict | None = None) -> dict:
     """All figures of one concurrency level; see the module docstring for their definitions."""
     chunks: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    sent, ended, prompts = {}, {}, {}
+    sent, ended, first_of = {}, {}, {}
     for kind, seconds, stream, request, number in events.rows:
         if kind == "send":
-            sent[request], prompts[request] = seconds, number
+            sent[request] = seconds
+            first_of.setdefault(stream, request)
         elif kind == "tokens":
             chunks[request].append((seconds, number))
         elif kind == "end":
             ended[request] = seconds
     arrivals = sorted((seconds, count - before) for rows in chunks.values()
                       for (seconds, count), before in zip(rows, [0, *(c for _, c in rows)]))
-    samples = [row for row in events.rows if row[0] == "sample"]
+    samples, firsts = [row for row in events.rows if row[0] == "sample"], set(first_of.values())
 
     def count(begin: float, end: float) -> int:
         return sum(tokens for seconds, tokens in arrivals if begin <= seconds < end)
+
+    def ended_in(begin: float, end: float) -> list[int]:
+        return [request for request, at in ended.items() if begin <= at < end]
 
     windows, drafts = [], []
     for index, (begin, end) in enumerate(events.windows):
         seconds, middle, tokens = end - begin, (begin + end) / 2, count(begin, end)
         before, after = (events.scrapes + [{}, {}])[2 * index:2 * index + 2]
         row = {"begin": begin, "end": end, "tokens": tokens, "tokens_per_second": tokens / seconds,
+               "requests": sum(request not in firsts for request in ended_in(begin, end)),
                "halves_tokens_per_second": [count(begin, middle) / (middle - begin), count(middle, end) / (end - middle)]}
         if before and after:
             server = after["generation_tokens"] - before["generation_tokens"]
@@ -132,7 +142,8 @@ def figures(events: Events, *, streams: int, output_tokens: int, goodput_limits:
                 drafts.append(found)
                 row["drafting"] = found
         windows.append(row)
-    inside = [request for request, at in ended.items() if any(begin <= at < end for begin, end in events.windows)]
+    all_inside = [request for begin, end in events.windows for request in ended_in(begin, end)]
+    inside = [request for request in all_inside if request not in firsts]
     latencies = {"ttft": [], "itl": [], "tpot": [], "end_to_end": []}
     good = 0
     for request in inside:
@@ -148,7 +159,8 @@ def figures(events: Events, *, streams: int, output_tokens: int, goodput_limits:
     total_seconds = sum(end - begin for begin, end in events.windows)
     result = {"streams": streams, "output_tokens": output_tokens, "windows": windows,
               "tokens_per_second": mean_and_interval([row["tokens_per_second"] for row in windows]),
-              "requests": len(inside), "latency": {name: summary(values) for name, values in latencies.items()}}
+              "requests": len(inside), "first_requests_left_out": len(all_inside) - len(inside),
+              "latency": {name: summary(values) for name, values in latencies.items()}}
     if goodput_limits:
         result["goodput"] = {"limits_ms": goodput_limits, "requests_per_second": good / total_seconds,
                              "share": good / len(inside) if inside else None}
@@ -172,6 +184,9 @@ def warnings(result: dict) -> list[str]:
             found.append(f"{where}: no token arrived; the server stood still")
         elif max(first, second) > 1.1 * min(first, second):
             found.append(f"{where}: not steady, {first:.1f} then {second:.1f} tokens/s in its halves")
+        if not row["requests"]:
+            found.append(f"{where}: no request but each stream's first ended in this window: latencies are not measured; lengthen "
+                         "serving.window_seconds")
         if "server_tokens" not in row:
             found.append(f"{where}: the server has no vLLM metrics; neither saturation nor the count could be checked")
             continue

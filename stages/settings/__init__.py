@@ -14,7 +14,7 @@ from stages.settings.handed_over import handed_over
 from stages.settings.schema import EvaluationSettings, Settings, SourceSettings, as_dict, as_json, gemm_sizes, scoring
 
 __all__ = ["CONF", "PROJECT", "EvaluationSettings", "Settings", "SourceSettings", "as_dict", "as_json", "choices", "gemm_sizes", "load", "scoring", "stage_parser",
-           "text_path"]
+           "text_file", "text_path"]
 
 
 def load(overrides: list[str] | tuple[str, ...] = (), resolve: Callable[[str, None], tuple[str, list[str]]] | None = None) -> Settings:
@@ -61,8 +61,13 @@ def _pin(settings: Settings, resolve: Callable | None) -> None:
 
 
 def text_path(settings: Settings) -> Path:
-    """evaluation.text, looked up from the working directory and then from the project; UserError when there is none."""
-    for path in (Path(settings.evaluation.text), PROJECT / settings.evaluation.text):
+    """evaluation.text as `text_file` finds it."""
+    return text_file("evaluation.text", settings.evaluation.text)
+
+
+def text_file(key: str, name: str) -> Path:
+    """A text that a setting names, looked up from the working directory and then from the project; UserError when there is none."""
+    for path in (Path(name), PROJECT / name):
         if path.is_file():
             return path
-    raise UserError(f"evaluation.text={settings.evaluation.text}: no such file; name a UTF-8 text")
+    raise UserError(f"{key}={name}: no such file; name a UTF-8 text")

@@ -102,6 +102,11 @@ def _check_evaluation(evaluation: EvaluationSettings, serving: ServingSettings) 
 def _check_serving(serving: ServingSettings) -> None:
     if serving.kind == "endpoint" and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", serving.url or ""):
         raise UserError(f"conf: serving=endpoint needs serving.url=http://HOST:PORT, not {serving.url!r}")
+    if re.match(r"https?://[^/]*@", serving.url or ""):
+        raise UserError("conf: serving.url has a name or key before its @, which results would show: take it out; a server's key belongs in the "
+                        "environment variable MXFORGE_API_KEY")
+    if serving.hardware and serving.kind != "endpoint":
+        raise UserError("conf: serving.hardware says what an endpoint runs on; of a server that is started here it is found out: leave it out")
     if not serving.concurrencies or min(serving.concurrencies) < 1:
         raise UserError(f"conf: serving.concurrencies is {serving.concurrencies}; it must name numbers of streams, each at least 1")
     if wrong := set(serving.goodput_ms) - set(LATENCIES):

@@ -87,17 +87,19 @@ class ServingSettings:
     name: str = "none"
     kind: str = limited("none", allowed=("none", "vllm", "endpoint"))  # none | started here, on loopback | a server that runs already
     model: str = "release"  # the name under which the server offers the release
-    url: str | None = None  # of an endpoint, http://HOST:PORT
+    url: str | None = None  # of an endpoint, http://HOST:PORT, with or without /v1; its API key comes from the environment, MXFORGE_API_KEY
+    hardware: str | None = None  # what an endpoint runs on, in words, such as "8 x H200": it cannot be seen from here
     environment: str | None = None  # virtual environment with vLLM; null: the `vllm` on the PATH
     makes_environment: bool = False  # the environment is this project's own, for a CPU: snakemake makes it, and anew when its parts change
     if_installed: bool = False  # leave serving out, and say so, where the environment has not been made
     drafts: bool = True  # let the release's MTP layers draft tokens
     flags: list[str] = field(default_factory=list)  # further flags of `vllm serve`
     variables: dict[str, str] = field(default_factory=dict)  # environment variables of the server
-    startup_seconds: float = limited(600.0, above=0)  # until the first completion must have come back
+    startup_seconds: float = limited(600.0, above=0)  # until the first completion must have come back, of an endpoint that loads, too
     concurrencies: list[int] = field(default_factory=lambda: [8, 32, 64])  # numbers of streams, measured one after the other
     output_tokens: int = limited(512, least=1)  # of each completion (ignore_eos)
-    prompt_tokens: int = limited(32, least=1)  # random token ids, which no prefix cache can have seen
+    prompt_tokens: int = limited(32, least=1)  # of each prompt, which no prefix cache can have seen
+    prompts: str | None = None  # UTF-8 text whose pieces stand in the prompts; see evaluation.text for relative paths; null: random token ids
     windows: int = limited(1, least=1)  # measured one after the other at each level
     window_seconds: float = limited(30.0, above=0)
     ramp_seconds: float = limited(10.0, least=0)  # between the first token of the last stream and the first window

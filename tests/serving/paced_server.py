@@ -1,7 +1,8 @@
 """A completions server whose rate is known: it emits tokens by absolute time and remembers when.
 
 It runs in a thread of the test's process, so that both read the same clock. Chunks hold the numbers of tokens in `chunks`,
-in turn. `fault` makes it misbehave in one of the ways that real servers do.
+in turn. `fault` makes it misbehave in one of the ways that real servers do. Their text holds characters at which Python, but
+not an event stream, begins a new line.
 """
 
 import asyncio
@@ -9,6 +10,8 @@ import itertools
 import json
 import threading
 import time
+
+TEXT = "x\u0085\u2028\u2029\u00e4"  # not escaped in the events, as vLLM sends them
 
 
 class PacedServer:
@@ -18,6 +21,7 @@ class PacedServer:
         self.rate, self.chunks, self.fault, self.stall = rate, chunks, fault, stall  # tokens/s of each stream; stall: (at, for)
         self.counter_factor, self.metrics = counter_factor, metrics
         self.emitted, self.prompts, self.running, self.requests = [], [], 0, 0
+        self.keys = set()  # that came as authorization, None for none
         self.ready, self.started_at = threading.Event(), None
 
     def __enter__(self):
@@ -47,6 +51,8 @@ class PacedServer:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 path = head.split(b" ", 2)[1].decode()
                 length = next((int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), 0)
+                self.keys.add(next((line.split(b": ")[1].decode() for line in head.split(b"\r\n") if line.lower().startswith(b"authorization")),
+                                   None))
                 body = json.loads(await reader.readexactly(length)) if length else {}
                 if path == "/metrics":
                     self._plain(writer, 200 if self.metrics else 404, self._metrics())
@@ -103,10 +109,13 @@ class PacedServer:
                 usage = {"completion_tokens": sent - 2 * (sent > total // 2) * (size + 1) if fault == "backwards" else sent}
                 if fault == "malformed":
                     self._event(writer, '{"choices": [')
+                elif fault == "null_event":
+                    self._event(writer, "null")
                 elif fault == "error_event":
                     self._event(writer, '{"error": {"message": "engine core died"}}')
                 else:
-                    self._event(writer, json.dumps({"choices": [{"text": "x"}], **({} if fault == "no_usage" else {"usage": usage})}))
+                    self._event(writer, json.dumps({"choices": [{"text": TEXT}], **({} if fault == "no_usage" else {"usage": usage})},
+                                                   ensure_ascii=False))
                 await writer.drain()
                 if sent == total or (fault == "short" and sent > total // 2):
                     break

@@ -83,6 +83,71 @@ def test_a_server_that_answers_is_used_and_every_process_of_it_ends(tmp_path):
     assert gone(pids)
 
 
+LOG = """Triton is installed, but doesn't include CPU backend. Disabling Triton.
+(EngineCore pid=187) INFO 05-01 19:35:13 [cuda.py:368] Using FLASH_ATTN attention backend out of potential backends: ['FLASH_ATTN', 'FLEX_ATTENTION'].
+\x1b[0;36m(Worker_TP0 pid=3)\x1b[0m INFO 03-16 11:27:40 [flash_attn.py:587] Using FlashAttention version 3
+(Worker_TP0 pid=3) INFO 11-28 00:44:17 [mxfp4.py:352] Using 'MARLIN' Mxfp4 MoE backend.
+(Worker_TP1 pid=4) INFO 11-28 00:44:18 [mxfp4.py:352] Using 'MARLIN' Mxfp4 MoE backend.
+(Worker pid=3) INFO 11-28 00:44:17 [x.py:77] Using MarlinExperts for MXFP4 MoE
+(Worker pid=3) INFO 11-28 00:44:17 [x.py:7] Selected FlashInferFP8ScaledMMLinearKernel for CompressedTensorsW8A8Fp8 (kernel 2)
+(APIServer pid=2) INFO 11-28 00:43:44 [model.py:2152] Using max model len 2048
+(Worker pid=3) INFO 11-28 00:44:16 [parallel_state.py:1906] world_size=1 rank=0 backend=gloo
+"""
+
+
+def test_the_backends_that_a_log_names_are_kept_once_each(tmp_path):
+    log = tmp_path / "server.log"
+    assert launcher.backends_of(log) == []
+    log.write_text(LOG)
+    assert launcher.backends_of(log) == [
+        "Using FLASH_ATTN attention backend out of potential backends: ['FLASH_ATTN', 'FLEX_ATTENTION'].", "Using FlashAttention version 3",
+        "Using 'MARLIN' Mxfp4 MoE backend.", "Using MarlinExperts for MXFP4 MoE",
+        "Selected FlashInferFP8ScaledMMLinearKernel for CompressedTensorsW8A8Fp8 (kernel 2)"]
+
+
+def test_facts_hold_what_a_figure_depends_on_and_no_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "FLASH_ATTN")
+    monkeypatch.setenv("VLLM_API_KEY", "abc")
+    monkeypatch.setattr(launcher, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(launcher, "hardware", lambda *_: {"on_cpu": False, "hardware": ["A GPU"]})
+    settings = settings_with(f"print({LOG!r}, flush=True)" + ANSWERING, tmp_path, VLLM_NVFP4_MAX_TOKENS=8)
+    settings.serving.flags += ["--api-key", "secret1", "secret2", "--enforce-eager"]
+    with launcher.server(settings) as running:
+        facts = running.facts
+    assert facts["variables"].items() >= {"VLLM_ATTENTION_BACKEND": "FLASH_ATTN", "VLLM_API_KEY": "(left out)", "VLLM_NVFP4_MAX_TOKENS": "8"}.items()
+    assert all(name.startswith("VLLM_") for name in facts["variables"])
+    assert facts["driver"] == "580.1" and "Using 'MARLIN' Mxfp4 MoE backend." in facts["backends"]
+    assert not any(word in json.dumps(facts) for word in ("secret1", "secret2", "abc"))
+    assert facts["command"][-6:-2] == ["--api-key", "(left out)", "(left out)", "--enforce-eager"]
+
+
+@pytest.mark.parametrize(("name", "value", "shown"), [
+    ("VLLM_API_KEY", "x", False), ("HF_TOKEN", "x", False), ("AWS_SECRET_ACCESS_KEY", "x", False), ("A", "sk-1", False), ("A", "hf_abc", False),
+    ("A", "http://me:word@host/x", False), ("A", "0123456789abcdef0123456789abcdef", False),
+    ("VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE", "163840", True), ("VLLM_CACHE_ROOT", "/a/very/long/path/with/numbers/0123456789abcdef", True),
+    ("VLLM_NO_USAGE_STATS", "1", True), ("VLLM_KEYS_FAST", "1", True), ("A", "http://host:80/x", True),
+])
+def test_what_is_called_or_looks_like_a_key_is_left_out_of_results(name, value, shown):
+    assert launcher.without_secrets({name: value}) == {name: value if shown else "(left out)"}
+
+
+@pytest.mark.parametrize(("words", "shown"), [
+    (["--api-key", "a"], ["--api-key", "(left out)"]), (["--api_key=a", "b"], ["--api-key=(left out)", "b"]), (["--port", "1"], ["--port", "1"]),
+    (["--api-key", "a", "b", "--port", "1"], ["--api-key", "(left out)", "(left out)", "--port", "1"]),
+])
+def test_a_key_among_the_flags_is_left_out_of_results(words, shown):
+    assert launcher.without_api_key(words) == shown
+
+
+@pytest.mark.parametrize(("script", "version"), [("echo 580.65.06; echo 580.65.06", "580.65.06"), ("exit 9", None), ("true", None), (None, None)])
+def test_the_driver_is_what_nvidia_smi_says(tmp_path, monkeypatch, script, version):
+    if script:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launcher.driver_version() == version
+
+
 def test_thread_counts_of_the_workflow_do_not_reach_the_server(tmp_path, monkeypatch):
     for name in launcher.THREAD_VARIABLES:
         monkeypatch.setenv(name, "64")
