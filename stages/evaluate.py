@@ -73,18 +73,26 @@ def sqnr(receipts: dict[str, Receipt]) -> dict:
 
 
 def windows(token_count: int, context: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, end, first scored token) of each window; every token but the first is scored exactly once.
+    """(begin, end, first scored token) of each window; every token that has one before it in its window is scored exactly once.
 
+    With a stride below the context those are all but the text's first. With a stride of the whole context, windows do not overlap, as usual for
+    published perplexities: the first token of each has nothing to be predicted from and is not scored.
     The last one begins earlier where it would have fewer than FEWEST_TOKENS.
     """
     result, scored, begin = [], 1, 0
     while scored < token_count:
         begin = min(begin, max(0, token_count - min(FEWEST_TOKENS, context)))
         end = min(begin + context, token_count)
-        result.append((begin, end, scored))
+        result.append((begin, end, max(scored, begin + 1)))
         scored = end
         begin += stride
     return result
+
+
+def first_token(directory: Path) -> int | None:
+    """Id of the BOS token of a checkpoint or release, None where its config.json names none."""
+    first = text_part(read_json(Path(directory) / "config.json", "assemble_release")).get("bos_token_id")
+    return first if isinstance(first, int) else None
 
 
 def tokens_of(text: str, directory: Path, maximum: int | None) -> torch.Tensor:

@@ -431,13 +431,22 @@ def test_sqnr_in_the_receipts_is_that_of_the_decoded_weights(converted):
     assert 10 * math.log10(signal / error) == pytest.approx(expected, abs=1e-6)
 
 
-def test_every_token_is_scored_exactly_once():
+def test_every_token_that_has_one_before_it_in_its_window_is_scored_exactly_once():
     for count, context, stride in ((2, 8, 4), (8, 8, 4), (9, 8, 4), (100, 8, 3), (1000, 256, 128), (257, 256, 255)):
         scored = []
         for begin, end, first in evaluate.windows(count, context, stride):
             assert min(count, context, FEWEST_TOKENS) <= end - begin <= context and begin < first
             scored += range(first, end)
         assert scored == list(range(1, count))
+    for count, context in ((2, 8), (8, 8), (9, 8), (10, 8), (16, 8), (17, 8), (100, 8), (1000, 256), (4096, 2048), (4097, 2048), (5000, 2048)):
+        found = evaluate.windows(count, context, context)
+        assert [begin for begin, *_ in found[:-1]] == list(range(0, context * (len(found) - 1), context)), "they do not overlap"
+        last, end, _ = found[-1]
+        assert end == count and last == max(0, min(context * (len(found) - 1), count - min(FEWEST_TOKENS, context)))
+        assert all(min(count, context, FEWEST_TOKENS) <= end - begin <= context for begin, end, _ in found)
+        scored = [token for _, end, first in found for token in range(first, end)]
+        unscored = {begin for begin, _, first in found if first == begin + 1}
+        assert scored == [token for token in range(count) if token not in unscored]
 
 
 def manifest_hash(settings) -> str:
