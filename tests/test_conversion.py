@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import numpy as np
@@ -33,7 +35,7 @@ from stages.errors import UserError
 from stages.models import step37
 from stages.planning.record import read_plan
 from stages.planning.view import where_it_runs
-from stages.serving import launcher
+from stages.serving import launcher, score
 from stages.serving.commands import serve_commands, served_by
 from stages.settings import load
 from stages.settings.schema import FEWEST_TOKENS
@@ -184,7 +186,13 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
     assert quality["release"]["perplexity"] == pytest.approx(quality["source"]["perplexity"], rel=0.05)
     assert quality["release"]["tokens"] == quality["text"]["tokens"] - 1
     assert all(rate > 0.5 for rate in quality["release"]["draft_agreement"])
-    assert 0 < quality["divergence"]["mean_kl_nats"] < 0.05
+    assert 0 < quality["divergence"]["mean_kl_nats"] < 0.05 and 0 < quality["divergence"]["standard_error_nats"] < quality["divergence"]["mean_kl_nats"]
+    tail = [quality["divergence"][name] for name in ("99th_percentile_kl_nats", "99.9th_percentile_kl_nats", "maximum_kl_nats")]
+    assert 0 < tail[0] < tail[1] < tail[2]
+    paired = quality["paired"]
+    assert paired["perplexity_ratio"] == pytest.approx(quality["release"]["perplexity"] / quality["source"]["perplexity"])
+    assert 0 < paired["standard_error"] < 0.1 * quality["release"]["standard_error"] / quality["source"]["perplexity"], "the text's share cancels out"
+    assert 0.9 < paired["same_top_token"] < 1 and 0 < paired["same_top_token_standard_error"] < 0.01
     gemm = validate_gemm.run(converted)
     assert gemm["passed"] and {row["path"] for row in gemm["rows"]} == {"linear", "grouped_experts"}
     assert all(row["arithmetic_db"] >= 45 and 17 < row["format_db"] < 22 for row in gemm["rows"])
@@ -196,12 +204,47 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
         "http://creativecommons.org", "") and "<script src" not in page
     card = (converted.run_directory / "card.md").read_text()
     assert f"{quality['release']['perplexity']:.4f}" in card and "step37_tiny" in card
+    for text in (page, card):
+        assert f"{paired['standard_error']:.4f}" in text and "standard error" in text and "teacher-forced; not acceptance" in text
+        assert all(words in text for words in ("tokens of held_out.txt", "sha256 43054d46c20b", "windows of 256 tokens, 128 of them new", "in process in float32",
+                                               "BOS token before its first"))
     assert "A Step-3.7 model small enough for a repository" in card  # the source's own card, below
     (converted.run_directory / "gemm.json").write_text(json.dumps({"shards_sha256": gemm["shards_sha256"]}))
     with pytest.raises(UserError, match="one of its results is damaged"):
         report.run(converted)
     for text in (page, card):
         assert "index.json omits 15 tensors" in text and "not tensor parallel 8, 16" in text and "transformers: no" in text
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_through_a_server_source_and_release_are_compared_token_by_token(converted, monkeypatch, known):
+    """And the card says what served them, or why the source was not measured."""
+    @contextmanager
+    def server(settings, directory):
+        yield SimpleNamespace(of=directory.name, facts={"engine": "vllm", "version": "0.32.0", "on_cpu": False, "hardware": ["A GPU"], "command": ["vllm"]})
+
+    def scored_tokens(running, tokens, windows):
+        values = torch.full((sum(end - first for _, end, first in windows),), -1.5, dtype=torch.float64)
+        picks = tokens[1:len(values) + 1].clone()
+        if running.of == "release":
+            values[::2] -= 0.01
+            picks[:5] += 1
+        return values, picks
+
+    monkeypatch.setattr(launcher, "server", server)
+    monkeypatch.setattr(score, "scored_tokens", scored_tokens)
+    settings = load([f"results={converted.results}", f"source.path={TINY}", "serving=vllm_cuda" if known else "serving=endpoint", "evaluation.via=vllm",
+                     *([] if known else ["serving.url=http://127.0.0.1:9"]), "evaluation.maximum_tokens=101"])
+    quality = evaluate.perplexity(settings, read_plan(settings))
+    assert quality["release"]["perplexity"] == pytest.approx(math.exp(1.505)) and quality["release"]["tokens"] == 100
+    if known:
+        paired = quality["paired"]
+        assert paired["perplexity_ratio"] == pytest.approx(math.exp(0.005)) and paired["same_top_token"] == 0.95
+        assert paired["same_top_token_standard_error"] == pytest.approx(math.sqrt(0.95 * 0.05 / 100))
+        assert paired["standard_error_nats"] == pytest.approx(0.005 * math.sqrt(100 / 99) / 10)
+    found = {"quality": quality, "scored_on": report.scored_on(quality)}
+    assert found["scored_on"].endswith("windows of 256 tokens, 128 of them new in each; vLLM 0.32.0, 1 x A GPU")
+    assert ("paired" in quality) == known and ("the endpoint serves the release only" in quality.get("source_not_measured", "")) != known
 
 
 @pytest.fixture(scope="module")

@@ -59,3 +59,19 @@ def token_log_probabilities(server: Server, tokens: torch.Tensor, windows: list[
     with httpx.Client(timeout=TIMEOUT_SECONDS, trust_env=False) as client, ThreadPoolExecutor(PARALLEL) as pool:
         parts = list(pool.map(lambda window: one(client, window), windows))
     return torch.tensor([value for part in parts for value in part], dtype=torch.float64)
+
+
+def scored_tokens(server: Server, tokens: torch.Tensor, windows: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probabilities float64, most likely token ids int64), [number of scored tokens] each; as token_log_probabilities."""
+    ids, where = tokens.tolist(), f"{server.base_url}/v1/completions"
+
+    def one(client: httpx.Client, window: tuple[int, int, int]) -> list[tuple[float, int]]:
+        begin, end, scored = window
+        body = {"model": server.model, "prompt": ids[begin:end], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
+        entries = client.post(where, json=body).raise_for_status().json()["choices"][0]["prompt_logprobs"]
+        values = _scored(entries, ids[begin:end], scored - begin, where)
+        return [(value, int(max(entry, key=lambda token: entry[token]["logprob"]))) for value, entry in zip(values, entries[scored - begin:])]
+
+    with httpx.Client(timeout=TIMEOUT_SECONDS, trust_env=False) as client, ThreadPoolExecutor(PARALLEL) as pool:
+        rows = [row for part in pool.map(lambda window: one(client, window), windows) for row in part]
+    return torch.tensor([row[0] for row in rows], dtype=torch.float64), torch.tensor([row[1] for row in rows], dtype=torch.int64)
