@@ -26,7 +26,7 @@ from kernels.decibels import decibels
 from stages.assemble_release import measured_release
 from stages.checkpoint.files import human_bytes, read_json, sha256_file, write_json
 from stages.dialects.config import text_part
-from stages.dialects.roles import layer_of, projection_of
+from stages.dialects.roles import layer_of, projection_of, role_in_layer
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
@@ -50,7 +50,7 @@ def _total(sums: list[MatrixSums]) -> tuple[float, float]:
 
 
 def sqnr(receipts: dict[str, Receipt]) -> dict:
-    """SQNR per tensor, per expert, per layer and overall, from the receipts' exact sums (no second pass)."""
+    """SQNR per tensor, per expert, per layer, per layer of a role's projection and overall, from the receipts' exact sums (no second pass)."""
     quantized: dict[str, list[MatrixSums]] = {}
     for receipt in receipts.values():
         for name, sums in receipt["quantized"].items():
@@ -61,8 +61,12 @@ def sqnr(receipts: dict[str, Receipt]) -> dict:
                       "experts_db": [_figure(entry.signal, entry.error) for entry in sums]}
                for name, sums in sorted(quantized.items(), key=lambda item: (layer_of(item[0]) or 0, item[0]))}
     by_layer: dict[int | None, list[MatrixSums]] = {}
+    alike: dict[tuple[str, str, int], list[MatrixSums]] = {}
     for name, sums in quantized.items():
-        by_layer.setdefault(layer_of(name), []).extend(sums)
+        layer = layer_of(name)
+        by_layer.setdefault(layer, []).extend(sums)
+        if layer is not None:
+            alike.setdefault((role_in_layer(name), projection_of(name) or "weight", layer), []).extend(sums)
     every = [entry for sums in quantized.values() for entry in sums]
     figures = [figure for entry in tensors.values() for figure in entry["experts_db"] if figure is not None]
     return {
@@ -71,6 +75,8 @@ def sqnr(receipts: dict[str, Receipt]) -> dict:
         "worst_matrix_db": min(figures, default=None),
         "best_matrix_db": max(figures, default=None),
         "layers_db": {str(layer): _figure(*_total(sums)) for layer, sums in sorted(by_layer.items())},
+        "projections": [{"role": role, "projection": projection, "layer": layer, "matrices": len(sums), "sqnr_db": _figure(*_total(sums))}
+                        for (role, projection, layer), sums in sorted(alike.items())],
         "tensors": tensors,
     }
 
