@@ -29,7 +29,9 @@ from stages.plots import expert_plot, layer_plot
 from stages.receipts import read_receipts, shards_sha256, zeros_note
 from stages.records import Plan, Receipt
 from stages.schemes import SCHEMES
-from stages.serving.commands import client_example, serve_commands, served_by
+from stages.serving.commands import (
+    DRAFT_FAULTS, Used, chat_flags, client_example, conditions, count_range, generated, has_draft_faults, serve_commands, served_by, thinks,
+)
 from stages.serving.plots import serving_plot
 from stages.settings import PROJECT, Settings, load, stage_parser
 from stages.settings.commands import command_for
@@ -106,13 +108,16 @@ def facts(settings: Settings) -> dict:
                               "arithmetic_db": worst,
                               "format_db": min(formats, default=None)})
     config = read_json(run_directory / "release" / "config.json", "assemble_release")
+    thoughts = thinks(run_directory / "release")
     zeros = [name for receipt in receipts.values() for name in receipt["zeros"]]
     notes = [*read_json(run_directory / "inspect.json", "inspect_format")["anomalies"], *plan["notes"], *([zeros_note(zeros)] if zeros else [])]
     schemes = sorted({entry["scheme"] for entry in plan["tensors"].values() if entry["scheme"]})
     return {
         "schemes": schemes, "formats": " and ".join(SCHEMES[scheme].LABEL for scheme in schemes),
-        "commands": serve_commands(plan, config, serving.get("engine", {})), "client": client_example(config),
-        "engine": served_by(serving["engine"]) if serving.get("engine") else None,
+        "commands": serve_commands(plan, config, serving.get("engine", {})), "client": client_example(config, thoughts),
+        "chat_flags": chat_flags(plan, thoughts),
+        "engine": served_by(serving["engine"]) if serving.get("engine") else None, "served": Used(serving.get("engine", {})).command,
+        **({"conditions": conditions(serving), "generated": generated(serving)} if "levels" in serving else {}),
         "origin": settings.source.repository or settings.source.origin,
         "experts": any(entry["role"] == "routed_experts" for entry in plan["tensors"].values()),
         "settings": settings, "plan": plan, "notes": notes, "where_it_runs": where_it_runs(plan), "roles": role_rows(plan), "gemm": gemm_rows,
@@ -182,7 +187,7 @@ def _environment() -> jinja2.Environment:
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
                                      autoescape=lambda name: bool(name) and name.endswith(".html.j2"))
     environment.filters["bytes"] = human_bytes
-    environment.globals["served_by"] = served_by
+    environment.globals |= {"draft_faults": DRAFT_FAULTS, "served_by": served_by, "count_range": count_range, "has_draft_faults": has_draft_faults}
     return environment
 
 
