@@ -427,16 +427,20 @@ def served_figures(streams, faults=()):
             "warnings": [f"{streams} streams, window 2: not steady", *faults]}
 
 
-def test_serving_figures_stand_with_what_they_were_measured_under(proven):
+@pytest.mark.parametrize(("prompts", "words", "kind"), [
+    ({"content": "random token ids"}, "prompts of 32 random token ids", "random"),
+    ({"content": "chats.txt", "sha256": "ab" * 32}, "prompts of 32 tokens, random ones and behind them pieces of chats.txt (sha256 abababababab)", "text")])
+def test_serving_figures_stand_with_what_they_were_measured_under(proven, prompts, words, kind):
     """So that somebody can measure them again, from the card alone: serving.json is not in the release."""
     path = proven.run_directory / "serving.json"
     text = path.read_text()
-    command = ["vllm", "serve", "results/x/release", "--host", "127.0.0.1", "--port", "4", "--max-model-len", "8192",
+    command = ["vllm", "serve", "results/x/release", "--host", "127.0.0.1", "--port", "4", "--api_key", "secret", "more secret", "--max-model-len", "8192",
                "--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}']
-    engine = {"engine": "vllm", "version": "0.32.0", "on_cpu": False, "hardware": ["A GPU"], "command": command}
+    engine = {"engine": "vllm", "version": "0.32.0", "on_cpu": False, "hardware": ["A GPU"], "command": command,
+              "driver": "570.1", "variables": {"VLLM_USE_X": "1"}, "backends": ["Using MARLIN Mxfp4 MoE backend"]}
     asked = as_dict(load(["serving=vllm_cuda", "serving.windows=3", "serving.window_seconds=10"]).serving)
     result = {"manifest_sha256": json.loads((proven.run_directory / "verify.json").read_text())["manifest_sha256"], "settings": asked, "engine": engine,
-              "levels": [served_figures(8), served_figures(64, ["4 tokens drafted in 3 drafts"])]}
+              "prompts": prompts, "levels": [served_figures(8), served_figures(64, ["4 tokens drafted in 3 drafts"])]}
     path.write_text(json.dumps(result))
     (proven.run_directory / "serving").mkdir(exist_ok=True)
     events = Events([("send", 0.0, 0, 1, 32), ("tokens", 12.0, 0, 1, 8), ("tokens", 14.0, 0, 1, 16)], [], [(10.0, 20.0)])
@@ -446,12 +450,14 @@ def test_serving_figures_stand_with_what_they_were_measured_under(proven):
     path.write_text(text)
     served = "vllm serve . --max-model-len 8192 --speculative-config '{\"method\": \"mtp\", \"num_speculative_tokens\": 3}'"
     for shown in (page, card):
-        assert all(words in shown for words in (
-            "greedy, random prompts, ignore_eos", "Completions of 512 tokens", "32 random token ids", "3 windows of 10 s", "95 % confidence interval", served,
+        assert all(said in shown for said in (
+            f"greedy, {kind} prompts, ignore_eos", "Completions of 512 tokens", words, "NVIDIA driver 570.1", "Environment: VLLM_USE_X=1",
+            "3 windows of 10 s", "95 % confidence interval", served,
             "vLLM 0.32.0, 1 x A GPU", "8 streams, window 2: not steady", "4 tokens drafted in 3 drafts", "cannot be trusted", "first request is in no latency"))
+        assert "secret" not in shown
         assert "serving.json" not in shown and "127.0.0.1 " not in shown
     assert "100.0 ± 4.3 tokens/s, 12.5 per stream; TTFT 317 ms, TPOT 9.2 ms (p50 of 40 requests)" in card
-    assert all(words in page for words in ("317 / –", "9.2 / –", "0.999 to 1.001", "<details>"))
+    assert all(words in page for words in ("317 / –", "9.2 / –", "0.999 to 1.001", "<details>", "Using MARLIN Mxfp4 MoE backend"))
 
 
 def test_draft_layers_that_cannot_be_split_are_left_out_of_the_commands(converted):

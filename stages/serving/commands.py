@@ -37,27 +37,29 @@ def engine_name(engine: dict) -> str:
 
 def generated(serving: dict) -> str:
     """What the benchmark made the model write, by serving.json: acceptance of drafts depends on it more than on anything else."""
-    return f"greedy, {'random' if _prompts(serving) is None else 'text'} prompts, ignore_eos"
+    return f"greedy, {'text' if _text(serving) else 'random'} prompts, ignore_eos"
 
 
-def _prompts(serving: dict) -> str | None:
-    """The file of texts that prompts were taken from; None for random token ids."""
-    found = serving.get("prompts") or serving["settings"].get("prompts")
-    return found.get("name", "a file of texts") if isinstance(found, dict) else found and str(found)
+def _text(serving: dict) -> dict | None:
+    """The text whose pieces stood in the prompts, {"content": its name, "sha256"}; None for random token ids."""
+    prompts = serving.get("prompts") or {}
+    return prompts if "sha256" in prompts else None
 
 
 def conditions(serving: dict) -> str:
     """How serving.json's figures were measured, in sentences: all that somebody needs to measure them again, but for the server's command."""
-    asked, prompts = serving["settings"], _prompts(serving)
+    asked, engine, text = serving["settings"], serving["engine"], _text(serving)
     several = asked["windows"] > 1
     limits = ", ".join(f"{name} at most {limit:g} ms" for name, limit in asked["goodput_ms"].items())
     sentences = [
         "Closed loop: each stream sends its next request when one has ended",
         f"Completions of {asked['output_tokens']} tokens (greedy, ignore_eos) to prompts of {asked['prompt_tokens']} "
-        + ("random token ids" if prompts is None else f"tokens of {prompts}"),
+        + (f"tokens, random ones and behind them pieces of {text['content']} (sha256 {text['sha256'][:12]})" if text else "random token ids"),
         f"{asked['windows']} window{'s' if several else ''} of {asked['window_seconds']:g} s after a ramp of {asked['ramp_seconds']:g} s",
         *(["± is half the width of a 95 % confidence interval of the mean over the windows"] if several else []),
         *([f"Goodput: requests per second with {limits}"] if limits else []),
+        *([f"NVIDIA driver {engine['driver']}"] if engine.get("driver") else []),
+        *(["Environment: " + ", ".join(f"{name}={value}" for name, value in engine["variables"].items())] if engine.get("variables") else []),
         *(["Each stream's first request is in no latency"] if any(level.get("first_requests_left_out") for level in serving["levels"]) else []),
     ]
     return ". ".join(sentences) + "."
@@ -89,6 +91,7 @@ SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-d
 DECISIVE = {"--max-model-len": None, "--max-num-seqs": None, "--gpu-memory-utilization": None, "--quantization": None, "--dtype": "auto",
             "--kv-cache-dtype": "auto", "--tensor-parallel-size": "1", "--pipeline-parallel-size": "1", "--data-parallel-size": "1",
             "--enable-expert-parallel": None, "--speculative-config": None}
+ADDRESS = ("--host", "--port", "--api-key")  # flags of this run alone
 SWITCHES = ("--enable-expert-parallel",)
 
 
@@ -136,12 +139,9 @@ class Used:
         """What was run, for a shell, as it would be in the release's own directory; without the address, which was this run's own."""
         words, left_out = [], False
         for before, word in zip(["", *self._command], self._command):
-            flag, equals, _ = word.partition("=")
-            if left_out:  # the value of a flag that is left out
-                left_out = False
-            elif flag in ("--host", "--port"):
-                left_out = not equals
-            else:
+            if word.startswith("-"):
+                left_out = _with_dashes(word).partition("=")[0] in ADDRESS
+            if not left_out:
                 words.append("." if before == "serve" else word)
         return shlex.join(words) if words else None
 
