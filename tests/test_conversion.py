@@ -210,8 +210,8 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
     assert f"{quality['release']['perplexity']:.4f}" in card and "step37_tiny" in card
     for text in (page, card):
         assert f"{paired['standard_error']:.4f}" in text and "standard error" in text and "teacher-forced; not acceptance" in text
-        assert all(words in text for words in ("tokens of held_out.txt", "sha256 43054d46c20b", "windows of 256 tokens, 128 of them new", "in process in float32",
-                                               "BOS token before its first"))
+        assert all(words in text for words in ("tokens of held_out.txt", "sha256 43054d46c20b", "windows of 256 tokens, 128 of them new",
+                                               "in process in float32", "BOS token before its first"))
     assert "A Step-3.7 model small enough for a repository" in card  # the source's own card, below
     (converted.run_directory / "gemm.json").write_text(json.dumps({"shards_sha256": gemm["shards_sha256"]}))
     with pytest.raises(UserError, match="one of its results is damaged"):
@@ -411,7 +411,7 @@ def test_a_model_that_thinks_first_gets_room_and_parsers_for_it(converted, tmp_p
     made, release = read_plan(converted), converted.run_directory / "release"
     assert not thinks(release) and chat_flags(made, False) is None and "max_tokens=200," in client_example({})
     (tmp_path / "chat_template.jinja").write_text("<|im_start|>assistant\n<think>\n")
-    assert thinks(tmp_path) and "max_tokens=8192," in client_example({}, True)
+    assert thinks(tmp_path) and "max_tokens=4096," in client_example({}, True)
     assert chat_flags(made, True) == "--reasoning-parser step3p5 --enable-auto-tool-choice --tool-call-parser step3p5"
     assert chat_flags(made | {"architecture": "MixtralForCausalLM"}, True) is None, "not known"
 
@@ -435,7 +435,7 @@ def test_serving_figures_stand_with_what_they_were_measured_under(proven, prompt
     path = proven.run_directory / "serving.json"
     text = path.read_text()
     command = ["vllm", "serve", "results/x/release", "--host", "127.0.0.1", "--port", "4", "--api_key", "secret", "more secret", "--max-model-len", "8192",
-               "--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}']
+               "--served-model-name", "serve", "--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}']
     engine = {"engine": "vllm", "version": "0.32.0", "on_cpu": False, "hardware": ["A GPU"], "command": command,
               "driver": "570.1", "variables": {"VLLM_USE_X": "1"}, "backends": ["Using MARLIN Mxfp4 MoE backend"]}
     asked = as_dict(load(["serving=vllm_cuda", "serving.windows=3", "serving.window_seconds=10"]).serving)
@@ -448,7 +448,7 @@ def test_serving_figures_stand_with_what_they_were_measured_under(proven, prompt
     report.run(proven)
     page, card = (html.unescape((proven.run_directory / name).read_text()) for name in ("report.html", "card.md"))
     path.write_text(text)
-    served = "vllm serve . --max-model-len 8192 --speculative-config '{\"method\": \"mtp\", \"num_speculative_tokens\": 3}'"
+    served = "vllm serve . --max-model-len 8192 --served-model-name serve --speculative-config '{\"method\": \"mtp\", \"num_speculative_tokens\": 3}'"
     for shown in (page, card):
         assert all(said in shown for said in (
             f"greedy, {kind} prompts, ignore_eos", "Completions of 512 tokens", words, "NVIDIA driver 570.1", "Environment: VLLM_USE_X=1",

@@ -136,13 +136,13 @@ class Used:
 
     @property
     def command(self) -> str | None:
-        """What was run, for a shell, as it would be in the release's own directory; without the address, which was this run's own."""
+        """What was run, for a shell, as it would be in the release's own directory; without the address and keys, which were this run's own."""
         words, left_out = [], False
-        for before, word in zip(["", *self._command], self._command):
+        for place, word in enumerate(self._command):
             if word.startswith("-"):
                 left_out = _with_dashes(word).partition("=")[0] in ADDRESS
             if not left_out:
-                words.append("." if before == "serve" else word)
+                words.append("." if place == 2 else word)  # vllm serve DIRECTORY ...
         return shlex.join(words) if words else None
 
 
@@ -216,4 +216,4 @@ def chat_flags(plan: Plan, thoughts: bool) -> str | None:
 
 def client_example(config: dict, thoughts: bool = False) -> str:
     """A chat, and for vision-language models an image, with the OpenAI client; a model that thinks first gets tokens to do so."""
-    return CLIENT.replace("{IMAGE}", IMAGE if "vision_config" in config else "").replace("{TOKENS}", "8192" if thoughts else "200")
+    return CLIENT.replace("{IMAGE}", IMAGE if "vision_config" in config else "").replace("{TOKENS}", "4096" if thoughts else "200")
