@@ -2,14 +2,17 @@
 
     SQNR        = 10 log10(sum w^2 / sum (w - w_hat)^2) over the weights named; about 19 dB is the format's limit
     perplexity  = exp(mean negative log-likelihood per scored token) over sliding windows, each token scored once
-    divergence  = mean over tokens of KL(source || release) of the next-token distributions, and how often both would
-                  pick the same token: perplexity alone has called damaged models good
+    paired      = perplexity of the release / that of the source, token by token: what the text itself adds to the error of
+                  either cancels out; and how often both would pick the same token: perplexity alone has called damaged models good
+    divergence  = mean over tokens of KL(source || release) of the next-token distributions
     drafts      = how often MTP layer k would have drafted the token that the model itself picks (teacher forcing)
+
+Errors are one standard error, tokens taken as independent of each other.
 
 Source and release see the same windows of the same text in the same process. A model that would not fit in
 `evaluation.memory_gb` is not measured in process, and the result says so in place of a figure. With `evaluation.via=vllm`
-the same windows go to a server instead (stages/serving/score.py): perplexity on the engine that serves the release, for
-models of any size; divergence and drafts need all logits and are then left out.
+the same windows go to a server instead (stages/serving/score.py): perplexity on the engine that serves the release, paired
+with that of the source, for models of any size; divergence and drafts need all logits and are then left out.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 from kernels.decibels import decibels
 from stages.checkpoint.files import human_bytes, read_json, sha256_file, write_json
 from stages.dialects.config import text_part
-from stages.dialects.roles import layer_of, projection_of
+from stages.dialects.roles import layer_of, projection_of, role_in_layer
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
@@ -47,7 +50,7 @@ def _total(sums: list[MatrixSums]) -> tuple[float, float]:
 
 
 def sqnr(receipts: dict[str, Receipt]) -> dict:
-    """SQNR per tensor, per expert, per layer and overall, from the receipts' exact sums (no second pass)."""
+    """SQNR per tensor, per expert, per layer, per layer of a role's projection and overall, from the receipts' exact sums (no second pass)."""
     quantized: dict[str, list[MatrixSums]] = {}
     for receipt in receipts.values():
         for name, sums in receipt["quantized"].items():
@@ -58,8 +61,12 @@ def sqnr(receipts: dict[str, Receipt]) -> dict:
                       "experts_db": [_figure(entry.signal, entry.error) for entry in sums]}
                for name, sums in sorted(quantized.items(), key=lambda item: (layer_of(item[0]) or 0, item[0]))}
     by_layer: dict[int | None, list[MatrixSums]] = {}
+    alike: dict[tuple[str, str, int], list[MatrixSums]] = {}
     for name, sums in quantized.items():
-        by_layer.setdefault(layer_of(name), []).extend(sums)
+        layer = layer_of(name)
+        by_layer.setdefault(layer, []).extend(sums)
+        if layer is not None:
+            alike.setdefault((role_in_layer(name), projection_of(name) or "weight", layer), []).extend(sums)
     every = [entry for sums in quantized.values() for entry in sums]
     figures = [figure for entry in tensors.values() for figure in entry["experts_db"] if figure is not None]
     return {
@@ -68,23 +75,33 @@ def sqnr(receipts: dict[str, Receipt]) -> dict:
         "worst_matrix_db": min(figures, default=None),
         "best_matrix_db": max(figures, default=None),
         "layers_db": {str(layer): _figure(*_total(sums)) for layer, sums in sorted(by_layer.items())},
+        "projections": [{"role": role, "projection": projection, "layer": layer, "matrices": len(sums), "sqnr_db": _figure(*_total(sums))}
+                        for (role, projection, layer), sums in sorted(alike.items())],
         "tensors": tensors,
     }
 
 
 def windows(token_count: int, context: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, end, first scored token) of each window; every token but the first is scored exactly once.
+    """(begin, end, first scored token) of each window; every token that has one before it in its window is scored exactly once.
 
+    With a stride below the context those are all but the text's first. With a stride of the whole context, windows do not overlap, as usual for
+    published perplexities: the first token of each has nothing to be predicted from and is not scored.
     The last one begins earlier where it would have fewer than FEWEST_TOKENS.
     """
     result, scored, begin = [], 1, 0
     while scored < token_count:
         begin = min(begin, max(0, token_count - min(FEWEST_TOKENS, context)))
         end = min(begin + context, token_count)
-        result.append((begin, end, scored))
+        result.append((begin, end, max(scored, begin + 1)))
         scored = end
         begin += stride
     return result
+
+
+def first_token(directory: Path) -> int | None:
+    """Id of the BOS token of a checkpoint or release, None where its config.json names none."""
+    first = text_part(read_json(Path(directory) / "config.json", "assemble_release")).get("bos_token_id")
+    return first if isinstance(first, int) else None
 
 
 def tokens_of(text: str, directory: Path, maximum: int | None) -> torch.Tensor:
@@ -95,9 +112,8 @@ def tokens_of(text: str, directory: Path, maximum: int | None) -> torch.Tensor:
     tokenizer.no_truncation()  # which tools that calibrate leave in the file
     tokenizer.no_padding()
     ids = tokenizer.encode(text).ids
-    config = read_json(Path(directory) / "config.json", "assemble_release")
-    first = text_part(config).get("bos_token_id")
-    if isinstance(first, int) and ids[:1] != [first]:
+    first = first_token(directory)
+    if first is not None and ids[:1] != [first]:
         ids = [first, *ids]
     return torch.tensor(ids[:maximum], dtype=torch.int64)
 
@@ -130,10 +146,24 @@ class Scorer:
 
 def _perplexity(values: list[torch.Tensor]) -> dict:
     loss = -torch.cat(values).double()
-    mean, count = loss.mean().item(), len(loss)
-    error = (loss.std() / math.sqrt(count)).item() if count > 1 else 0.0
-    return {"perplexity": math.exp(mean), "standard_error": math.exp(mean) * error, "nats_per_token": mean,
-            "tokens": count}
+    mean = loss.mean().item()
+    return {"perplexity": math.exp(mean), "standard_error": math.exp(mean) * _standard_error(loss), "nats_per_token": mean,
+            "tokens": len(loss)}
+
+
+def _standard_error(values: torch.Tensor) -> float:
+    """Of their mean; 0 for a single one."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def _paired(source: torch.Tensor, release: torch.Tensor, same: torch.Tensor) -> dict:
+    """The release against the source, from both log-probabilities float64 [n] of the same tokens and whether both models' likeliest token was
+    the same, [n]. The errors are those of differences: far smaller than those of the two perplexities, which mostly share their text's."""
+    change = source - release
+    ratio, error, share = math.exp(change.mean().item()), _standard_error(change), same.double().mean().item()
+    return {"perplexity_ratio": ratio, "standard_error": ratio * error, "standard_error_nats": error,
+            "median_absolute_change_nats": change.abs().median().item(),
+            "same_top_token": share, "same_top_token_standard_error": math.sqrt(share * (1 - share) / len(same))}
 
 
 def measure(source: Path | None, release: Path, tokens: torch.Tensor, context: int, stride: int, dtype: str) -> dict:
@@ -159,37 +189,36 @@ def measure(source: Path | None, release: Path, tokens: torch.Tensor, context: i
         if source is not None:
             p, q = found["source"], found["release"]
             divergences.append((p.exp() * (p - q)).sum(-1).double())
-            same.append((p.argmax(-1) == q.argmax(-1)).double())
+            same.append(p.argmax(-1) == q.argmax(-1))
     result = {name: {**_perplexity(values), "loading": scorers[name].loading,
                      "draft_agreement": [torch.cat(agreement[name][k]).mean().item() for k in agreement[name]]}
               for name, values in likelihoods.items()}
     if source is not None:
         kl = torch.cat(divergences)
         result["divergence"] = {
-            "mean_kl_nats": kl.mean().item(), "median_kl_nats": kl.median().item(),
-            "99th_percentile_kl_nats": kl.quantile(0.99).item(), "same_top_token": torch.cat(same).mean().item(),
-            "perplexity_ratio": result["release"]["perplexity"] / result["source"]["perplexity"]}
+            "mean_kl_nats": kl.mean().item(), "standard_error_nats": _standard_error(kl), "median_kl_nats": kl.median().item(),
+            "99th_percentile_kl_nats": kl.quantile(0.99).item(), "99.9th_percentile_kl_nats": kl.quantile(0.999).item(),
+            "maximum_kl_nats": kl.max().item()}
+        result["paired"] = _paired(*(torch.cat(likelihoods[name]).double() for name in ("source", "release")), torch.cat(same))
     return result
 
 
 def measure_served(settings: Settings, tokens: torch.Tensor) -> dict:
-    """Perplexity of the release and, where it lies on this machine, of the source, each behind a server of its own."""
+    """Perplexity of the release and, where it lies on this machine, of the source, each behind a server of its own, and one against the other."""
     from stages.serving.launcher import server
-    from stages.serving.score import token_log_probabilities
+    from stages.serving.score import scored_tokens
 
-    evaluation, found, values = settings.evaluation, {}, {}
+    evaluation, found, scored = settings.evaluation, {}, {}
     directories = {"release": settings.run_directory / "release"}
     if settings.source.path and settings.serving.kind == "vllm":
         directories["source"] = Path(settings.source.path)
     for name, directory in directories.items():
         with server(settings, directory) as running:
-            values[name] = token_log_probabilities(running, tokens, windows(len(tokens), evaluation.context, evaluation.stride))
-            found[name] = {**_perplexity([values[name]]), "engine": running.facts}
-    if "source" in values:
-        change = values["source"] - values["release"]
-        found["paired"] = {"perplexity_ratio": math.exp(change.mean().item()),
-                           "standard_error_nats": change.std().item() / math.sqrt(len(change)),
-                           "median_absolute_change_nats": change.abs().median().item()}
+            scored[name] = scored_tokens(running, tokens, windows(len(tokens), evaluation.context, evaluation.stride))
+            found[name] = {**_perplexity([scored[name][0]]), "engine": running.facts}
+    if "source" in scored:
+        (before, picked), (after, picks) = scored["source"], scored["release"]
+        found["paired"] = _paired(before, after, picked == picks)
     return found
 
 
@@ -219,10 +248,10 @@ def perplexity(settings: Settings, plan: Plan) -> dict:
         raise UserError(f"{path}: {len(tokens)} tokens to score, too few for a figure; give a longer evaluation.text or evaluation.maximum_tokens, "
                         f"at least {FEWEST_TOKENS}")
     result["text"] = {"name": path.name, "sha256": sha256_file(path), "tokens": len(tokens),
-                      "bytes": len(text.encode())}
+                      "bytes": len(text.encode()), "begins_with_bos": tokens[0].item() == first_token(release)}
     if source is None or (evaluation.via == "vllm" and settings.serving.kind == "endpoint"):
         result["source_not_measured"] = ("the endpoint serves the release only" if source else
-                                         "the source's shards are temporary; only the release was measured")
+                                         "the source's shards are temporary, gone once they are converted: a local copy (source=local) would be measured, too")
     compared = "source_not_measured" not in result
     if compared:
         check_source(settings)
@@ -250,12 +279,16 @@ def run(settings: Settings) -> dict:
     for name in ("source", "release"):
         if name in quality:
             row = quality[name]
-            print(f"{name}: perplexity {row['perplexity']:.4f} +- {row['standard_error']:.4f} over {row['tokens']} tokens"
+            print(f"{name}: perplexity {row['perplexity']:.4f} +- {row['standard_error']:.4f} (standard error) over {row['tokens']} tokens"
                   + (f", {row['loading']['missing']} missing and {row['loading']['unexpected']} unexpected tensors, drafts "
                      "agree " + " ".join(f"{value:.3f}" for value in row["draft_agreement"]) if "loading" in row else ""))
+    if "source_not_measured" in quality:
+        print(f"source not measured: {quality['source_not_measured']}")
+    if "paired" in quality:
+        print("release against source: perplexity ratio {perplexity_ratio:.5f} +- {standard_error:.5f}, same top token {same_top_token:.4f}".format(
+            **quality["paired"]))
     if "divergence" in quality:
-        print("divergence: mean KL {mean_kl_nats:.5f} nats, same top token {same_top_token:.3f}".format(
-            **quality["divergence"]))
+        print("divergence: mean KL {mean_kl_nats:.5f} +- {standard_error_nats:.5f} nats".format(**quality["divergence"]))
     return quality
 
 

@@ -29,7 +29,9 @@ from stages.receipts import read_receipts, shards_sha256, zeros_note
 from stages.records import Plan, Receipt
 from stages.release import measured_release
 from stages.schemes import SCHEMES
-from stages.serving.commands import client_example, serve_commands, served_by
+from stages.serving.commands import (
+    DRAFT_FAULTS, Used, chat_flags, client_example, conditions, count_range, generated, has_draft_faults, serve_commands, served_by, thinks,
+)
 from stages.serving.plots import serving_plot
 from stages.settings import PROJECT, Settings, load, stage_parser
 from stages.settings.commands import command_for
@@ -106,17 +108,21 @@ def facts(settings: Settings) -> dict:
                               "arithmetic_db": worst,
                               "format_db": min(formats, default=None)})
     config = read_json(run_directory / "release" / "config.json", "assemble_release")
+    thoughts = thinks(run_directory / "release")
     zeros = [name for receipt in receipts.values() for name in receipt["zeros"]]
     notes = [*read_json(run_directory / "inspect.json", "inspect_format")["anomalies"], *plan["notes"], *([zeros_note(zeros)] if zeros else [])]
     schemes = sorted({entry["scheme"] for entry in plan["tensors"].values() if entry["scheme"]})
     return {
         "schemes": schemes, "formats": " and ".join(SCHEMES[scheme].LABEL for scheme in schemes),
-        "commands": serve_commands(plan, config, serving.get("engine", {})), "client": client_example(config),
-        "engine": served_by(serving["engine"]) if serving.get("engine") else None,
+        "commands": serve_commands(plan, config, serving.get("engine", {})), "client": client_example(config, thoughts),
+        "chat_flags": chat_flags(plan, thoughts),
+        "engine": served_by(serving["engine"]) if serving.get("engine") else None, "served": Used(serving.get("engine", {})).command,
+        **({"conditions": conditions(serving), "generated": generated(serving)} if "levels" in serving else {}),
         "origin": settings.source.repository or settings.source.origin,
         "experts": any(entry["role"] == "routed_experts" for entry in plan["tensors"].values()),
         "settings": settings, "plan": plan, "notes": notes, "where_it_runs": where_it_runs(plan), "roles": role_rows(plan), "gemm": gemm_rows,
         "verify": results["verify.json"], "sqnr": results["sqnr.json"], "quality": results["perplexity.json"], "serving": serving,
+        "scored_on": scored_on(results["perplexity.json"]),
         "receipts": receipts, "seconds": seconds, "source_bytes": source_bytes, "release_bytes": release_bytes,
         "rate": source_bytes / seconds if seconds else 0.0,
         "tensor_ratio": plan["release_tensor_bytes"] / plan["source_tensor_bytes"],
@@ -125,6 +131,18 @@ def facts(settings: Settings) -> dict:
         "source_card": source_card(settings), "source_matter": source_matter(settings),
         "command": command_for(settings),
     }
+
+
+def scored_on(quality: dict) -> str | None:
+    """What a perplexity is of: text, windows, and what computed it; None where none was measured."""
+    if "release" not in quality:
+        return None
+    text, asked = quality["text"], quality["settings"]
+    context, stride = asked["context"], asked["stride"]
+    overlap = "without overlap" if stride == context else f"{stride} of them new in each"
+    by = served_by(quality["release"]["engine"]) if asked["via"] == "vllm" else f"in process in {asked['dtype']}"
+    return (f"{quality['release']['tokens']:,} scored tokens of {text['name']} (sha256 {text['sha256'][:12]}), "
+            f"{'a BOS token before its first' if text['begins_with_bos'] else 'no BOS token before it'}; windows of {context} tokens, {overlap}; {by}")
 
 
 FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.S)  # of a hub's card: YAML
@@ -169,6 +187,7 @@ def _environment() -> jinja2.Environment:
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
                                      autoescape=lambda name: bool(name) and name.endswith(".html.j2"))
     environment.filters["bytes"] = human_bytes
+    environment.globals |= {"draft_faults": DRAFT_FAULTS, "served_by": served_by, "count_range": count_range, "has_draft_faults": has_draft_faults}
     return environment
 
 
@@ -180,8 +199,8 @@ def metrics(found: dict) -> dict:
         "release_tensor_bytes": found["plan"]["release_tensor_bytes"],
         "source_tensor_bytes": found["plan"]["source_tensor_bytes"],
         **{f"{name}_perplexity": quality[name]["perplexity"] for name in ("source", "release") if name in quality},
-        **({"mean_kl_nats": quality["divergence"]["mean_kl_nats"],
-            "same_top_token": quality["divergence"]["same_top_token"]} if "divergence" in quality else {}),
+        **({"mean_kl_nats": quality["divergence"]["mean_kl_nats"]} if "divergence" in quality else {}),
+        **({key: quality["paired"][key] for key in ("perplexity_ratio", "same_top_token")} if "paired" in quality else {}),
         **{f"tokens_per_second_{level['streams']}_streams": level["tokens_per_second"]["mean"]
            for level in found["serving"].get("levels", [])},
     }

@@ -1,16 +1,20 @@
 """The tiny release end to end: proven against the libraries that users will read it with."""
 
 import hashlib
+import html
 import json
 import math
 import mmap
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import numpy as np
@@ -33,10 +37,12 @@ from stages.errors import UserError
 from stages.models import step37
 from stages.planning.record import read_plan
 from stages.planning.view import where_it_runs
-from stages.serving import launcher
-from stages.serving.commands import serve_commands, served_by
 from stages.release import measured_release
-from stages.settings import load
+from stages.serving import launcher, score
+from stages.serving.commands import chat_flags, client_example, serve_commands, served_by, thinks
+from stages.serving.load import Events
+from stages.serving.statistics import save as save_events
+from stages.settings import as_dict, load
 from stages.settings.schema import FEWEST_TOKENS
 from tests.conftest import PROJECT, TINY, convert, planned
 from tests.hub_server import HubServer
@@ -185,7 +191,13 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
     assert quality["release"]["perplexity"] == pytest.approx(quality["source"]["perplexity"], rel=0.05)
     assert quality["release"]["tokens"] == quality["text"]["tokens"] - 1
     assert all(rate > 0.5 for rate in quality["release"]["draft_agreement"])
-    assert 0 < quality["divergence"]["mean_kl_nats"] < 0.05
+    assert 0 < quality["divergence"]["mean_kl_nats"] < 0.05 and 0 < quality["divergence"]["standard_error_nats"] < quality["divergence"]["mean_kl_nats"]
+    tail = [quality["divergence"][name] for name in ("99th_percentile_kl_nats", "99.9th_percentile_kl_nats", "maximum_kl_nats")]
+    assert 0 < tail[0] < tail[1] < tail[2]
+    paired = quality["paired"]
+    assert paired["perplexity_ratio"] == pytest.approx(quality["release"]["perplexity"] / quality["source"]["perplexity"])
+    assert 0 < paired["standard_error"] < 0.1 * quality["release"]["standard_error"] / quality["source"]["perplexity"], "the text's share cancels out"
+    assert 0.9 < paired["same_top_token"] < 1 and 0 < paired["same_top_token_standard_error"] < 0.01
     gemm = validate_gemm.run(converted)
     assert gemm["passed"] and {row["path"] for row in gemm["rows"]} == {"linear", "grouped_experts"}
     assert all(row["arithmetic_db"] >= 45 and 17 < row["format_db"] < 22 for row in gemm["rows"])
@@ -197,6 +209,10 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
         "http://creativecommons.org", "") and "<script src" not in page
     card = (converted.run_directory / "card.md").read_text()
     assert f"{quality['release']['perplexity']:.4f}" in card and "step37_tiny" in card
+    for text in (page, card):
+        assert f"{paired['standard_error']:.4f}" in text and "standard error" in text and "teacher-forced; not acceptance" in text
+        assert all(words in text for words in ("tokens of held_out.txt", "sha256 43054d46c20b", "windows of 256 tokens, 128 of them new",
+                                               "in process in float32", "BOS token before its first"))
     assert "A Step-3.7 model small enough for a repository" in card  # the source's own card, below
     (converted.run_directory / "gemm.json").write_text(json.dumps({"shards_sha256": gemm["shards_sha256"]}))
     with pytest.raises(UserError, match="one of its results is damaged"):
@@ -215,6 +231,41 @@ def proven(converted, tmp_path_factory):
     for stage in (evaluate, validate_gemm, serve_bench, report):
         stage.run(settings)
     return settings
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_through_a_server_source_and_release_are_compared_token_by_token(converted, proven, monkeypatch, known):
+    """And the card says what served them, or why the source was not measured."""
+    @contextmanager
+    def server(settings, directory):
+        yield SimpleNamespace(of=directory.name, facts={"engine": "vllm", "version": "0.32.0", "on_cpu": False, "hardware": ["A GPU"], "command": ["vllm"]})
+
+    def scored_tokens(running, tokens, windows):
+        values = torch.full((sum(end - first for _, end, first in windows),), -1.5, dtype=torch.float64)
+        picks = tokens[1:len(values) + 1].clone()
+        if running.of == "release":
+            values[::2] -= 0.01
+            picks[:5] += 1
+        return values, picks
+
+    monkeypatch.setattr(launcher, "server", server)
+    monkeypatch.setattr(score, "scored_tokens", scored_tokens)
+    settings = load([f"results={converted.results}", f"source.path={TINY}", "serving=vllm_cuda" if known else "serving=endpoint", "evaluation.via=vllm",
+                     *([] if known else ["serving.url=http://127.0.0.1:9"]), "evaluation.maximum_tokens=101"])
+    quality = evaluate.perplexity(settings, read_plan(settings))
+    assert quality["release"]["perplexity"] == pytest.approx(math.exp(1.505)) and quality["release"]["tokens"] == 100
+    if known:
+        paired = quality["paired"]
+        assert paired["perplexity_ratio"] == pytest.approx(math.exp(0.005)) and paired["same_top_token"] == 0.95
+        assert paired["same_top_token_standard_error"] == pytest.approx(math.sqrt(0.95 * 0.05 / 100))
+        assert paired["standard_error_nats"] == pytest.approx(0.005 * math.sqrt(100 / 99) / 10)
+    report._write(proven, report.facts(proven) | {"quality": quality, "scored_on": report.scored_on(quality)})
+    for name in ("report.html", "card.md"):
+        shown = (proven.run_directory / name).read_text()
+        assert "windows of 256 tokens, 128 of them new in each; vLLM 0.32.0, 1 x A GPU" in shown and "standard error" in shown
+        assert all(("The source was not measured: the endpoint serves the release only" in shown) != known and (words in shown) == known
+                   for words in ("1.0050", "95.0"))
+    report.run(proven)
 
 
 @pytest.mark.parametrize("name, key, value, words", [
@@ -323,24 +374,91 @@ def test_commands_are_said_to_have_run_only_as_they_ran(converted):
     made, config = read_plan(converted), json.loads((converted.run_directory / "release" / "config.json").read_text())
 
     def rows(engine):
-        return {row["command"].partition(" --")[0]: row["run"] for row in serve_commands(made, config, engine)[:2]}
+        """[plugin's, one GPU's] `run`, and the commands."""
+        found = serve_commands(made, config, engine)
+        return [next(row["run"] for row in found if row["title"].startswith(title)) for title in ("The plugin", "vLLM, one GPU")], \
+            [row["command"] for row in found]
 
-    assert set(rows({}).values()) == {"not run"}
-    assert set(rows({"engine": "endpoint", "version": "0.32.0"}).values()) == {"not run"}, "nobody knows how an endpoint was started"
-    drafting = {"engine": "vllm", "version": "0.32.0", "command": ["vllm", "serve", ".", "--speculative-config", "{}"]}
-    assert set(rows(drafting).values()) == {"vLLM 0.32.0 on hardware that is not known"}
+    assert rows({})[0] == ["not run", "not run"]
+    assert rows({"engine": "endpoint", "version": "0.32.0"})[0] == ["not run", "not run"], "nobody knows how an endpoint was started"
+    speculation = ["--speculative-config", '{"method":"mtp", "num_speculative_tokens":3}']
+    address = ["--host", "127.0.0.1", "--port=40001"]
+    drafting = {"engine": "vllm", "version": "0.32.0", "command": ["vllm", "serve", "results/a b/release", *address, *speculation]}
+    assert rows(drafting)[0] == 2 * ["vLLM 0.32.0 on hardware that is not known"]
     drafting |= {"on_cpu": False}
-    assert set(rows(drafting).values()) == {"vLLM 0.32.0"}
-    assert rows(drafting | {"command": ["vllm", "serve", "."]})["vllm serve ."] == "not run", "without drafting"
-    for flags in (["--tensor-parallel-size=2"], ["-tp", "2"], ["--tensor_parallel_size", "2"]):
-        split = drafting | {"command": [*drafting["command"], *flags]}
-        assert rows(split)["vllm serve ."] == "not run", "on two GPUs"
-    assert rows(drafting | {"on_cpu": True})["vllm serve ."] == "vLLM 0.32.0 on a CPU, with the plugin"
-    assert rows(drafting | {"command": [*drafting["command"], "--enforce-eager"]})["vllm serve ."] == "vLLM 0.32.0", "a flag of GPUs, too"
+    assert rows(drafting)[0] == ["vLLM 0.32.0", "vLLM 0.32.0"]
+    assert rows(drafting | {"command": ["vllm", "serve", "."]})[0][1] == "not run", "without drafting"
+    for flags in (["--tensor-parallel-size=2"], ["-tp", "2"], ["--tensor_parallel_size", "2"], ["--max-model-len", "8192"], ["--max-num-seqs=64"],
+                  ["--gpu-memory-utilization", "0.95"], ["--quantization", "fp8"], ["-q", "fp8"], ["--dtype", "float16"], ["--kv-cache-dtype", "fp8"],
+                  ["-pp", "2"], ["--data-parallel-size", "2"], ["-ep"], ["--speculative-config", '{"method": "ngram"}'],
+                  ["--speculative-config.num_speculative_tokens", "1"]):
+        other = drafting | {"command": [*drafting["command"], *flags]}
+        assert rows(other)[0][1] == "not run", flags
+        started = next(command for command in rows(other)[1] if flags[-1].rpartition("=")[2] in command and "method" in command)
+        assert shlex.split(started) == ["vllm", "serve", ".", *speculation, *flags], "as it ran, but for the address"
+    for flags in (["--tensor-parallel-size=1"], ["--dtype", "auto"]):
+        assert rows(drafting | {"command": [*drafting["command"], *flags]})[0][1] == "vLLM 0.32.0", "what holds without the flag, too"
+    split = drafting | {"command": [*drafting["command"], "--tensor-parallel-size", "2"]}
+    assert rows(drafting | {"on_cpu": True})[0][1] == "vLLM 0.32.0 on a CPU, with the plugin"
+    assert rows(drafting | {"command": [*drafting["command"], "--enforce-eager"]})[0][1] == "vLLM 0.32.0", "a flag of GPUs, too"
     seen = {"on_cpu": False, "hardware": 4 * ["A GPU"]}
     assert served_by(split | seen) == "vLLM 0.32.0, 2 x A GPU" and served_by(drafting | seen) == "vLLM 0.32.0, 1 x A GPU"
     assert served_by(drafting | {"command": [*split["command"], "-dp", "2"]} | seen) == "vLLM 0.32.0, on 4 x A GPU"
+    assert served_by({"engine": "endpoint", "version": "1", "identity": "not verified"}) == "an endpoint, vLLM 1, hardware not known, not verified"
     assert served_by({"engine": "endpoint", "version": None}) == "an endpoint, version unknown, hardware not known"
+
+
+def test_a_model_that_thinks_first_gets_room_and_parsers_for_it(converted, tmp_path):
+    made, release = read_plan(converted), converted.run_directory / "release"
+    assert not thinks(release) and chat_flags(made, False) is None and "max_tokens=200," in client_example({})
+    (tmp_path / "chat_template.jinja").write_text("<|im_start|>assistant\n<think>\n")
+    assert thinks(tmp_path) and "max_tokens=4096," in client_example({}, True)
+    assert chat_flags(made, True) == "--reasoning-parser step3p5 --enable-auto-tool-choice --tool-call-parser step3p5"
+    assert chat_flags(made | {"architecture": "MixtralForCausalLM"}, True) is None, "not known"
+
+
+def served_figures(streams, faults=()):
+    """A level of serving.json."""
+    latency = {"count": 40, "mean_ms": 321.0, "p50_ms": 317.26, "p90_ms": 400.0, "p95_ms": 410.0, "p99_ms": None}
+    windows = [{"begin": 10.0 * number, "end": 10.0 * number + 10, "tokens": 1000 + number, "tokens_per_second": 100.0, "server_tokens": 1001.0,
+                "client_over_server": (1000 + number) / 1001, "drafting": {"faults": list(faults)}} for number in range(3)]
+    return {"streams": streams, "windows": windows, "tokens_per_second": {"mean": 100.04, "half_interval_95": 4.3, "windows": 3}, "requests": 40,
+            "first_requests_left_out": streams, "latency": {"ttft": latency, "tpot": latency | {"p50_ms": 9.16}, "itl": latency, "end_to_end": latency},
+            "drafting": {"acceptance_rate": 0.5, "mean_acceptance_length": 2.5, "acceptance_by_position": [0.8, 0.4, 0.2]},
+            "warnings": [f"{streams} streams, window 2: not steady", *faults]}
+
+
+@pytest.mark.parametrize(("prompts", "words", "kind"), [
+    ({"content": "random token ids"}, "prompts of 32 random token ids", "random"),
+    ({"content": "chats.txt", "sha256": "ab" * 32}, "prompts of 32 tokens, random ones and behind them pieces of chats.txt (sha256 abababababab)", "text")])
+def test_serving_figures_stand_with_what_they_were_measured_under(proven, prompts, words, kind):
+    """So that somebody can measure them again, from the card alone: serving.json is not in the release."""
+    path = proven.run_directory / "serving.json"
+    text = path.read_text()
+    command = ["vllm", "serve", "results/x/release", "--host", "127.0.0.1", "--port", "4", "--api_key", "secret", "more secret", "--max-model-len", "8192",
+               "--served-model-name", "serve", "--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}']
+    engine = {"engine": "vllm", "version": "0.32.0", "on_cpu": False, "hardware": ["A GPU"], "command": command,
+              "driver": "570.1", "variables": {"VLLM_USE_X": "1"}, "backends": ["Using MARLIN Mxfp4 MoE backend"]}
+    asked = as_dict(load(["serving=vllm_cuda", "serving.windows=3", "serving.window_seconds=10"]).serving)
+    result = {"manifest_sha256": json.loads((proven.run_directory / "verify.json").read_text())["manifest_sha256"], "settings": asked, "engine": engine,
+              "prompts": prompts, "levels": [served_figures(8), served_figures(64, ["4 tokens drafted in 3 drafts"])]}
+    path.write_text(json.dumps(result))
+    (proven.run_directory / "serving").mkdir(exist_ok=True)
+    events = Events([("send", 0.0, 0, 1, 32), ("tokens", 12.0, 0, 1, 8), ("tokens", 14.0, 0, 1, 16)], [], [(10.0, 20.0)])
+    save_events(proven.run_directory / "serving" / "64.jsonl.gz", events, {})
+    report.run(proven)
+    page, card = (html.unescape((proven.run_directory / name).read_text()) for name in ("report.html", "card.md"))
+    path.write_text(text)
+    served = "vllm serve . --max-model-len 8192 --served-model-name serve --speculative-config '{\"method\": \"mtp\", \"num_speculative_tokens\": 3}'"
+    for shown in (page, card):
+        assert all(said in shown for said in (
+            f"greedy, {kind} prompts, ignore_eos", "Completions of 512 tokens", words, "NVIDIA driver 570.1", "Environment: VLLM_USE_X=1",
+            "3 windows of 10 s", "95 % confidence interval", served,
+            "vLLM 0.32.0, 1 x A GPU", "8 streams, window 2: not steady", "4 tokens drafted in 3 drafts", "cannot be trusted", "first request is in no latency"))
+        assert "secret" not in shown
+        assert "serving.json" not in shown and "127.0.0.1 " not in shown
+    assert "100.0 ± 4.3 tokens/s, 12.5 per stream; TTFT 317 ms, TPOT 9.2 ms (p50 of 40 requests)" in card
+    assert all(words in page for words in ("317 / –", "9.2 / –", "0.999 to 1.001", "<details>", "Using MARLIN Mxfp4 MoE backend"))
 
 
 def test_draft_layers_that_cannot_be_split_are_left_out_of_the_commands(converted):
@@ -432,13 +550,22 @@ def test_sqnr_in_the_receipts_is_that_of_the_decoded_weights(converted):
     assert 10 * math.log10(signal / error) == pytest.approx(expected, abs=1e-6)
 
 
-def test_every_token_is_scored_exactly_once():
+def test_every_token_that_has_one_before_it_in_its_window_is_scored_exactly_once():
     for count, context, stride in ((2, 8, 4), (8, 8, 4), (9, 8, 4), (100, 8, 3), (1000, 256, 128), (257, 256, 255)):
         scored = []
         for begin, end, first in evaluate.windows(count, context, stride):
             assert min(count, context, FEWEST_TOKENS) <= end - begin <= context and begin < first
             scored += range(first, end)
         assert scored == list(range(1, count))
+    for count, context in ((2, 8), (8, 8), (9, 8), (10, 8), (16, 8), (17, 8), (100, 8), (1000, 256), (4096, 2048), (4097, 2048), (5000, 2048)):
+        found = evaluate.windows(count, context, context)
+        assert [begin for begin, *_ in found[:-1]] == list(range(0, context * (len(found) - 1), context)), "they do not overlap"
+        last, end, _ = found[-1]
+        assert end == count and last == max(0, min(context * (len(found) - 1), count - min(FEWEST_TOKENS, context)))
+        assert all(min(count, context, FEWEST_TOKENS) <= end - begin <= context for begin, end, _ in found)
+        scored = [token for _, end, first in found for token in range(first, end)]
+        unscored = {begin for begin, _, first in found if first == begin + 1}
+        assert scored == [token for token in range(count) if token not in unscored]
 
 
 def manifest_hash(settings) -> str:

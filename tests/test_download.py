@@ -59,7 +59,7 @@ def hub_overrides(tmp_path):
             f"source.shards=[{','.join(SHARDS)}]", f"results={tmp_path / 'results'}"]
 
 
-def test_a_hub_checkpoint_becomes_the_same_release_as_the_local_one(hub, tmp_path, converted):
+def test_a_hub_checkpoint_becomes_the_same_release_as_the_local_one(hub, tmp_path, converted, capsys):
     made = convert(*hub_overrides(tmp_path))
     ours, theirs = (json.loads((s.run_directory / "release/manifest.json").read_text()) for s in (made, converted))
     assert ours["tensors"] == theirs["tensors"] and ours["files"] == theirs["files"]
@@ -67,6 +67,7 @@ def test_a_hub_checkpoint_becomes_the_same_release_as_the_local_one(hub, tmp_pat
     quality = evaluate.run(made)  # the source's shards are gone by then
     assert "temporary" in quality["source_not_measured"] and "source" not in quality
     assert quality["release"]["perplexity"] < 51.2
+    assert "source not measured: the source's shards are temporary" in capsys.readouterr().out
 
 
 def test_a_source_without_a_revision_is_pinned_once_and_stays_there(hub, tmp_path):

@@ -37,6 +37,11 @@ def test_every_recipe_composes_with_every_source(tmp_path, recipe, source):
     assert settings.recipe.name == recipe and settings.source.name == source
 
 
+def test_the_figure_to_publish_is_of_windows_that_do_not_overlap():
+    evaluation = load(["evaluation=wikitext2", "evaluation.text=/data/test.txt"]).evaluation
+    assert evaluation.context == evaluation.stride == 2048 and evaluation.text == "/data/test.txt"
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_yaml_keys_and_schema_do_not_drift_apart(group):
     known = set(OmegaConf.structured(Settings)[group])
@@ -61,7 +66,8 @@ def test_yaml_keys_and_schema_do_not_drift_apart(group):
     (["hydra.run.dir=x"], ["hydra.run.dir=x", "leave it out"]), (["+hydra/launcher=slurm"], ["+hydra/launcher=slurm", "leave it out"]),
     (["source=step37_fp8", "source.revision=main"], ["source.revision", "'main'", "commit hash"]),
     (["recipe.name=a/b"], ["recipe.name", "'a/b'"]),
-    (["evaluation.stride=256"], ["evaluation.stride", "evaluation.context"]),
+    (["evaluation.stride=257"], ["evaluation.stride", "evaluation.context"]),
+    (["evaluation=wikitext2"], ["evaluation=wikitext2", "evaluation.text=FILE"]),
     (["source=local", "source.path=/a b's {x}"], ["source.path='/my data/checkpoint'"]),
     (["source=local", "source.path='/data/{x}'"], ["source.path", "wildcards"]),
     (["recipe.groups=[]"], ["nothing to quantize"]),

@@ -44,7 +44,7 @@ def serving_plot(serving: dict, directory: Path) -> str:
         axes[1].step(starts, rates, where="post", color=BLUE, linewidth=1.2)
         for begin, end in windows:
             axes[1].axvspan(begin, end, color=GRID, alpha=0.6, linewidth=0)
-        axes[1].set(xlabel=f"seconds, {streams[-1]} streams (shaded: counted)", ylim=(0, None))
+        axes[1].set(xlabel=f"seconds, {streams[-1]} streams (shaded: counted)", ylabel="tokens/s", ylim=(0, None))
         if drafting:
             values = [100 * value for value in drafting["acceptance_by_position"]]
             axes[2].bar(range(1, len(values) + 1), values, color=GREEN)

@@ -94,9 +94,11 @@ def _check_limits(settings: Settings) -> None:
 def _check_evaluation(evaluation: EvaluationSettings, serving: ServingSettings) -> None:
     if evaluation.via == "vllm" and serving.kind == "none":
         raise UserError("conf: evaluation.via=vllm needs a server: add serving=vllm_cpu, vllm_cuda or endpoint")
-    if evaluation.stride >= evaluation.context:
-        raise UserError(f"conf: evaluation.stride {evaluation.stride} must be below evaluation.context {evaluation.context}: a window's first token "
-                        "has nothing to be predicted from")
+    if not evaluation.text:
+        raise UserError(f"conf: evaluation={evaluation.name} has no text of its own: name a file, evaluation.text=FILE")
+    if evaluation.stride > evaluation.context:
+        raise UserError(f"conf: evaluation.stride {evaluation.stride} is more than evaluation.context {evaluation.context}: tokens between two windows "
+                        "would not be scored; the same number of both makes windows that do not overlap")
 
 
 def _check_serving(serving: ServingSettings) -> None:

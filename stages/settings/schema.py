@@ -71,7 +71,8 @@ class EvaluationSettings:
     name: str = "???"
     text: str = "???"  # UTF-8 file; relative paths start at the project
     context: int = limited(256, least=FEWEST_TOKENS)  # tokens per window
-    stride: int = limited(128, least=1)  # new tokens scored per window; the rest of the window is their context
+    stride: int = limited(128, least=1)  # new tokens scored per window; the rest of the window is their context. As many as the context: windows
+    # do not overlap, and the first token of each is not scored
     maximum_tokens: int | None = limited(None, least=FEWEST_TOKENS)  # score at most this many tokens of the text
     via: str = limited("process", allowed=("process", "vllm"))  # transformers, in this process | prompt log-probabilities from the server
     dtype: str = limited("float32", allowed=("float32", "bfloat16"))  # in which the model computes in process
