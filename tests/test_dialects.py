@@ -12,6 +12,7 @@ from kernels import mxfp4
 from kernels.formats import E2M1, decode_int4, decode_mxfp4, decode_mxfp8, decode_nvfp4, encode_mxfp8
 from kernels.fp8 import decode_block_fp8
 from stages import checkup, evaluate, validate_gemm
+from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import ShardReader
 from stages.dialects import recognize
 from stages.dialects.reading import Tensors
@@ -183,7 +184,7 @@ def test_a_dialect_becomes_the_mxfp4_of_its_decoded_values(tmp_path, store, quan
     (lambda weight: packed_int4(weight) | {"weight_zero_point": torch.zeros(3, 4, dtype=torch.uint8)}, INT4, ["zero_point is U8", "expected I32"]),
     (packed_int4, {**INT4, "config_groups": []}, ["config_groups: is []"]),
     (packed_int4, {**INT4, "config_groups": {"a": {"weights": {"num_bits": "4"}}}}, ["num_bits is '4'", "whole number"]),
-    (channel, {**CHANNEL, "transform_config": {"config_groups": {}}}, ["transform_config", "without"]),
+    (channel, {**CHANNEL, "transform_config": {"config_groups": {"u": {}}}}, ["transform_config", "without"]),
     (lambda weight: tiled128(weight) | {"scale": torch.ones(2, 1)}, {"quant_method": "fp8"}, ["has two scales"]),
     (lambda weight: channel(weight) | {"pre_quant_scale": torch.ones(weight.shape[1])}, CHANNEL, ["pre_quant_scale", "not read"]),
     (lambda weight: {"weight": weight.bfloat16(), "qweight": torch.zeros(3, 3, dtype=torch.int32)}, None, ["qweight", "GPTQ"]),
@@ -197,6 +198,47 @@ def test_a_dialect_that_config_or_shapes_deny_is_refused(tmp_path, store, quanti
     with pytest.raises(UserError) as caught:
         convert("source=local", f"source.path={tmp_path / 'model'}", f"results={tmp_path / 'results'}")
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def recognized(stored, section, module="model.layers.0.mlp.down_proj"):
+    """Claims of one module, part -> (dtype, shape) of its header; a part with a dot before it is no part of the module."""
+    tensors = {part[1:] if part.startswith(".") else f"{module}.{part}": TensorInfo(dtype, shape, 0, 0) for part, (dtype, shape) in stored.items()}
+    return recognize(tensors, dict.fromkeys(tensors, "model.safetensors"), {"quantization_config": section})
+
+
+QUARK = {"quant_method": "quark"}
+QUARK_MXFP4 = {"weight": ("U8", (256, 64)), "weight_scale": ("U8", (256, 4))}
+FOLDED = {"name": "rotation", "r1": True, "r2": True, "r3": False, "r4": False, "online_r1_rotation": False, "online_config": None, "rotation_size": 32}
+
+
+@pytest.mark.parametrize(("section", "words"), [
+    *(({"algo_config": [FOLDED | online]}, "algo_config of rotation that is online")
+      for online in ({"online_r1_rotation": True}, {"r3": True}, {"r4": True}, {"online_config": {"use_input_prescale": True}})),
+    ({"algo_config": [{"name": "awq"}, FOLDED | {"r4": True}]}, "algo_config of rotation that is online"),
+    ({"algo_config": FOLDED | {"r4": True}}, "algo_config of rotation that is online"),
+    ({"algo_config": [{"name": "quarot"}]}, "algo_config of an algorithm that is not known here .'quarot'"),
+    ({"algo_config": [7]}, "algo_config of an algorithm that is not known here .7"),
+    ({"rotation_config": {"algorithm": "spinquant", "online_r1_rotation": True}}, "rotation_config"), ({"spinquant_config": {"r1": True}}, "spinquant_config"),
+    ({"hadamard_config": {"block_size": 32}}, "hadamard_config"), ({"online_rotations": ["down_proj"]}, "online_rotations"),
+])
+def test_what_an_engine_does_to_weights_when_they_run_is_refused(section, words):
+    with pytest.raises(UserError, match=f"quantization_config has {words}.*get a checkpoint without it") as caught:
+        recognized(QUARK_MXFP4, QUARK | section)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", [
+    {"algo_config": None}, {"algo_config": []}, {"algo_config": [FOLDED, {"name": "gptq"}, {"name": "SmoothQuant"}]}, {"algo_config": {"name": "awq"}},
+    {"transform_config": {"config_groups": {}}}, {"sparsity_config": {"format": "dense"}}, {"rotation_config": None}])
+def test_what_is_in_the_stored_weights_already_is_accepted(section):
+    assert recognized(QUARK_MXFP4, QUARK | section)["model.layers.0.mlp.down_proj.weight"].dialect == "mxfp4"
+
+
+@pytest.mark.parametrize("name", ["input_rotation", "input_rotation_128", "input_prescale", "spinquant_r1_type", "hadamard_matrix", "svdquant_lora_a",
+                                  ".shared_input_rotation_256", ".input_prescale", ".hadamard_matrix", ".model.layers.0.mlp.experts.gate_up_proj_input_rotation"])
+def test_a_tensor_that_says_that_inputs_are_changed_is_refused(name):
+    with pytest.raises(UserError, match="not what their tensors hold"):
+        recognized(QUARK_MXFP4 | {name: ("F16", (32, 32))}, QUARK)
 
 
 def test_modelopt_may_say_in_a_file_of_its_own_how_it_quantized(tmp_path):

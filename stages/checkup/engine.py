@@ -32,8 +32,8 @@ def scheme_arguments(checkpoint: Checkpoint) -> Iterator[str]:
         else:
             yield from _weights(name, form, group.get("weights") or {})
             yield from _activations(checkpoint, name, form, group.get("input_activations"))
-    for key in changes_weights(section):
-        yield f"config.json: quantization_config has a {key}, by which an engine changes weights or inputs; nothing here vouches for that"
+    for part in changes_weights(section):
+        yield f"config.json: quantization_config has {part}, by which an engine changes weights or inputs; nothing here vouches for that"
     if section.get("kv_cache_scheme"):
         checkpoint.notes.append("config.json: the KV cache is quantized, too")
     checkpoint.counts["scheme_arguments"] = len(groups)

@@ -22,7 +22,8 @@ DIALECTS = (block_fp8, mxfp8, channel_fp8, mxfp4, nvfp4, int4, plain)  # more sp
 SCALE = re.compile(r".*(_scale_inv|weight_scale|weight_scale_2|weight_global_scale|weight_zero_point|weight_shape|weight_packed|weight_g_idx"
                    r"|proj_scales|proj_blocks|_proj\.(input_scale|input_global_scale|scale|bias_scale)"
                    r"|(?<!\.[kv])_proj\.output_scale)")  # k and v have one of the KV cache, which passes through
-FOREIGN = re.compile(r".*\.(qweight|qzeros|scales|g_idx|SCB|pre_quant_scale|lora_[AB]|weight_format)(\..*)?")  # of tools that are not read here
+FOREIGN = re.compile(r"(.*\.)?(qweight|qzeros|scales|g_idx|SCB|pre_quant_scale|lora_[AB]|svdquant_lora_[ab]|weight_format|hadamard_matrix"
+                     r"|spinquant_r\d_\w+|(.*_)?(input_rotation(_\d+)?|input_prescale))(\..*)?")  # of tools that are not read here
 _BY_NAME = {dialect.NAME: dialect for dialect in DIALECTS}
 
 
@@ -51,7 +52,7 @@ def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], confi
         claimed = claims.get(name)
         if FOREIGN.fullmatch(name) and not (claimed and claimed.belongs_to):
             raise UserError(f"{where[name]}: {name} {info.dtype} {list(info.shape)} says that weights here are not what their tensors "
-                            "hold (GPTQ, AWQ, bitsandbytes, adapters), which is not read; get the unquantized checkpoint")
+                            "hold (GPTQ, AWQ, bitsandbytes, rotations, adapters), which is not read; get the unquantized checkpoint")
         if claimed is None:
             raise UserError(f"{where[name]}: {_unknown(name, info, tensors)}")
         if claimed.dialect == plain.NAME and SCALE.fullmatch(name):
@@ -72,9 +73,9 @@ def _check_section(section: Mapping, found: set[str]) -> None:
     if section and method not in methods:
         raise UserError(f"config.json declares quant_method {method!r}, but no tensor is stored in a format of that method that is read here (found: "
                         f"{', '.join(sorted(found))}); get the checkpoint as its maker published it, or one that is not quantized")
-    for key in changes_weights(section):
-        raise UserError(f"config.json: quantization_config has a {key}, which changes weights between the file and the engine; that is not "
-                        "read, get a checkpoint without")
+    for part in changes_weights(section):
+        raise UserError(f"config.json: quantization_config has {part}, by which an engine changes weights or inputs; that is not read, get a "
+                        "checkpoint without it")
 
 
 def _unknown(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:

@@ -12,6 +12,9 @@ EXPERT_COUNTS = ("moe_num_experts", "n_routed_experts", "num_local_experts", "nu
 SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "shared_expert_intermediate_size", "share_expert_dim")
 TOWER_DEPTHS = ("depth", "num_hidden_layers", "layers", "vt_num_hidden_layers")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_attention_groups")
+TRANSFORMS = ("transform_config", "sparsity_config", "rotation_config", "spinquant_config", "hadamard_config", "online_rotations")
+FOLDED = ("awq", "gptq", "smoothquant", "autosmoothquant", "qronos", "rotation")  # Quark's algorithms whose work is in the stored weights
+ONLINE = ("r3", "r4")  # rotations that Quark does when a model runs, beside those that are named so
 MODELOPT = "hf_quant_config.json"  # older exports of ModelOpt say there, and there alone, how they are quantized; engines read it
 
 
@@ -87,8 +90,21 @@ def checked(config: object, where: str = "config.json") -> dict:
 
 def changes_weights(section: dict) -> list[str]:
     """Parts of a quantization_config by which an engine changes weights or inputs, beyond what the stored numbers mean."""
-    return [key for key in ("transform_config", "sparsity_config")
-            if section.get(key) and not (isinstance(section[key], dict) and section[key].get("format") == "dense")]
+    found = [key for key in TRANSFORMS if _says_something(section.get(key))
+             and not (key == "sparsity_config" and isinstance(section[key], dict) and section[key].get("format") == "dense")]
+    algorithms = section.get("algo_config") or []
+    for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
+        name = algorithm.get("name") if isinstance(algorithm, dict) else algorithm
+        if not isinstance(name, str) or name.lower() not in FOLDED:
+            found.append(f"algo_config of an algorithm that is not known here ({_shown(name)})")
+        elif isinstance(algorithm, dict) and any(_says_something(value) for key, value in algorithm.items() if key in ONLINE or "online" in key):
+            found.append(f"algo_config of {name} that is online")
+    return found
+
+
+def _says_something(value: object) -> bool:
+    """Whether a part of a config is more than an object of empty or false entries."""
+    return any(value.values()) if isinstance(value, dict) else bool(value)
 
 
 def layers_apart(config: dict, layers: Iterable[int]) -> list[int]:
