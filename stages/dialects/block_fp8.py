@@ -109,9 +109,9 @@ def _split_again(name, tensors, config, tile) -> tuple[tuple[int, int], tuple[tu
 
 
 def static_scale(name: str, tensors) -> dict[str, str]:
-    """The scale of activations that goes along with a weight, as a part of its claim."""
-    activations = f"{name.removesuffix('weight')}input_scale"
-    return {"input_scale": activations} if name.endswith(".weight") and activations in tensors else {}
+    """The scale of activations that goes along with a weight, as a part of its claim: kind -> name."""
+    stem = name.removesuffix("weight") if name.endswith(".weight") else f"{name}_"
+    return {kind: stem + kind for kind in ("input_scale", "act_scale", "activation_scale") if stem + kind in tensors}
 
 
 def rows(tensors, name, claim, expert, begin, end, buffer=None):

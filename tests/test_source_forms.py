@@ -1,0 +1,81 @@
+"""Plans of a small Qwen3-MoE in the forms in which tools store one: what each tensor becomes, and what is refused; headers alone, no weights."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+
+from stages.errors import UserError
+from tests.meta_checkpoints import Family, attention, body, expand, experts
+from tests.test_families import planned
+
+LAYERS = "model.layers.[0-1]"
+TENSORS = expand(body("model", 256, 512, "0-1") + attention(f"{LAYERS}.self_attn", 256, 256, 128, "bf16")
+                 + f"\nBF16 64 {LAYERS}.self_attn.[q_norm,k_norm].weight\nBF16 2x256 {LAYERS}.mlp.gate.weight"
+                 + experts(f"{LAYERS}.mlp.experts.[0-1]", 256, 128, "bf16"))
+CONFIG = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 2, "hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+EXPERT, K_PROJ = "model.layers.1.mlp.experts.0.down_proj", "model.layers.1.self_attn.k_proj"
+
+
+def stored(section, extra=(), config=(), **stores):
+    """The model with its experts and its attention stored as `experts` and `attention` say: shape -> {part: (dtype, shape)}."""
+    tensors = dict(extra)
+    for name, (dtype, shape) in TENSORS.items():
+        store = stores.get("experts" if ".experts." in name else "attention" if "_proj." in name else "")
+        made = store(*shape) if store else {"weight": (dtype, shape)}
+        tensors |= {name.removesuffix("weight") + part: entry for part, entry in made.items()}
+    return Family("small", CONFIG | ({"quantization_config": section} if section else {}) | dict(config), lambda: tensors)
+
+
+def tiles(rows, columns, scale="weight_scale_inv"):
+    return {"weight": ("F8_E4M3", (rows, columns)), scale: ("F32", (-(-rows // 128), -(-columns // 128)))}
+
+
+def mxfp4(rows, columns):
+    return {"weight": ("U8", (rows, columns // 2)), "weight_scale": ("U8", (rows, columns // 32))}
+
+
+def stacked(tensors):
+    """Experts of a layer in two tensors of block FP8, as transformers 5 saves them."""
+    found = {name: entry for name, entry in tensors.items() if ".experts." not in name or ".experts.gate_up_proj" in name}
+    for layer in range(2):
+        for name, rows, columns in (("gate_up_proj", 256, 256), ("down_proj", 256, 128)):
+            weight = f"model.layers.{layer}.mlp.experts.{name}"
+            found |= {weight: ("F8_E4M3", (2, rows, columns)), f"{weight}_scale_inv": ("F32", (2, rows // 128, columns // 128))}
+    return found
+
+
+@pytest.mark.parametrize("name", [f"{EXPERT}.input_smooth", f"{EXPERT}.rotation.matrix", f"{K_PROJ}.input_zero_point", f"{K_PROJ}.smooth_bias",
+                                  "model.layers.0.mlp.experts.gate_up_proj_smooth"])
+def test_a_tensor_of_a_quantized_linear_that_nobody_knows_is_refused(tmp_path, name):
+    family = stored(BLOCKS, {name: ("F32", (1,))}, experts=tiles, attention=tiles)
+    if "gate_up" in name:
+        family = dataclasses.replace(family, tensors=partial(stacked, family.tensors()))
+    with pytest.raises(UserError, match=rf"{name} \(F32 \[1\]\) belongs to .*, and what it does to that weight or its inputs is not known here"):
+        planned(tmp_path, family)
+
+
+def test_a_tensor_that_nobody_knows_is_refused_beside_a_plain_weight_only_where_that_is_quantized(tmp_path):
+    beside = {K_PROJ.replace(".1.", f".{layer}.") + ".observer": ("F32", (1,)) for layer in range(2)}
+    planned(tmp_path, stored(None, beside))
+    with pytest.raises(UserError, match="k_proj.observer .* belongs to .*k_proj.weight"):
+        planned(tmp_path, stored(None, beside), "mxfp4_experts_mxfp8_rest")
+
+
+def test_what_an_engine_knows_beside_a_quantized_linear_passes(tmp_path):
+    beside = {f"model.layers.{layer}.self_attn.{name}": ("F32", (1,)) for layer in range(2) for name in (
+        "k_proj.bias", "k_proj.k_scale", "v_proj.v_scale", "k_proj.k_zero_point", "k_proj.output_scale", "attn.q_scale", "sinks")}
+    made = planned(tmp_path, stored(BLOCKS, beside, experts=tiles, attention=tiles))
+    assert {made["tensors"][name]["decision"] for name in beside} == {"pass through"}
+
+
+@pytest.mark.parametrize("kind", ["act_scale", "activation_scale", "input_scale"])
+def test_a_fixed_scale_of_activations_is_dropped_with_the_weight_that_it_is_for(tmp_path, kind):
+    family = stored(BLOCKS, experts=lambda *shape: tiles(*shape) | {kind: ("F32", ())})
+    made = planned(tmp_path, family)
+    fused = stacked(family.tensors()) | {f"model.layers.{layer}.mlp.experts.gate_up_proj_{kind}": ("F32", (2,)) for layer in range(2)}
+    made_fused = planned(tmp_path, dataclasses.replace(family, tensors=lambda: fused))
+    for plan in (made, made_fused):
+        assert {entry["decision"] for name, entry in plan["tensors"].items() if name.endswith(kind)} == {"drop"}
