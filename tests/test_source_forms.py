@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 from stages.errors import UserError
+from stages.schemes import kept
 from tests.meta_checkpoints import Family, attention, body, expand, experts
 from tests.test_families import planned
 
@@ -79,3 +80,30 @@ def test_a_fixed_scale_of_activations_is_dropped_with_the_weight_that_it_is_for(
     made_fused = planned(tmp_path, dataclasses.replace(family, tensors=lambda: fused))
     for plan in (made, made_fused):
         assert {entry["decision"] for name, entry in plan["tensors"].items() if name.endswith(kind)} == {"drop"}
+
+
+def channels(rows, columns):
+    return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": ("BF16", (rows, 1))}
+
+
+def compressed(strategy, inputs=None, **more):
+    """A group of compressed-tensors for FP8."""
+    return {"weights": {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False} | more, "input_activations": inputs}
+
+
+DYNAMIC = {"num_bits": 8, "type": "float", "dynamic": True}
+
+
+@pytest.mark.parametrize(("store", "groups", "stored_as", "noted"), [
+    (channels, [compressed("channel")], "fp8 per channel, weight-only", False), (channels, [compressed("channel", DYNAMIC)], "fp8 per channel", False),
+    (channels, [compressed("channel"), compressed("channel", DYNAMIC)], "fp8 per channel", True),
+    (lambda *shape: channels(*shape) | {"weight_scale": ("F32", (1,))}, [compressed("tensor")], "fp8 per tensor, weight-only", False),
+    (partial(tiles, scale="weight_scale"), [compressed("block", block_structure=[128, 128])], "fp8 128x128", True),
+])
+def test_fp8_whose_activations_the_source_leaves_alone_stays_so_where_vllm_reads_it(tmp_path, store, groups, stored_as, noted):
+    section = {"quant_method": "compressed-tensors", "config_groups": dict(enumerate(groups))}
+    made = planned(tmp_path, stored(section, attention=store))
+    assert {entry["stored"] for name, entry in made["tensors"].items() if "_proj." in name and "experts" not in name} == {stored_as}
+    (group,) = (group for group in made["quantization_config"]["config_groups"].values() if group["format"] == kept.FORMAT)
+    assert (group["input_activations"] is None) == stored_as.endswith(kept.WEIGHT_ONLY) and kept.stored_by(group) == stored_as
+    assert any("get their activations quantized" in note for note in made["notes"]) == noted

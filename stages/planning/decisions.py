@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 from stages.checkpoint.header import FLOATS
 from stages.dialects.completeness import check_ends, check_layers, check_tower
@@ -98,7 +98,7 @@ def _check_beside(tensors: dict[str, CensusTensor], chosen: Container[str]) -> N
                                 "its inputs is not known here; get the checkpoint in BF16 or in another format")
 
 
-def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str) -> str:
+def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str, weight_only: Mapping[str, bool]) -> str:
     """Format in which a weight that the recipe leaves stays in the release; UserError where no engine could read it."""
     entry, why = tensors[name], None
     dialect, scale = entry["dialect"], tensors[entry["scale"]] if entry["scale"] else None
@@ -121,11 +121,14 @@ def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str) -> str:
     if why:
         remedy = f"name its role ({entry['role']}) in the recipe" if entry["role"] in QUANTIZABLE else "get a source that has it in BF16"
         raise UserError(f"{entry['shard']}: {name} is {dialect} and recipe {recipe} leaves it, but {why}; {remedy}")
-    return stored
+    return stored + kept.WEIGHT_ONLY if weight_only.get(stored.removeprefix("fp8 per ")) and ".experts." not in name else stored
 
 
-def decide(settings: Settings, census: Census) -> dict[str, PlannedTensor]:
-    """Tensor name -> its census entry plus decision, scheme, reason, and the format that the release stores it in."""
+def decide(settings: Settings, census: Census, weight_only: Mapping[str, bool]) -> dict[str, PlannedTensor]:
+    """Tensor name -> its census entry plus decision, scheme, reason, and the format that the release stores it in.
+
+    weight_only: by kept.weight_only.
+    """
     tensors = census["tensors"]
     chosen = _selected(settings, tensors)
     decided = {}
@@ -152,7 +155,7 @@ def decide(settings: Settings, census: Census) -> dict[str, PlannedTensor]:
         elif owner in chosen:
             decision, reason = "drop", f"belongs to {owner}, folded into its block scales"
         elif owner or entry["dialect"] != "plain":
-            decision, stored = "keep", _keep(owner or name, tensors, settings.recipe.name)
+            decision, stored = "keep", _keep(owner or name, tensors, settings.recipe.name, weight_only)
             reason = "not named by the recipe; kept in its own format"
         decided[name] = {**entry, "decision": decision, "scheme": scheme, "stored": stored, "reason": reason}
     return decided
