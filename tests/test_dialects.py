@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kernels.fp8 import decode_block_fp8
 from stages import checkup, evaluate, validate_gemm
 from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import ShardReader
+from stages.checkup import configuring, engine
 from stages.dialects import recognize
 from stages.dialects.reading import Tensors
 from stages.dialects.reading import decoded as decoded_weight
@@ -21,6 +23,9 @@ from stages.errors import UserError
 from stages.models import step37
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
+from stages.schemes import kept
+from stages.schemes.architectures import architecture_of
+from stages.schemes.vllm_rules import ROUTED_EXPERTS, RuntimeModule, coverage_faults
 from tests import small_models
 from tests.conftest import TINY, convert
 
@@ -387,8 +392,8 @@ def test_fp8_that_the_recipe_leaves_is_kept_bit_for_bit_and_declared(tmp_path):
     assert any("self_attn.o_proj.weight_scale is not bit-identical" in fault for fault in faults), faults
 
 
-def attention_in(tmp_path, store):
-    """The tiny model with its attention stored by `store`, converted; the experts are block FP8."""
+def attention_in(tmp_path, store, weights=None):
+    """The tiny model with its attention stored by `store`, converted; the experts are block FP8. weights: of a further group, weight-only."""
     source = {name: tensor for path in sorted(TINY.glob("*.safetensors")) for name, tensor in load_file(path).items()}
     for name in [name for name in source if "self_attn" in name and name.endswith("_proj.weight") and int(name.split(".")[2]) < 6]:
         source |= {name.removesuffix("weight") + key: value for key, value in store(name, source.pop(name).float()).items()}
@@ -397,9 +402,45 @@ def attention_in(tmp_path, store):
     save_file(source, model / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(TINY / "tokenizer.json", model)
     config = json.loads((TINY / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"block_structure": [128, 128]}}}}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {
+        "a": {"weights": {"block_structure": [128, 128]}}, **({"b": {"weights": weights}} if weights else {})}}
     (model / "config.json").write_text(json.dumps(config))
     return convert("source=local", f"source.path={model}", f"results={tmp_path / 'results'}", "serving=none")
+
+
+@pytest.mark.parametrize(("store", "weights"), [
+    (flat_channel, None), (channel, {"num_bits": 8, "type": "float", "strategy": "channel"}), (whole, {"num_bits": 8, "type": "float", "strategy": "tensor"})])
+def test_scales_per_channel_in_one_dimension_and_weights_alone_in_fp8_are_kept_and_verified(tmp_path, store, weights):
+    release = attention_in(tmp_path, lambda name, weight: store(weight), weights).run_directory / "release"
+    source, made = load_file(tmp_path / "model" / "model.safetensors"), load_file(release / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight_scale"
+    assert made[name].shape == ((1,) if store is whole else (len(made[name]), 1)) and torch.equal(made[name].reshape(-1), source[name].reshape(-1))
+    config = json.loads((release / "config.json").read_text())
+    (group,) = (group for group in config["quantization_config"]["config_groups"].values() if group["weights"]["strategy"] in ("channel", "tensor"))
+    assert (group["input_activations"] is None) == bool(weights)
+    result = checkup.check(release, tmp_path / "model")
+    assert result["passed"], result
+    configuring.run(release, None, dry_run=False)
+    assert json.loads((release / "config.json").read_text()) == config
+    if store is flat_channel:
+        made[name][3] *= 2
+        (release / "model.safetensors").unlink()
+        save_file(made, release / "model.safetensors", metadata={"format": "pt"})
+        assert any(f"{name} is not bit-identical" in fault for row in checkup.check(release, tmp_path / "model")["checks"] for fault in row["faults"])
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda group: group["weights"].update(strategy="block", block_structure=[128, 128]), "is FP8 in blocks without input_activations"),
+    (lambda group: group["targets"].append(r"re:.*\.experts\..*"), "no FP8 experts whose activations are not quantized"),
+])
+def test_weights_alone_in_fp8_where_vllm_has_no_such_form_are_found(change, words):
+    group = {"targets": [r"re:.*\.o_proj$"], **kept.group_of("fp8 per channel, weight-only")}
+    change(group)
+    section = {"config_groups": {"a": group}, "format": kept.FORMAT}
+    faults = list(engine.scheme_arguments(SimpleNamespace(section=section, counts={}, notes=[], tensors={})))
+    modules = [RuntimeModule("model.layers.0.mlp.experts", ROUTED_EXPERTS, ("model.layers.0.mlp.experts.0.down_proj",))]
+    faults += coverage_faults(modules, section, {"model.layers.0.mlp.experts.0.down_proj": "fp8 per channel"}, architecture_of("Qwen3MoeForCausalLM"))
+    assert any(words in fault for fault in faults), faults
 
 
 def spoilt(part, value, place=(0, 0)):

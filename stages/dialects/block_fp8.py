@@ -55,6 +55,17 @@ def scale_of(name: str) -> list[str]:
     return [f"{name}_scale_inv", f"{name}_scale", *([f"{name.removesuffix('weight')}scale"] if name.endswith(".weight") else [])]
 
 
+def coarse(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> str | None:
+    """`channel` or `tensor` where a scale of that shape is one of each row of a weight, or of all of it; None where it is neither."""
+    if len(shape) < 2:
+        return None
+    if scale_shape == (*shape[:-1], 1):
+        return "channel"
+    if len(shape) == 2 and scale_shape in ((), (1,), (1, 1)):
+        return "tensor"
+    return "channel" if len(shape) == 2 and scale_shape == shape[:1] else None  # Quark's and ModelOpt's
+
+
 def claim(name, info, tensors, where, config):
     """Claims FP8 weights with tile scales."""
     if info.dtype != "F8_E4M3":
@@ -76,7 +87,7 @@ def claim(name, info, tensors, where, config):
     said, tile = "by config.json" if tile else "the usual ones, config.json declares none", tile or DEFAULT_TILE
     expected = (*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], tile)))
     if len(info.shape) < 2 or scale.shape != expected:
-        if scale_name.endswith("weight_scale") and (scale.shape == (*info.shape[:-1], 1) or scale.shape in ((), (1,), (1, 1))):
+        if scale_name.endswith("weight_scale") and coarse(info.shape, scale.shape):
             return None  # another group of the same checkpoint, per channel or tensor
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, but tiles of "
                         f"{list(tile)} ({said}) cut {name} of shape {list(info.shape)} into {list(expected)}; the "
