@@ -107,3 +107,23 @@ def test_fp8_whose_activations_the_source_leaves_alone_stays_so_where_vllm_reads
     (group,) = (group for group in made["quantization_config"]["config_groups"].values() if group["format"] == kept.FORMAT)
     assert (group["input_activations"] is None) == stored_as.endswith(kept.WEIGHT_ONLY) and kept.stored_by(group) == stored_as
     assert any("get their activations quantized" in note for note in made["notes"]) == noted
+
+
+def per_block(size):
+    return {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_block", "block_size": size}}
+
+
+def test_blocks_of_quark_are_read_and_kept_beside_its_mxfp4(tmp_path):
+    section = {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp4", "qscheme": "per_group", "group_size": 32}},
+               "layer_quant_config": {"*self_attn*": per_block([128, 128])}}
+    made = planned(tmp_path, stored(section, experts=mxfp4, attention=partial(tiles, scale="weight_scale")))
+    assert {entry["stored"] for name, entry in made["tensors"].items() if K_PROJ in name} == {"fp8 128x128"}
+    section["layer_quant_config"]["*mlp*"] = per_block([64, 128])
+    with pytest.raises(UserError, match=r"blocks of several sizes, \[128, 128\], \[64, 128\], .*; get the checkpoint in BF16"):
+        planned(tmp_path, stored(section, experts=mxfp4, attention=partial(tiles, scale="weight_scale")))
+
+
+def test_blocks_that_quark_declares_for_all_layers_are_converted(tmp_path):
+    section = {"quant_method": "quark", "global_quant_config": per_block([128, 128])}
+    made = planned(tmp_path, stored(section, experts=partial(tiles, scale="weight_scale")))
+    assert made["tensors"][f"{EXPERT}.weight"]["dialect"] == "block_fp8"

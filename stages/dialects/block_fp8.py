@@ -7,7 +7,7 @@ may be ragged. The tile is what config.json declares (128x128 when it is silent)
 disagreement names both instead of guessing.
 
     weight + weight_scale_inv  F32, BF16, F16   quant_method fp8
-    weight + weight_scale      F32, BF16, F16   compressed-tensors, strategy block
+    weight + weight_scale      F32, BF16, F16   compressed-tensors, strategy block; Quark, qscheme per_block
     weight + scale             F8_E8M0          DeepSeek-V4
 
 MiMo-V2-Flash was quantized as each of num_key_value_heads GPUs held it, q, k and v merged, and then split apart. Where k's share of a GPU ends
@@ -27,7 +27,7 @@ from stages.dialects.config import KEY_VALUE_HEADS, declared, whole_number
 from stages.errors import UserError
 
 NAME = "block_fp8"
-METHODS = ("fp8", "compressed-tensors")
+METHODS = ("fp8", "compressed-tensors", "quark")
 SCALE_DTYPES = (*FLOATS, "F8_E8M0")
 DEFAULT_TILE = (128, 128)
 MERGED = "MiMoV2FlashForCausalLM"  # the architecture whose q, k and v were quantized merged
@@ -42,12 +42,23 @@ def declared_weights(config: dict) -> list[dict]:
 def declared_tile(config: dict) -> tuple[int, int] | None:
     """Rows and columns of a tile by config.json, None where it declares none."""
     blocks = [declared(config).get("weight_block_size"), *(weights.get("block_structure") for weights in declared_weights(config))]
-    found = next((block for block in blocks if block), None)
+    found = next((block for block in blocks if block), None) or _tile_of_quark(declared(config))
     if found is None:
         return None
     if not isinstance(found, list) or len(found) != 2 or not all(type(edge) is int and edge > 0 for edge in found):
         raise UserError(f"config.json: the block size is {found!r}, expected two whole numbers above 0; restore the original config.json")
     return tuple(found)
+
+
+def _tile_of_quark(section: dict) -> object:
+    """The block size that Quark's settings for all layers or for some declare, None where they declare none; UserError where they declare several."""
+    settings = [section.get("global_quant_config"), *(part.values() if isinstance(part := section.get("layer_quant_config"), dict) else ())]
+    weights = [entry.get("weight") for entry in settings if isinstance(entry, dict)]
+    blocks = [weight.get("block_size") for weight in weights if isinstance(weight, dict) and weight.get("qscheme") == "per_block"]
+    if any(block != blocks[0] for block in blocks):
+        raise UserError(f"config.json: quantization_config has blocks of several sizes, {', '.join(map(str, blocks))[:80]}, which is not read; get the "
+                        "checkpoint in BF16 or with blocks of one size")
+    return blocks[0] if blocks else None
 
 
 def scale_of(name: str) -> list[str]:
