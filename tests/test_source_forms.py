@@ -127,3 +127,26 @@ def test_blocks_that_quark_declares_for_all_layers_are_converted(tmp_path):
     section = {"quant_method": "quark", "global_quant_config": per_block([128, 128])}
     made = planned(tmp_path, stored(section, experts=partial(tiles, scale="weight_scale")))
     assert made["tensors"][f"{EXPERT}.weight"]["dialect"] == "block_fp8"
+
+
+def nvfp4(rows, columns):
+    return {"weight": ("U8", (rows, columns // 2)), "weight_scale": ("F8_E4M3", (rows, columns // 16)), "weight_scale_2": ("F32", ()),
+            "input_scale": ("F32", ())}
+
+
+@pytest.mark.parametrize("section", [{"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, {"quant_method": "modelopt_mixed"},
+                                     BLOCKS | {"moe_quant_algo": "NVFP4"}])
+def test_blocks_of_fp8_beside_nvfp4_experts_are_kept(tmp_path, section):
+    made = planned(tmp_path, stored(section, experts=nvfp4, attention=tiles))
+    assert {entry["stored"] for entry in made["tensors"].values() if entry["stored"]} == {"mxfp4", "fp8 128x128"}
+
+
+@pytest.mark.parametrize(("section", "stores", "words"), [
+    (BLOCKS, {"experts": nvfp4, "attention": tiles}, "is NVFP4, but config.json declares .*'fp8' without moe_quant_algo .* this mix is not supported"),
+    ({"quant_method": "mxfp4"}, {"experts": mxfp4, "attention": tiles}, "'mxfp4', but .* 8 block-FP8 weights, .* this mix is not supported"),
+    (None, {"experts": mxfp4}, "quant_method None, .*; restore the original config.json"),
+    ({"quant_method": "w4afp8"}, {"experts": tiles}, "'w4afp8' is not read here"),
+])
+def test_a_mix_that_config_json_does_not_have_is_refused_as_what_it_is(tmp_path, section, stores, words):
+    with pytest.raises(UserError, match=words):
+        planned(tmp_path, stored(section, **stores))

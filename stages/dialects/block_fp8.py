@@ -27,7 +27,7 @@ from stages.dialects.config import KEY_VALUE_HEADS, declared, whole_number
 from stages.errors import UserError
 
 NAME = "block_fp8"
-METHODS = ("fp8", "compressed-tensors", "quark")
+METHODS = ("fp8", "compressed-tensors", "quark", "modelopt", "modelopt_mixed")
 SCALE_DTYPES = (*FLOATS, "F8_E8M0")
 DEFAULT_TILE = (128, 128)
 MERGED = "MiMoV2FlashForCausalLM"  # the architecture whose q, k and v were quantized merged
