@@ -150,3 +150,14 @@ def test_blocks_of_fp8_beside_nvfp4_experts_are_kept(tmp_path, section):
 def test_a_mix_that_config_json_does_not_have_is_refused_as_what_it_is(tmp_path, section, stores, words):
     with pytest.raises(UserError, match=words):
         planned(tmp_path, stored(section, **stores))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_scale_for_a_tensor_in_the_spelling_of_transformers_is_read(tmp_path, shape):
+    section = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    made = planned(tmp_path, stored(section, experts=lambda *size: {
+        "weight": ("F8_E4M3", size), "weight_scale_inv": ("BF16", shape), "activation_scale": ("BF16", ())}))
+    entry = made["tensors"][f"{EXPERT}.weight"]
+    assert (entry["dialect"], entry["one_scale"], entry["parts"]) == ("channel_fp8", True, {"activation_scale": f"{EXPERT}.activation_scale"})
+    with pytest.raises(UserError, match=r"weight_scale_inv has shape \[128, 1\], but tiles of \[128, 128\]"):
+        planned(tmp_path, stored(section, experts=lambda *size: {"weight": ("F8_E4M3", size), "weight_scale_inv": ("BF16", (size[0], 1))}))

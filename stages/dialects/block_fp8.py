@@ -98,7 +98,8 @@ def claim(name, info, tensors, where, config):
     said, tile = "by config.json" if tile else "the usual ones, config.json declares none", tile or DEFAULT_TILE
     expected = (*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], tile)))
     if len(info.shape) < 2 or scale.shape != expected:
-        if scale_name.endswith("weight_scale") and coarse(info.shape, scale.shape):
+        found = coarse(info.shape, scale.shape)
+        if found and (scale_name.endswith("weight_scale") or (found == "tensor" and not declared_tile(config))):
             return None  # another group of the same checkpoint, per channel or tensor
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, but tiles of "
                         f"{list(tile)} ({said}) cut {name} of shape {list(info.shape)} into {list(expected)}; the "

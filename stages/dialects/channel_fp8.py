@@ -1,5 +1,5 @@
 """FP8 with one float scale per output channel or per tensor, `weight_scale` (compressed-tensors float-quantized, ModelOpt, AutoFP8,
-Quark).
+Quark); per tensor `weight_scale_inv`, too, where transformers wrote it, which multiplies nevertheless.
 
     w[r, c] = float32(weight[r, c]) * float32(weight_scale[r])        [out, 1] or [out], or one element for the whole tensor
 
@@ -21,8 +21,8 @@ METHODS = ("compressed-tensors", "modelopt", "modelopt_mixed", "fp8", "quark")
 
 
 def claim(name, info, tensors, where, config):
-    """Claims FP8 weights beside a float `weight_scale`, and the scale of activations where there is one."""
-    scale_name = f"{name}_scale"
+    """Claims FP8 weights beside a float `weight_scale`, and the scale of activations where there is one; block_fp8 leaves the other spelling to it."""
+    scale_name = next((scale for scale in (f"{name}_scale", f"{name}_scale_inv") if scale in tensors), None)
     scale = tensors.get(scale_name)
     if info.dtype != "F8_E4M3" or scale is None or scale.dtype not in FLOATS:
         return None
