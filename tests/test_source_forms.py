@@ -161,3 +161,23 @@ def test_one_scale_for_a_tensor_in_the_spelling_of_transformers_is_read(tmp_path
     assert (entry["dialect"], entry["one_scale"], entry["parts"]) == ("channel_fp8", True, {"activation_scale": f"{EXPERT}.activation_scale"})
     with pytest.raises(UserError, match=r"weight_scale_inv has shape \[128, 1\], but tiles of \[128, 128\]"):
         planned(tmp_path, stored(section, experts=lambda *size: {"weight": ("F8_E4M3", size), "weight_scale_inv": ("BF16", (size[0], 1))}))
+
+
+def mxfp8(rows, columns):
+    return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": ("U8", (rows, columns // 32))}
+
+
+def int4(rows, columns):
+    return {"weight_packed": ("I32", (rows, columns // 8)), "weight_scale": ("BF16", (rows, columns // 32)), "weight_shape": ("I64", (2,))}
+
+
+COMPRESSED = {"quant_method": "compressed-tensors"}
+
+
+@pytest.mark.parametrize(("store", "section"), [(mxfp4, {"quant_method": "quark"}), (mxfp8, COMPRESSED), (int4, COMPRESSED)])
+def test_a_fixed_scale_of_activations_beside_any_weight_is_dropped_with_it(tmp_path, store, section):
+    made = planned(tmp_path, stored(section, experts=lambda *shape: store(*shape) | {"input_scale": ("F32", ())}))
+    assert made["tensors"][f"{EXPERT}.input_scale"]["decision"] == "drop"
+    alone = {f"{EXPERT.replace('.0.', '.7.')}.input_scale": ("F32", ())}
+    with pytest.raises(UserError, match=r"scale .*experts\.7\.down_proj\.input_scale has no weight .*experts\.7\.down_proj\.weight in any shard"):
+        planned(tmp_path, stored(section, alone, experts=store))

@@ -92,6 +92,7 @@ def _unknown(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> 
 def _lone(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:
     """Why a scale or a packed weight that belongs to nothing cannot be read."""
     weight = re.sub(r"(_scale_inv|_scale_2|_global_scale|_scale|_scales|_zero_point|_shape|_packed|_blocks|_g_idx)$", "", name)
+    weight = re.sub(r"(?<=\.)(input|output|bias|act|activation)$", "weight", weight)
     if name.endswith(("_packed", "_blocks")):
         return f"packed weight {name} has no scale in any shard; the checkpoint is incomplete, download it again"
     found = next((other for other in (weight, f"{weight}_packed", f"{weight}_blocks", re.sub(r"scale$", "weight", name))

@@ -133,7 +133,8 @@ def _split_again(name, tensors, config, tile) -> tuple[tuple[int, int], tuple[tu
 
 def static_scale(name: str, tensors) -> dict[str, str]:
     """The scale of activations that goes along with a weight, as a part of its claim: kind -> name."""
-    stem = name.removesuffix("weight") if name.endswith(".weight") else f"{name}_"
+    stem = re.sub(r"(?<=\.)weight(_packed)?$|(?<=_)blocks$", "", name)
+    stem = f"{name}_" if stem == name else stem
     return {kind: stem + kind for kind in ("input_scale", "act_scale", "activation_scale") if stem + kind in tensors}
 
 

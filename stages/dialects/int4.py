@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from stages.checkpoint.header import FLOATS
-from stages.dialects.block_fp8 import declared_weights
+from stages.dialects.block_fp8 import declared_weights, static_scale
 from stages.dialects.claim import Claim
 from stages.errors import UserError
 
@@ -45,7 +45,7 @@ def claim(name, info, tensors, where, config):
     if zero is not None and (zero.dtype, zero.shape) not in (("I32", (math.ceil(groups[0] / 8), groups[1])), ("I8", groups)):
         raise UserError(f"{where[f'{stem}_zero_point']}: {stem}_zero_point is {zero.dtype} {list(zero.shape)}, expected I32 "
                         f"{[math.ceil(groups[0] / 8), groups[1]]} or I8 {list(groups)}")
-    parts = {kind: f"{stem}_{kind}" for kind in ("shape", "zero_point") if f"{stem}_{kind}" in tensors}
+    parts = {kind: f"{stem}_{kind}" for kind in ("shape", "zero_point") if f"{stem}_{kind}" in tensors} | static_scale(name, tensors)
     return Claim(NAME, f"{stem}_scale", (1, columns // scale.shape[1]), (info.shape[0], columns), parts)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+from stages.dialects.block_fp8 import static_scale
 from stages.dialects.claim import Claim
 from stages.errors import UserError
 
@@ -39,7 +40,7 @@ def claim(name, info, tensors, where, config):
             raise UserError(f"{where[scale_name]}: scale {scale_name} is {scale_dtype} {list(tensors[scale_name].shape)}, but blocks of "
                             f"32 inputs cut {name} {info.dtype} {list(info.shape)} into {list(expected)}; one of them is of another "
                             "checkpoint")
-        return Claim(NAME, scale_name, TILE, matrix)
+        return Claim(NAME, scale_name, TILE, matrix, static_scale(name, tensors))
     return None
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from stages.dialects import block_fp8
-from stages.dialects.block_fp8 import scale_of
+from stages.dialects.block_fp8 import scale_of, static_scale
 from stages.dialects.claim import Claim
 from stages.errors import UserError
 
@@ -25,7 +25,7 @@ def claim(name, info, tensors, where, config):
     if len(info.shape) < 2 or scale.shape != expected:
         raise UserError(f"{where[scale_name]}: scale {scale_name} is U8 {list(scale.shape)}, but blocks of 32 inputs "
                         f"cut {name} of shape {list(info.shape)} into {list(expected)}; the scale is of another checkpoint")
-    return Claim(NAME, scale_name, TILE, info.shape)
+    return Claim(NAME, scale_name, TILE, info.shape, static_scale(name, tensors))
 
 
 rows = block_fp8.rows
