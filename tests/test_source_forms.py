@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 from stages.errors import UserError
+from stages.planning.outputs import outputs_of
 from stages.schemes import kept
 from tests.meta_checkpoints import Family, attention, body, expand, experts
 from tests.test_families import planned
@@ -181,3 +182,37 @@ def test_a_fixed_scale_of_activations_beside_any_weight_is_dropped_with_it(tmp_p
     alone = {f"{EXPERT.replace('.0.', '.7.')}.input_scale": ("F32", ())}
     with pytest.raises(UserError, match=r"scale .*experts\.7\.down_proj\.input_scale has no weight .*experts\.7\.down_proj\.weight in any shard"):
         planned(tmp_path, stored(section, alone, experts=store))
+
+
+def e8m0(store, *shape, **others):
+    """As stored by `store`, its scale another dtype."""
+    return {part: (others.get("dtype", "F8_E8M0"), size) if "scale" in part else (dtype, size) for part, (dtype, size) in store(*shape).items()}
+
+
+@pytest.mark.parametrize(("store", "section", "dialect"), [
+    (partial(e8m0, mxfp8), COMPRESSED, "mxfp8"), (partial(e8m0, mxfp4), {"quant_method": "quark"}, "mxfp4"),
+    (lambda *shape: {part.replace("scale", "scale_inv"): entry for part, entry in e8m0(mxfp8, *shape).items()},
+     {"quant_method": "mxfp8", "weight_block_size": [1, 32]}, "mxfp8"),
+    (partial(e8m0, tiles, dtype="U8"), BLOCKS, "block_fp8"), (partial(e8m0, tiles), BLOCKS, "block_fp8"),
+    (partial(e8m0, tiles, dtype="U8"), {"quant_method": "quark", "global_quant_config": per_block([128, 128])}, "block_fp8"),
+])
+def test_e8m0_scales_are_known_under_both_dtypes(tmp_path, store, section, dialect):
+    made = planned(tmp_path, stored(section, experts=store))
+    assert made["tensors"][f"{EXPERT}.weight"]["dialect"] == dialect
+
+
+def test_e8m0_scales_of_another_dtype_are_kept_as_the_bytes_that_vllm_loads(tmp_path):
+    made = planned(tmp_path, stored(COMPRESSED, attention=partial(e8m0, mxfp8)))
+    name = f"{K_PROJ}.weight_scale"
+    assert made["tensors"][name]["stored"] == "mxfp8" and outputs_of(name, made["tensors"][name], "per_expert")[0].dtype == "U8"
+
+
+@pytest.mark.parametrize(("store", "section", "words"), [
+    (lambda *shape: {"weight": ("F8_E4M3", shape), "weight_scale": ("I16", (1,))}, COMPRESSED, r"weight_scale is I16 \[1\], which together"),
+    (lambda *shape: {"weight_packed": ("U8", (shape[0], shape[1] // 2)), "weight_scale": ("BF16", (shape[0], 4))}, COMPRESSED,
+     r"weight_packed is U8 .* and .*weight_scale is BF16 .*, which together"),
+    (lambda *shape: int4(*shape) | {"weight_scale": ("I32", (shape[0], 4))}, COMPRESSED, r"weight_scale is I32 \[\d+, 4\], which together"),
+])
+def test_a_scale_that_is_there_in_another_form_is_not_called_missing(tmp_path, store, section, words):
+    with pytest.raises(UserError, match=f"{words}.*; get the checkpoint in BF16 or FP8"):
+        planned(tmp_path, stored(section, experts=store))

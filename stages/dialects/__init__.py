@@ -83,6 +83,8 @@ def _unknown(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> 
     if SCALE.fullmatch(name) or info.dtype == "F8_E8M0":
         return _lone(name, info, tensors)
     if info.dtype == "F8_E4M3":
+        if found := next((scale for scale in block_fp8.scale_of(name) if scale in tensors), None):
+            return _apart(name, found, tensors)
         return (f"FP8 tensor {name} has no scale {name}_scale_inv in any shard; without it its values are unknown, get the complete "
                 "checkpoint")
     return (f"tensor {name} has dtype {info.dtype} and shape {list(info.shape)}, which no dialect here reads "
@@ -94,13 +96,21 @@ def _lone(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str
     weight = re.sub(r"(_scale_inv|_scale_2|_global_scale|_scale|_scales|_zero_point|_shape|_packed|_blocks|_g_idx)$", "", name)
     weight = re.sub(r"(?<=\.)(input|output|bias|act|activation)$", "weight", weight)
     if name.endswith(("_packed", "_blocks")):
+        scale = re.sub("packed$", "scale", re.sub("blocks$", "scales", name))
+        if scale in tensors:
+            return _apart(name, scale, tensors)
         return f"packed weight {name} has no scale in any shard; the checkpoint is incomplete, download it again"
     found = next((other for other in (weight, f"{weight}_packed", f"{weight}_blocks", re.sub(r"scale$", "weight", name))
                   if other in tensors and other != name), None)
     if found is None:
         return f"scale {name} has no weight {weight} in any shard; the checkpoint is incomplete, download it again"
-    return (f"{found} is {tensors[found].dtype} {list(tensors[found].shape)} and {name} is {info.dtype} {list(info.shape)}, which "
-            f"together no dialect here reads ({', '.join(_BY_NAME)})")
+    return _apart(found, name, tensors)
+
+
+def _apart(weight: str, scale: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """That a weight and its scale are both there, but in no form that is read."""
+    shown = (f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}" for name in (weight, scale))
+    return f"{' and '.join(shown)}, which together no dialect here reads ({', '.join(_BY_NAME)}); get the checkpoint in BF16 or FP8"
 
 
 def _check_config(dialect, names: list[str], config: dict) -> None:

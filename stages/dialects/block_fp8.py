@@ -8,7 +8,7 @@ disagreement names both instead of guessing.
 
     weight + weight_scale_inv  F32, BF16, F16   quant_method fp8
     weight + weight_scale      F32, BF16, F16   compressed-tensors, strategy block; Quark, qscheme per_block
-    weight + scale             F8_E8M0          DeepSeek-V4
+    weight + scale             F8_E8M0          DeepSeek-V4; under the names above F8_E8M0 and, where config.json declares the tile, U8, too
 
 MiMo-V2-Flash was quantized as each of num_key_value_heads GPUs held it, q, k and v merged, and then split apart. Where k's share of a GPU ends
 within a tile, v's begins in that tile, whose scale is stored with k:
@@ -28,8 +28,9 @@ from stages.errors import UserError
 
 NAME = "block_fp8"
 METHODS = ("fp8", "compressed-tensors", "quark", "modelopt", "modelopt_mixed")
-SCALE_DTYPES = (*FLOATS, "F8_E8M0")
-DEFAULT_TILE = (128, 128)
+E8M0 = ("U8", "F8_E8M0")  # dtypes of E8M0 scales
+SCALE_DTYPES = (*FLOATS, *E8M0)
+DEFAULT_TILE, MICROSCALED = (128, 128), (1, 32)
 MERGED = "MiMoV2FlashForCausalLM"  # the architecture whose q, k and v were quantized merged
 
 
@@ -77,6 +78,11 @@ def coarse(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> str | None:
     return "channel" if len(shape) == 2 and scale_shape == shape[:1] else None  # Quark's and ModelOpt's
 
 
+def is_microscaled(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> bool:
+    """Whether a scale of that shape is one for each 32 inputs, as MXFP8 has it."""
+    return len(shape) > 1 and scale_shape == (*shape[:-1], -(-shape[-1] // MICROSCALED[1]))
+
+
 def claim(name, info, tensors, where, config):
     """Claims FP8 weights with tile scales."""
     if info.dtype != "F8_E4M3":
@@ -87,22 +93,28 @@ def claim(name, info, tensors, where, config):
     if len(found) > 1:
         raise UserError(f"{where[name]}: {name} has two scales, {' and '.join(found)}; remove the one that is not its own")
     scale_name = found[0]
-    scale, tile = tensors[scale_name], declared_tile(config)
-    if scale.dtype == "U8" or (scale_name.endswith("weight_scale") and tile is None):
-        return None  # MXFP8, or scales per channel or tensor
+    scale, said = tensors[scale_name], declared_tile(config)
+    tile = said or DEFAULT_TILE
+    expected = (*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], tile)))
+    fits = len(info.shape) > 1 and scale.shape == expected
+    if scale_name.endswith("weight_scale") and said is None:
+        return None  # scales per channel or tensor, or MXFP8
+    if scale.dtype == "U8" and (not fits or said in (None, MICROSCALED)):
+        return None  # MXFP8; E8M0 of declared tiles otherwise
     if scale.dtype not in SCALE_DTYPES:
         raise UserError(f"{where[scale_name]}: scale {scale_name} has dtype {scale.dtype}, expected one of "
                         f"{', '.join(SCALE_DTYPES)}; this is another dialect than block FP8 and is not read yet")
-    if merged := _split_again(name, tensors, config, tile or DEFAULT_TILE):
+    if scale.dtype == "F8_E8M0" and is_microscaled(info.shape, scale.shape) and (not fits or declared(config).get("quant_method") not in METHODS):
+        return None
+    if merged := _split_again(name, tensors, config, tile):
         return Claim(NAME, scale_name, merged[0], info.shape, static_scale(name, tensors), scales=merged[1])
-    said, tile = "by config.json" if tile else "the usual ones, config.json declares none", tile or DEFAULT_TILE
-    expected = (*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], tile)))
-    if len(info.shape) < 2 or scale.shape != expected:
-        found = coarse(info.shape, scale.shape)
-        if found and (scale_name.endswith("weight_scale") or (found == "tensor" and not declared_tile(config))):
+    if not fits:
+        kind = coarse(info.shape, scale.shape)
+        if kind and (scale_name.endswith("weight_scale") or (kind == "tensor" and said is None)):
             return None  # another group of the same checkpoint, per channel or tensor
+        source = "by config.json" if said else "the usual ones, config.json declares none"
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, but tiles of "
-                        f"{list(tile)} ({said}) cut {name} of shape {list(info.shape)} into {list(expected)}; the "
+                        f"{list(tile)} ({source}) cut {name} of shape {list(info.shape)} into {list(expected)}; the "
                         "scale or config.json is of another checkpoint")
     return Claim(NAME, scale_name, tile, info.shape, static_scale(name, tensors))
 

@@ -24,9 +24,11 @@ def claim(name, info, tensors, where, config):
     scale = tensors.get(f"{stem}_scale")
     if not name.endswith("weight_packed") or info.dtype != "I32":
         return None
-    if scale is None or scale.dtype not in FLOATS:
+    if scale is None:
         raise UserError(f"{where[name]}: packed INT4 weight {name} has no float scale {stem}_scale in any shard; without it its values "
                         "are unknown, get the complete checkpoint")
+    if scale.dtype not in FLOATS:
+        return None
     weights = _arguments(name, where, config)
     if f"{stem}_g_idx" in tensors:
         raise UserError(f"{where[name]}: {name} has an activation order, {stem}_g_idx; of pack-quantized weights only those "

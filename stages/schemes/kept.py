@@ -1,7 +1,7 @@
 """FP8 that a recipe leaves stays as it is: its codes and scales pass through, a group of the config says what they are.
 
 Only the scale's name changes (`weight_scale_inv` becomes `weight_scale`, which compressed-tensors asks for), and its shape where a source has one
-per channel in one dimension (Quark, ModelOpt), never its bytes.
+per channel in one dimension (Quark, ModelOpt), and its dtype where E8M0 is not U8, never its bytes.
 vLLM quantizes activations on the fly, per token or per 128 inputs: that is how it runs the source, too. Where the source says that only its
 weights are FP8, so does the release, as far as vLLM 0.32 reads that: of linears per channel or per tensor, not of blocks or experts.
 """
@@ -39,8 +39,9 @@ def stored_as(shape: tuple[int, ...], scale_dtype: str, scale_shape: tuple[int, 
 
 
 def as_written(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """(dtype, shape) in which a release has a kept weight's scale, of the same bytes: [out, 1] for [out], which vLLM does not load."""
-    return dtype, (*shape, 1) if len(shape) == 1 and shape[0] > 1 else shape
+    """(dtype, shape) in which a release has a kept weight's scale, of the same bytes: [out, 1] for [out], which vLLM does not load, and U8
+    for F8_E8M0, which it would convert."""
+    return "U8" if dtype == "F8_E8M0" else dtype, (*shape, 1) if len(shape) == 1 and shape[0] > 1 else shape
 
 
 def stored_by(group: Mapping, section_format: str | None = None) -> str:
