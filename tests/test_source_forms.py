@@ -216,3 +216,18 @@ def test_e8m0_scales_of_another_dtype_are_kept_as_the_bytes_that_vllm_loads(tmp_
 def test_a_scale_that_is_there_in_another_form_is_not_called_missing(tmp_path, store, section, words):
     with pytest.raises(UserError, match=f"{words}.*; get the checkpoint in BF16 or FP8"):
         planned(tmp_path, stored(section, experts=store))
+
+
+@pytest.mark.parametrize(("config", "tensors"), [
+    ({"architectures": ["LongcatFlashForCausalLM"], "num_hidden_layers": None, "num_layers": 2}, {}),
+    ({"architectures": ["Qwen3OmniMoeForConditionalGeneration"], "num_hidden_layers": None, "thinker_config": {}}, {}),
+    ({"architectures": ["Llama4ForConditionalGeneration"], "quantization_config": {"quant_method": "fbgemm_fp8"}},
+     {"model.layers.0.feed_forward.experts.gate_up_proj": ("F8_E4M3", (2, 256, 256)),
+      "model.layers.0.feed_forward.experts.gate_up_proj_scale": ("F32", (2, 1, 256))}),
+    ({"architectures": ["MistralLarge3ForCausalLM"]}, {"layers.0.attention.wq.weight": ("F8_E4M3", (256, 256)),
+                                                      "layers.0.attention.wq.qscale_weight": ("F32", ())}),
+    ({"architectures": ["GptOssForCausalLM"]}, {f"{EXPERT}.scales": ("U8", (2,))}),
+])
+def test_an_architecture_that_is_not_converted_is_told_before_what_is_odd_about_its_tensors(tmp_path, config, tensors):
+    with pytest.raises(UserError, match=f"{config['architectures'][0]}.* (are not known|is not converted)"):
+        planned(tmp_path, stored(None, tensors, config))
