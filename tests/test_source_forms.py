@@ -1,12 +1,14 @@
 """Plans of a small Qwen3-MoE in the forms in which tools store one: what each tensor becomes, and what is refused; headers alone, no weights."""
 
 import dataclasses
+import json
 from functools import partial
 
 import pytest
 
+from stages.dialects.config import declared, read_source_config
 from stages.errors import UserError
-from stages.planning.outputs import outputs_of
+from stages.planning.outputs import outputs_of, release_config
 from stages.schemes import kept
 from tests.meta_checkpoints import Family, attention, body, expand, experts
 from tests.test_families import planned
@@ -231,3 +233,36 @@ def test_a_scale_that_is_there_in_another_form_is_not_called_missing(tmp_path, s
 def test_an_architecture_that_is_not_converted_is_told_before_what_is_odd_about_its_tensors(tmp_path, config, tensors):
     with pytest.raises(UserError, match=f"{config['architectures'][0]}.* (are not known|is not converted)"):
         planned(tmp_path, stored(None, tensors, config))
+
+
+def test_a_section_under_its_older_name_is_read_and_not_left_in_the_release(tmp_path):
+    config = CONFIG | {"compression_config": COMPRESSED | {"format": "float-quantized"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = read_source_config(tmp_path)
+    assert declared(read)["format"] == "float-quantized" and "compression_config" not in release_config(read, {})
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": config}))
+    assert declared(read_source_config(tmp_path))["format"] == "float-quantized"
+    assert "dialect" in planned(tmp_path, stored(None, config=config, experts=channels))["tensors"][f"{EXPERT}.weight"]
+
+
+CACHE_SCALES = {f"model.layers.0.self_attn.{part}_proj.{part}_scale": ("F32", ()) for part in "kv"}  # of one layer only
+
+
+@pytest.mark.parametrize(("section", "config", "stores"), [
+    (COMPRESSED | {"config_groups": {}, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}, {}, {}),
+    (COMPRESSED | {"config_groups": {"a": compressed("block", DYNAMIC, block_structure="128x128")}}, {},
+     {"attention": partial(tiles, scale="weight_scale")}),
+    (None, {"num_local_experts": 0}, {}), (BLOCKS, {"n_routed_experts": 0}, {"experts": tiles}),
+])
+def test_what_a_config_says_that_harms_nothing_is_accepted(tmp_path, section, config, stores):
+    made = planned(tmp_path, stored(section, CACHE_SCALES, config, **stores))
+    assert {made["tensors"][name]["decision"] for name in CACHE_SCALES} == {"pass through"}
+
+
+@pytest.mark.parametrize(("section", "config", "words"), [
+    (COMPRESSED | {"config_groups": {}}, {}, "no tensor is stored"), (None, {"num_experts": 0}, "num_experts is 0"),
+    (COMPRESSED | {"config_groups": {"a": compressed("block", block_structure="128 by 128")}}, {}, "the block size is '128 by 128'"),
+])
+def test_what_it_says_that_cannot_be_is_refused_still(tmp_path, section, config, words):
+    with pytest.raises(UserError, match=words):
+        planned(tmp_path, stored(section, {}, config, **({"attention": partial(tiles, scale="weight_scale")} if section and section["config_groups"] else {})))

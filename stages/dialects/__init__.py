@@ -70,7 +70,8 @@ def _check_section(section: Mapping, found: set[str]) -> None:
     """config.json must not declare what no tensor shows, nor what changes weights on their way to the engine."""
     method = section.get("quant_method")
     methods = {known for name in found for known in by_name(name).METHODS or ()}
-    if section and method not in methods:
+    cache_only = method == "compressed-tensors" and section.get("config_groups") == {} and section.get("kv_cache_scheme")
+    if section and method not in methods and not cache_only:
         raise UserError(f"config.json declares quant_method {method!r}, but no tensor is stored in a format of that method that is read here (found: "
                         f"{', '.join(sorted(found))}); get the checkpoint as its maker published it, or one that is not quantized")
     for part in changes_weights(section):

@@ -23,7 +23,7 @@ import re
 
 from stages.checkpoint.header import FLOATS
 from stages.dialects.claim import Claim
-from stages.dialects.config import KEY_VALUE_HEADS, declared, whole_number
+from stages.dialects.config import KEY_VALUE_HEADS, block_edges, declared, whole_number
 from stages.errors import UserError
 
 NAME = "block_fp8"
@@ -43,7 +43,7 @@ def declared_weights(config: dict) -> list[dict]:
 def declared_tile(config: dict) -> tuple[int, int] | None:
     """Rows and columns of a tile by config.json, None where it declares none."""
     blocks = [declared(config).get("weight_block_size"), *(weights.get("block_structure") for weights in declared_weights(config))]
-    found = next((block for block in blocks if block), None) or _tile_of_quark(declared(config))
+    found = block_edges(next((block for block in blocks if block), None) or _tile_of_quark(declared(config)))
     if found is None:
         return None
     if not isinstance(found, list) or len(found) != 2 or not all(type(edge) is int and edge > 0 for edge in found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -45,13 +46,27 @@ def read_source_config(directory: Path, shown: Path | None = None) -> dict:
     `shown` is the directory to name where this one is a copy of ours. UserError where a part has a form that it cannot have.
     """
     place = shown or directory
-    config = checked(read_json(directory / "config.json", shown=place / "config.json"), f"{place}/config.json")
+    config = checked(_renamed(read_json(directory / "config.json", shown=place / "config.json")), f"{place}/config.json")
     if declared(config) or not (directory / MODELOPT).exists():
         return config
     section = read_json(directory / MODELOPT, shown=place / MODELOPT).get("quantization")
     if isinstance(section, dict):
         section = {"quant_method": "modelopt"} | section
     return checked(config | {"quantization_config": section}, f"{place}/{MODELOPT}")
+
+
+def _renamed(config: object) -> object:
+    """The config with its quantization_config under that name, which compressed-tensors called compression_config at first."""
+    if isinstance(config, dict) and "compression_config" in config and config.get("quantization_config") is None:
+        config = {key: value for key, value in config.items() if key != "compression_config"} | {"quantization_config": config["compression_config"]}
+    if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
+        return config | {"text_config": _renamed(config["text_config"])}
+    return config
+
+
+def block_edges(block: object) -> object:
+    """A block size of config.json, of which compressed-tensors takes "128x128" for [128, 128]."""
+    return [int(edge) for edge in block.split("x")] if isinstance(block, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", block) else block
 
 
 def checked(config: object, where: str = "config.json") -> dict:
@@ -146,8 +161,9 @@ def tower_blocks(config: dict) -> int | None:
 
 
 def expert_count(config: dict) -> int | None:
-    """Routed experts of a layer by config.json, None where it does not say."""
-    return whole_number(config, *EXPERT_COUNTS)
+    """Routed experts of a layer by config.json, None where it does not say; 0 says nothing where another key has a number."""
+    text = text_part(config)
+    return whole_number(config, *([key for key in EXPERT_COUNTS if text.get(key)] or EXPERT_COUNTS))
 
 
 def _shown(value: object) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stages.checkpoint.header import FLOATS
+from stages.dialects.config import block_edges
 from stages.schemes import SCHEMES
 
 FORMAT = "float-quantized"
@@ -54,7 +55,7 @@ def stored_by(group: Mapping, section_format: str | None = None) -> str:
     elif kind == "float" and bits == 8 and strategy in ("tensor", "channel"):
         found = f"fp8 per {strategy}" + (WEIGHT_ONLY if group.get("input_activations") is None else "")
     elif kind == "float" and bits == 8 and strategy == "block":
-        found = "fp8 {}x{}".format(*(weights.get("block_structure") or ("?", "?"))[:2])
+        found = "fp8 {}x{}".format(*(block_edges(weights.get("block_structure")) or ("?", "?"))[:2])
     return found if found and "?" not in found and group_of(found)["format"] == form else f"{form} ({bits} bits, {strategy})"
 
 
