@@ -16,8 +16,8 @@ import numba
 import numpy as np
 
 from kernels.arrays import check_tile_scale, e4m3_values, to_float32
-from kernels.energy import E2M1, values_of_scales
 from kernels.compiled import jit
+from kernels.energy import E2M1, values_of_scales
 
 BLOCK = 32
 

@@ -9,8 +9,8 @@ import numba
 import numpy as np
 
 from kernels.arrays import check_matrix, first_index
-from kernels.errors import NonFiniteError
 from kernels.compiled import exact_subnormals, jit
+from kernels.errors import NonFiniteError
 from kernels.panels import float_panel, panel_height
 
 BLOCK = 32

@@ -13,9 +13,9 @@ from stages.dialects import recognize
 from stages.dialects.config import expert_count, has_shared_experts, is_tied, layers_apart, text_part, tower_blocks
 from stages.dialects.roles import declared_drafts, hidden_layers, layer_of, role_of
 from stages.errors import UserError, exit_with_one_line
+from stages.planning.modules import check_architecture
 from stages.provenance import RESULTS_FORMAT
 from stages.records import Census
-from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_anomalies, read_config, read_headers
 
@@ -29,6 +29,8 @@ def census(settings: Settings) -> Census:
                         "download --metadata again") from None
     anomalies = read_anomalies(settings)
     config = read_config(settings)
+    architecture = (config.get("architectures") or [None])[0]
+    row = check_architecture(architecture)  # first: what is odd about the tensors of a stranger is not its checkpoint's fault
     layers = hidden_layers(config)
     claims = recognize(tensors, where, config)
     entries = {}
@@ -36,8 +38,7 @@ def census(settings: Settings) -> Census:
         info, claim = tensors[name], claims[name]
         entries[name] = {"shard": where[name], "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes,
                          "role": role_of(name, layers), **claim.as_entry()}
-    architecture = (config.get("architectures") or [None])[0]
-    row, by_role = architecture_of(architecture), Counter()
+    by_role = Counter()
     for entry in entries.values():
         by_role[entry["role"]] += entry["bytes"]
     return {
@@ -48,7 +49,7 @@ def census(settings: Settings) -> Census:
         "hidden_size": text_part(config).get("hidden_size"),
         "experts": expert_count(config),
         "drafts": declared_drafts(config),
-        "tied": is_tied(config, row.tied if row else True),
+        "tied": is_tied(config, row.tied),
         "shared_experts": has_shared_experts(config),
         "tower_blocks": tower_blocks(config),
         "layers_apart": layers_apart(config, sorted({layer for name in tensors if (layer := layer_of(name)) is not None})),

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 
 from stages.checkpoint.files import check_disk, check_hard_links, human_bytes, write_rows
-from stages.dialects.config import KEY_VALUE_HEADS, whole_number
+from stages.dialects.config import KEY_VALUE_HEADS, declared, whole_number
 from stages.dialects.roles import draft_layers
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.decisions import decide
@@ -21,7 +21,7 @@ from stages.planning.record import current
 from stages.planning.view import notes, print_plan
 from stages.provenance import RESULTS_FORMAT
 from stages.records import Census, Plan, PlannedShard
-from stages.schemes import draft_scales, tensor_parallel
+from stages.schemes import draft_scales, kept, tensor_parallel
 from stages.schemes.engines import engines
 from stages.settings import Settings, as_dict, load, stage_parser
 from stages.sources.hub import check_download
@@ -33,7 +33,7 @@ JOBS_OF_A_RUN = 10  # of the workflow, beside those of shards
 def make_plan(settings: Settings, census: Census, source_config: dict) -> Plan:
     """The content of plan.json."""
     check_model(census["architecture"], census["tensors"], census["text_layers"])
-    tensors = decide(settings, census)
+    tensors = decide(settings, census, kept.weight_only(declared(source_config)))
     plan = {
         "format": RESULTS_FORMAT, "source": census["source"], "architecture": census["architecture"],
         "recipe": settings.recipe.name, "layout": settings.recipe.layout,

@@ -20,7 +20,6 @@ import yaml
 from omegaconf import OmegaConf
 
 from stages.checkpoint.files import human_bytes, read_json, write_json, write_text
-from stages.stale_results import of_other_settings
 from stages.errors import UserError, exit_with_one_line
 from stages.planning.record import read_plan
 from stages.planning.view import by_role, where_it_runs
@@ -29,6 +28,7 @@ from stages.receipts import read_receipts, shards_sha256, zeros_note
 from stages.records import Plan, Receipt
 from stages.release import measured_release
 from stages.schemes import SCHEMES
+from stages.stale_results import of_other_settings
 from stages.serving.commands import (
     DRAFT_FAULTS, Used, chat_flags, client_example, conditions, count_range, generated, has_draft_faults, serve_commands, served_by, thinks,
 )

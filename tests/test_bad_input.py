@@ -17,13 +17,13 @@ from stages import checkup, inspect_format, plan, validate_gemm
 from stages.assemble_release import run as assemble
 from stages.checkpoint.files import sha256_file
 from stages.checkup import configuring
-from stages.stale_results import of_other_settings, refuse_damaged
 from stages.download import fetch_metadata
 from stages.errors import UserError
 from stages.planning.record import read_plan
 from stages.release import REPORTS
 from stages.serving import environment
 from stages.settings import gemm_sizes, load, scoring, text_path
+from stages.stale_results import of_other_settings, refuse_damaged
 from stages.verify_release import run as verify
 from tests.conftest import PROJECT, TINY, convert
 

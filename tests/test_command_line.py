@@ -459,7 +459,7 @@ def test_config_keeps_what_no_tensor_tells(release):
      "group_0 and other quantize activations in two ways"),
     (lambda c: c["config_groups"]["group_0"].update(weights={"num_bits": 8, "type": "float", "strategy": "tensor"}, input_activations=W4A4),
      "group_0 quantizes activations, but no tensor is stored as its weights say"),
-    (lambda c: c.update(transform_config={"config_groups": {"u": {}}}), "has a transform_config"),
+    (lambda c: c.update(transform_config={"config_groups": {"u": {}}}), "has transform_config"),
     (lambda c: c.update(config_groups={"group_0": None}), "group_0: is null"),
 ])
 def test_config_refuses_what_it_could_not_say_again(release, action, words):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from kernels import mxfp4
 from kernels.formats import E2M1, decode_int4, decode_mxfp4, decode_mxfp8, decode_nvfp4, encode_mxfp8
 from kernels.fp8 import decode_block_fp8
 from stages import checkup, evaluate, validate_gemm
+from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import ShardReader
+from stages.checkup import configuring, engine
 from stages.dialects import recognize
 from stages.dialects.reading import Tensors
 from stages.dialects.reading import decoded as decoded_weight
@@ -20,6 +23,9 @@ from stages.errors import UserError
 from stages.models import step37
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
+from stages.schemes import kept
+from stages.schemes.architectures import architecture_of
+from stages.schemes.vllm_rules import ROUTED_EXPERTS, RuntimeModule, coverage_faults
 from tests import small_models
 from tests.conftest import TINY, convert
 
@@ -183,7 +189,7 @@ def test_a_dialect_becomes_the_mxfp4_of_its_decoded_values(tmp_path, store, quan
     (lambda weight: packed_int4(weight) | {"weight_zero_point": torch.zeros(3, 4, dtype=torch.uint8)}, INT4, ["zero_point is U8", "expected I32"]),
     (packed_int4, {**INT4, "config_groups": []}, ["config_groups: is []"]),
     (packed_int4, {**INT4, "config_groups": {"a": {"weights": {"num_bits": "4"}}}}, ["num_bits is '4'", "whole number"]),
-    (channel, {**CHANNEL, "transform_config": {"config_groups": {}}}, ["transform_config", "without"]),
+    (channel, {**CHANNEL, "transform_config": {"config_groups": {"u": {}}}}, ["transform_config", "without"]),
     (lambda weight: tiled128(weight) | {"scale": torch.ones(2, 1)}, {"quant_method": "fp8"}, ["has two scales"]),
     (lambda weight: channel(weight) | {"pre_quant_scale": torch.ones(weight.shape[1])}, CHANNEL, ["pre_quant_scale", "not read"]),
     (lambda weight: {"weight": weight.bfloat16(), "qweight": torch.zeros(3, 3, dtype=torch.int32)}, None, ["qweight", "GPTQ"]),
@@ -197,6 +203,47 @@ def test_a_dialect_that_config_or_shapes_deny_is_refused(tmp_path, store, quanti
     with pytest.raises(UserError) as caught:
         convert("source=local", f"source.path={tmp_path / 'model'}", f"results={tmp_path / 'results'}")
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def recognized(stored, section, module="model.layers.0.mlp.down_proj"):
+    """Claims of one module, part -> (dtype, shape) of its header; a part with a dot before it is no part of the module."""
+    tensors = {part[1:] if part.startswith(".") else f"{module}.{part}": TensorInfo(dtype, shape, 0, 0) for part, (dtype, shape) in stored.items()}
+    return recognize(tensors, dict.fromkeys(tensors, "model.safetensors"), {"quantization_config": section})
+
+
+QUARK = {"quant_method": "quark"}
+QUARK_MXFP4 = {"weight": ("U8", (256, 64)), "weight_scale": ("U8", (256, 4))}
+FOLDED = {"name": "rotation", "r1": True, "r2": True, "r3": False, "r4": False, "online_r1_rotation": False, "online_config": None, "rotation_size": 32}
+
+
+@pytest.mark.parametrize(("section", "words"), [
+    *(({"algo_config": [FOLDED | online]}, "algo_config of rotation that is online")
+      for online in ({"online_r1_rotation": True}, {"r3": True}, {"r4": True}, {"online_config": {"use_input_prescale": True}})),
+    ({"algo_config": [{"name": "awq"}, FOLDED | {"r4": True}]}, "algo_config of rotation that is online"),
+    ({"algo_config": FOLDED | {"r4": True}}, "algo_config of rotation that is online"),
+    ({"algo_config": [{"name": "quarot"}]}, "algo_config of an algorithm that is not known here .'quarot'"),
+    ({"algo_config": [7]}, "algo_config of an algorithm that is not known here .7"),
+    ({"rotation_config": {"algorithm": "spinquant", "online_r1_rotation": True}}, "rotation_config"), ({"spinquant_config": {"r1": True}}, "spinquant_config"),
+    ({"hadamard_config": {"block_size": 32}}, "hadamard_config"), ({"online_rotations": ["down_proj"]}, "online_rotations"),
+])
+def test_what_an_engine_does_to_weights_when_they_run_is_refused(section, words):
+    with pytest.raises(UserError, match=f"quantization_config has {words}.*get a checkpoint without it") as caught:
+        recognized(QUARK_MXFP4, QUARK | section)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", [
+    {"algo_config": None}, {"algo_config": []}, {"algo_config": [FOLDED, {"name": "gptq"}, {"name": "SmoothQuant"}]}, {"algo_config": {"name": "awq"}},
+    {"transform_config": {"config_groups": {}}}, {"sparsity_config": {"format": "dense"}}, {"rotation_config": None}])
+def test_what_is_in_the_stored_weights_already_is_accepted(section):
+    assert recognized(QUARK_MXFP4, QUARK | section)["model.layers.0.mlp.down_proj.weight"].dialect == "mxfp4"
+
+
+@pytest.mark.parametrize("name", ["input_rotation", "input_rotation_128", "input_prescale", "spinquant_r1_type", "hadamard_matrix", "svdquant_lora_a",
+                                  ".shared_input_rotation_256", ".input_prescale", ".hadamard_matrix", ".model.layers.0.mlp.experts.gate_up_proj_input_rotation"])
+def test_a_tensor_that_says_that_inputs_are_changed_is_refused(name):
+    with pytest.raises(UserError, match="not what their tensors hold"):
+        recognized(QUARK_MXFP4 | {name: ("F16", (32, 32))}, QUARK)
 
 
 def test_modelopt_may_say_in_a_file_of_its_own_how_it_quantized(tmp_path):
@@ -345,8 +392,8 @@ def test_fp8_that_the_recipe_leaves_is_kept_bit_for_bit_and_declared(tmp_path):
     assert any("self_attn.o_proj.weight_scale is not bit-identical" in fault for fault in faults), faults
 
 
-def attention_in(tmp_path, store):
-    """The tiny model with its attention stored by `store`, converted; the experts are block FP8."""
+def attention_in(tmp_path, store, weights=None):
+    """The tiny model with its attention stored by `store`, converted; the experts are block FP8. weights: of a further group, weight-only."""
     source = {name: tensor for path in sorted(TINY.glob("*.safetensors")) for name, tensor in load_file(path).items()}
     for name in [name for name in source if "self_attn" in name and name.endswith("_proj.weight") and int(name.split(".")[2]) < 6]:
         source |= {name.removesuffix("weight") + key: value for key, value in store(name, source.pop(name).float()).items()}
@@ -355,9 +402,45 @@ def attention_in(tmp_path, store):
     save_file(source, model / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(TINY / "tokenizer.json", model)
     config = json.loads((TINY / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"block_structure": [128, 128]}}}}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {
+        "a": {"weights": {"block_structure": [128, 128]}}, **({"b": {"weights": weights}} if weights else {})}}
     (model / "config.json").write_text(json.dumps(config))
     return convert("source=local", f"source.path={model}", f"results={tmp_path / 'results'}", "serving=none")
+
+
+@pytest.mark.parametrize(("store", "weights"), [
+    (flat_channel, None), (channel, {"num_bits": 8, "type": "float", "strategy": "channel"}), (whole, {"num_bits": 8, "type": "float", "strategy": "tensor"})])
+def test_scales_per_channel_in_one_dimension_and_weights_alone_in_fp8_are_kept_and_verified(tmp_path, store, weights):
+    release = attention_in(tmp_path, lambda name, weight: store(weight), weights).run_directory / "release"
+    source, made = load_file(tmp_path / "model" / "model.safetensors"), load_file(release / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight_scale"
+    assert made[name].shape == ((1,) if store is whole else (len(made[name]), 1)) and torch.equal(made[name].reshape(-1), source[name].reshape(-1))
+    config = json.loads((release / "config.json").read_text())
+    (group,) = (group for group in config["quantization_config"]["config_groups"].values() if group["weights"]["strategy"] in ("channel", "tensor"))
+    assert (group["input_activations"] is None) == bool(weights)
+    result = checkup.check(release, tmp_path / "model")
+    assert result["passed"], result
+    configuring.run(release, None, dry_run=False)
+    assert json.loads((release / "config.json").read_text()) == config
+    if store is flat_channel:
+        made[name][3] *= 2
+        (release / "model.safetensors").unlink()
+        save_file(made, release / "model.safetensors", metadata={"format": "pt"})
+        assert any(f"{name} is not bit-identical" in fault for row in checkup.check(release, tmp_path / "model")["checks"] for fault in row["faults"])
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda group: group["weights"].update(strategy="block", block_structure=[128, 128]), "is FP8 in blocks without input_activations"),
+    (lambda group: group["targets"].append(r"re:.*\.experts\..*"), "no FP8 experts whose activations are not quantized"),
+])
+def test_weights_alone_in_fp8_where_vllm_has_no_such_form_are_found(change, words):
+    group = {"targets": [r"re:.*\.o_proj$"], **kept.group_of("fp8 per channel, weight-only")}
+    change(group)
+    section = {"config_groups": {"a": group}, "format": kept.FORMAT}
+    faults = list(engine.scheme_arguments(SimpleNamespace(section=section, counts={}, notes=[], tensors={})))
+    modules = [RuntimeModule("model.layers.0.mlp.experts", ROUTED_EXPERTS, ("model.layers.0.mlp.experts.0.down_proj",))]
+    faults += coverage_faults(modules, section, {"model.layers.0.mlp.experts.0.down_proj": "fp8 per channel"}, architecture_of("Qwen3MoeForCausalLM"))
+    assert any(words in fault for fault in faults), faults
 
 
 def spoilt(part, value, place=(0, 0)):

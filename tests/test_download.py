@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from stages import assemble_release, download, evaluate, inspect_format, plan, quantize_experts
 from stages.checkpoint.files import only_one
 from stages.checkpoint.header import INDEX, LFS_POINTER, render_header
-from stages.stale_results import refuse_another_source
 from stages.errors import UserError
 from stages.settings import load
 from stages.sources.files import safe_name
 from stages.sources.hub import FIRST_BYTES, PAUSES, HashedFile, Hub, resolve
 from stages.sources.listing import read_listing
+from stages.stale_results import refuse_another_source
 from tests.conftest import PROJECT, TINY, convert
 from tests.hub_server import HubServer
 

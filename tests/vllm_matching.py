@@ -10,7 +10,7 @@ import re
 
 from stages.schemes import vllm_rules
 from stages.schemes.architectures import ARCHITECTURES, CLASSES, STANDARD, architecture_of, config_name, runtime_name
-from stages.schemes.kept import group_of
+from stages.schemes.kept import WEIGHT_ONLY, group_of
 from stages.schemes.modules import module_of
 from stages.schemes.vllm_rules import named_parts
 from tests import step37_flash
@@ -128,13 +128,15 @@ def compare_groups() -> dict[str, str]:
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
     found = {}
-    for stored in ("mxfp4", "mxfp8", "fp8 128x128", "fp8 per channel", "fp8 per tensor"):
+    for stored in ("mxfp4", "mxfp8", "fp8 128x128", *(f"fp8 per {kind}{more}" for kind in ("channel", "tensor") for more in ("", WEIGHT_ONLY))):
         group = {"targets": ["re:.*"], **group_of(stored)}
         section = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {"group_0": group}, "ignore": []}
         config = CompressedTensorsConfig.from_config(section)
         made = config.target_scheme_map["re:.*"]
         weights, activations = made["weights"], made["input_activations"]
         tests = {"mxfp4": config._is_mxfp4(weights), "mxfp8": config._is_mxfp8(weights), "fp8": config._is_fp8_w8a8(weights, activations)}
+        if stored.endswith(WEIGHT_ONLY):
+            tests["fp8"] = activations is None and config._is_fp8_w8a16(weights, activations) and not tests["fp8"]
         assert [name for name, holds in tests.items() if holds] == [stored.split()[0]], (stored, tests)
         assert stored.startswith("mx") or utils.is_activation_quantization_format(made["format"]), made["format"]
         found[stored] = stored.split()[0]

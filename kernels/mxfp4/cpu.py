@@ -8,10 +8,10 @@ import warnings
 import numpy as np
 
 from kernels.arrays import check_matrix, e4m3_values, first_index
+from kernels.compiled import exact_subnormals
 from kernels.errors import NonFiniteError
 from kernels.mxfp4.cpu_kernels import BLOCK, TABLE_SCALES, VALUES, decode_rows, float_rows, fp8_matrix
 from kernels.mxfp4.rules import RULE_NUMBER
-from kernels.compiled import exact_subnormals
 from kernels.panels import float_panel, panel_height
 
 ROUNDED_WEIGHTS = 1 << 22  # that torch rounds to float16 at once: starting its threads takes milliseconds

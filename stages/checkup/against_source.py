@@ -14,7 +14,7 @@ from stages.checkup.comparison import Buffers, Match, compare_bytes, compare_dec
 from stages.checkup.faults import on_all_cores, some
 from stages.checkup.source import Source
 from stages.planning.outputs import release_config
-from stages.schemes import draft_scales
+from stages.schemes import draft_scales, kept
 from stages.schemes.modules import matrices, module_of
 
 OF_ITS_WRITER = ("transformers_version", "_name_or_path", "use_cache")  # keys of config.json that say nothing of a model
@@ -111,7 +111,8 @@ def _passed_through(checkpoint: Checkpoint, source: Source) -> Generator[str, No
             continue
         found = source.tensors[origin]
         result.append((name, origin))
-        if (found.dtype, found.shape) != (info.dtype, info.shape):
+        written = kept.as_written(found.dtype, found.shape) if source.claims[origin].belongs_to else (found.dtype, found.shape)
+        if written != (info.dtype, info.shape):
             yield from compare_decoded(checkpoint, source, name, origin)
         elif not checkpoint.quick:
             same.append((name, origin))

@@ -52,8 +52,8 @@ def _keep(section: dict, before: dict, where: str, is_base: bool) -> None:
     """
     if before.get("quant_method") != "compressed-tensors":
         return  # the source's, which the conversion has replaced
-    for key in changes_weights(before):
-        raise UserError(f"{where}: quantization_config has a {key}, by which an engine changes weights or inputs; it cannot be made again")
+    for part in changes_weights(before):
+        raise UserError(f"{where}: quantization_config has {part}, by which an engine changes weights or inputs; it cannot be made again")
     section["kv_cache_scheme"] = before.get("kv_cache_scheme")
     kept: dict[str, tuple[str, dict]] = {}  # group made again -> the group that it has its activations from
     for name, group in json_object(before.get("config_groups") or {}, f"{where}: config_groups").items():

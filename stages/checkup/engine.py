@@ -31,9 +31,9 @@ def scheme_arguments(checkpoint: Checkpoint) -> Iterator[str]:
             checkpoint.notes.append(f"config.json: {name} has format {form}, which is not verified here")
         else:
             yield from _weights(name, form, group.get("weights") or {})
-            yield from _activations(checkpoint, name, form, group.get("input_activations"))
-    for key in changes_weights(section):
-        yield f"config.json: quantization_config has a {key}, by which an engine changes weights or inputs; nothing here vouches for that"
+            yield from _activations(checkpoint, name, form, group)
+    for part in changes_weights(section):
+        yield f"config.json: quantization_config has {part}, by which an engine changes weights or inputs; nothing here vouches for that"
     if section.get("kv_cache_scheme"):
         checkpoint.notes.append("config.json: the KV cache is quantized, too")
     checkpoint.counts["scheme_arguments"] = len(groups)
@@ -51,18 +51,19 @@ def _weights(group: str, form: str, weights: dict) -> Iterator[str]:
         yield f"config.json: {group}.weights.dynamic is {weights['dynamic']!r}; the scales are stored"
 
 
-def _activations(checkpoint: Checkpoint, group: str, form: str, activations: object) -> Iterator[str]:
+def _activations(checkpoint: Checkpoint, name: str, form: str, group: dict) -> Iterator[str]:
     """Of weight-only formats nothing; of FP8 a float of 8 bits found on the fly, unless the checkpoint stores its scales."""
+    activations = group.get("input_activations")
     if activations is None:
-        if form == "float-quantized":
-            yield f"config.json: {group} is FP8 without input_activations; vLLM takes that per channel only, and experts not at all"
+        if form == "float-quantized" and not kept.stored_by(group, form).endswith(kept.WEIGHT_ONLY):
+            yield f"config.json: {name} is FP8 in blocks without input_activations; vLLM takes that per channel and per tensor only"
         return
     if not isinstance(activations, dict) or activations.get("type") != "float":
-        yield f"config.json: {group}.input_activations is {str(activations)[:80]!r}, expected none or floats"
-    elif not activations.get("dynamic") and not any(name.endswith(("input_scale", "input_global_scale")) for name in checkpoint.tensors):
-        yield f"config.json: {group}.input_activations is not dynamic, but the checkpoint holds no input_scale"
+        yield f"config.json: {name}.input_activations is {str(activations)[:80]!r}, expected none or floats"
+    elif not activations.get("dynamic") and not any(tensor.endswith(("input_scale", "input_global_scale")) for tensor in checkpoint.tensors):
+        yield f"config.json: {name}.input_activations is not dynamic, but the checkpoint holds no input_scale"
     elif form != "float-quantized":
-        checkpoint.notes.append(f"config.json: {group} quantizes activations, too")
+        checkpoint.notes.append(f"config.json: {name} quantizes activations, too")
 
 
 def coverage(checkpoint: Checkpoint) -> Iterator[str]:

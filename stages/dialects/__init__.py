@@ -22,7 +22,8 @@ DIALECTS: tuple[Dialect, ...] = (block_fp8, mxfp8, channel_fp8, mxfp4, nvfp4, in
 SCALE = re.compile(r".*(_scale_inv|weight_scale|weight_scale_2|weight_global_scale|weight_zero_point|weight_shape|weight_packed|weight_g_idx"
                    r"|proj_scales|proj_blocks|_proj\.(input_scale|input_global_scale|scale|bias_scale)"
                    r"|(?<!\.[kv])_proj\.output_scale)")  # k and v have one of the KV cache, which passes through
-FOREIGN = re.compile(r".*\.(qweight|qzeros|scales|g_idx|SCB|pre_quant_scale|lora_[AB]|weight_format)(\..*)?")  # of tools that are not read here
+FOREIGN = re.compile(r"(.*\.)?(qweight|qzeros|scales|g_idx|SCB|pre_quant_scale|lora_[AB]|svdquant_lora_[ab]|weight_format|hadamard_matrix"
+                     r"|spinquant_r\d_\w+|(.*_)?(input_rotation(_\d+)?|input_prescale))(\..*)?")  # of tools that are not read here
 _BY_NAME = {dialect.NAME: dialect for dialect in DIALECTS}
 
 
@@ -51,7 +52,7 @@ def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], confi
         claimed = claims.get(name)
         if FOREIGN.fullmatch(name) and not (claimed and claimed.belongs_to):
             raise UserError(f"{where[name]}: {name} {info.dtype} {list(info.shape)} says that weights here are not what their tensors "
-                            "hold (GPTQ, AWQ, bitsandbytes, adapters), which is not read; get the unquantized checkpoint")
+                            "hold (GPTQ, AWQ, bitsandbytes, rotations, adapters), which is not read; get the unquantized checkpoint")
         if claimed is None:
             raise UserError(f"{where[name]}: {_unknown(name, info, tensors)}")
         if claimed.dialect == plain.NAME and SCALE.fullmatch(name):
@@ -69,12 +70,13 @@ def _check_section(section: Mapping, found: set[str]) -> None:
     """config.json must not declare what no tensor shows, nor what changes weights on their way to the engine."""
     method = section.get("quant_method")
     methods = {known for name in found for known in by_name(name).METHODS or ()}
-    if section and method not in methods:
+    cache_only = method == "compressed-tensors" and section.get("config_groups") == {} and section.get("kv_cache_scheme")
+    if section and method not in methods and not cache_only:
         raise UserError(f"config.json declares quant_method {method!r}, but no tensor is stored in a format of that method that is read here (found: "
                         f"{', '.join(sorted(found))}); get the checkpoint as its maker published it, or one that is not quantized")
-    for key in changes_weights(section):
-        raise UserError(f"config.json: quantization_config has a {key}, which changes weights between the file and the engine; that is not "
-                        "read, get a checkpoint without")
+    for part in changes_weights(section):
+        raise UserError(f"config.json: quantization_config has {part}, by which an engine changes weights or inputs; that is not read, get a "
+                        "checkpoint without it")
 
 
 def _unknown(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:
@@ -82,6 +84,8 @@ def _unknown(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> 
     if SCALE.fullmatch(name) or info.dtype == "F8_E8M0":
         return _lone(name, info, tensors)
     if info.dtype == "F8_E4M3":
+        if found := next((scale for scale in block_fp8.scale_of(name) if scale in tensors), None):
+            return _apart(name, found, tensors)
         return (f"FP8 tensor {name} has no scale {name}_scale_inv in any shard; without it its values are unknown, get the complete "
                 "checkpoint")
     return (f"tensor {name} has dtype {info.dtype} and shape {list(info.shape)}, which no dialect here reads "
@@ -91,14 +95,23 @@ def _unknown(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> 
 def _lone(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:
     """Why a scale or a packed weight that belongs to nothing cannot be read."""
     weight = re.sub(r"(_scale_inv|_scale_2|_global_scale|_scale|_scales|_zero_point|_shape|_packed|_blocks|_g_idx)$", "", name)
+    weight = re.sub(r"(?<=\.)(input|output|bias|act|activation)$", "weight", weight)
     if name.endswith(("_packed", "_blocks")):
+        scale = re.sub("packed$", "scale", re.sub("blocks$", "scales", name))
+        if scale in tensors:
+            return _apart(name, scale, tensors)
         return f"packed weight {name} has no scale in any shard; the checkpoint is incomplete, download it again"
     found = next((other for other in (weight, f"{weight}_packed", f"{weight}_blocks", re.sub(r"scale$", "weight", name))
                   if other in tensors and other != name), None)
     if found is None:
         return f"scale {name} has no weight {weight} in any shard; the checkpoint is incomplete, download it again"
-    return (f"{found} is {tensors[found].dtype} {list(tensors[found].shape)} and {name} is {info.dtype} {list(info.shape)}, which "
-            f"together no dialect here reads ({', '.join(_BY_NAME)})")
+    return _apart(found, name, tensors)
+
+
+def _apart(weight: str, scale: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """That a weight and its scale are both there, but in no form that is read."""
+    shown = (f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}" for name in (weight, scale))
+    return f"{' and '.join(shown)}, which together no dialect here reads ({', '.join(_BY_NAME)}); get the checkpoint in BF16 or FP8"
 
 
 def _check_config(dialect, names: list[str], config: dict) -> None:
@@ -107,7 +120,7 @@ def _check_config(dialect, names: list[str], config: dict) -> None:
     if names and dialect.METHODS is not None and method not in dialect.METHODS:
         label = {"block_fp8": "block-FP8 weights", "channel_fp8": "FP8 weights with a scale per channel or tensor"}.get(
             dialect.NAME, f"{dialect.NAME.upper()} weights")
-        remedy = "restore the original config.json"
-        if method not in {known for other in DIALECTS for known in other.METHODS or ()} | {None}:
-            remedy = f"{method!r} is not read here, get the checkpoint in another format"
+        known = {known for other in DIALECTS for known in other.METHODS or ()}
+        remedy = ("restore the original config.json" if method is None else f"{method!r} is not read here, get the checkpoint in another format"
+                  if method not in known else "this mix is not supported, get the checkpoint in another format")
         raise UserError(f"config.json declares quant_method {method!r}, but the headers hold {len(names)} {label}, {names[0]} first; {remedy}")

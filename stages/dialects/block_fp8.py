@@ -7,8 +7,8 @@ may be ragged. The tile is what config.json declares (128x128 when it is silent)
 disagreement names both instead of guessing.
 
     weight + weight_scale_inv  F32, BF16, F16   quant_method fp8
-    weight + weight_scale      F32, BF16, F16   compressed-tensors, strategy block
-    weight + scale             F8_E8M0          DeepSeek-V4
+    weight + weight_scale      F32, BF16, F16   compressed-tensors, strategy block; Quark, qscheme per_block
+    weight + scale             F8_E8M0          DeepSeek-V4; under the names above F8_E8M0 and, where config.json declares the tile, U8, too
 
 MiMo-V2-Flash was quantized as each of num_key_value_heads GPUs held it, q, k and v merged, and then split apart. Where k's share of a GPU ends
 within a tile, v's begins in that tile, whose scale is stored with k:
@@ -23,13 +23,14 @@ import re
 
 from stages.checkpoint.header import FLOATS
 from stages.dialects.claim import Claim
-from stages.dialects.config import KEY_VALUE_HEADS, declared, whole_number
+from stages.dialects.config import KEY_VALUE_HEADS, block_edges, declared, whole_number
 from stages.errors import UserError
 
 NAME = "block_fp8"
-METHODS = ("fp8", "compressed-tensors")
-SCALE_DTYPES = (*FLOATS, "F8_E8M0")
-DEFAULT_TILE = (128, 128)
+METHODS = ("fp8", "compressed-tensors", "quark", "modelopt", "modelopt_mixed")
+E8M0 = ("U8", "F8_E8M0")  # dtypes of E8M0 scales
+SCALE_DTYPES = (*FLOATS, *E8M0)
+DEFAULT_TILE, MICROSCALED = (128, 128), (1, 32)
 MERGED = "MiMoV2FlashForCausalLM"  # the architecture whose q, k and v were quantized merged
 
 
@@ -42,7 +43,7 @@ def declared_weights(config: dict) -> list[dict]:
 def declared_tile(config: dict) -> tuple[int, int] | None:
     """Rows and columns of a tile by config.json, None where it declares none."""
     blocks = [declared(config).get("weight_block_size"), *(weights.get("block_structure") for weights in declared_weights(config))]
-    found = next((block for block in blocks if block), None)
+    found = block_edges(next((block for block in blocks if block), None) or _tile_of_quark(declared(config)))
     if found is None:
         return None
     if not isinstance(found, list) or len(found) != 2 or not all(type(edge) is int and edge > 0 for edge in found):
@@ -50,9 +51,36 @@ def declared_tile(config: dict) -> tuple[int, int] | None:
     return tuple(found)
 
 
+def _tile_of_quark(section: dict) -> object:
+    """The block size that Quark's settings for all layers or for some declare, None where they declare none; UserError where they declare several."""
+    settings = [section.get("global_quant_config"), *(part.values() if isinstance(part := section.get("layer_quant_config"), dict) else ())]
+    weights = [entry.get("weight") for entry in settings if isinstance(entry, dict)]
+    blocks = [weight.get("block_size") for weight in weights if isinstance(weight, dict) and weight.get("qscheme") == "per_block"]
+    if any(block != blocks[0] for block in blocks):
+        raise UserError(f"config.json: quantization_config has blocks of several sizes, {', '.join(map(str, blocks))[:80]}, which is not read; get the "
+                        "checkpoint in BF16 or with blocks of one size")
+    return blocks[0] if blocks else None
+
+
 def scale_of(name: str) -> list[str]:
     """Names that the scale of FP8 weight `name` may have."""
     return [f"{name}_scale_inv", f"{name}_scale", *([f"{name.removesuffix('weight')}scale"] if name.endswith(".weight") else [])]
+
+
+def coarse(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> str | None:
+    """`channel` or `tensor` where a scale of that shape is one of each row of a weight, or of all of it; None where it is neither."""
+    if len(shape) < 2:
+        return None
+    if scale_shape == (*shape[:-1], 1):
+        return "channel"
+    if len(shape) == 2 and scale_shape in ((), (1,), (1, 1)):
+        return "tensor"
+    return "channel" if len(shape) == 2 and scale_shape == shape[:1] else None  # Quark's and ModelOpt's
+
+
+def is_microscaled(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> bool:
+    """Whether a scale of that shape is one for each 32 inputs, as MXFP8 has it."""
+    return len(shape) > 1 and scale_shape == (*shape[:-1], -(-shape[-1] // MICROSCALED[1]))
 
 
 def claim(name, info, tensors, where, config):
@@ -65,21 +93,28 @@ def claim(name, info, tensors, where, config):
     if len(found) > 1:
         raise UserError(f"{where[name]}: {name} has two scales, {' and '.join(found)}; remove the one that is not its own")
     scale_name = found[0]
-    scale, tile = tensors[scale_name], declared_tile(config)
-    if scale.dtype == "U8" or (scale_name.endswith("weight_scale") and tile is None):
-        return None  # MXFP8, or scales per channel or tensor
+    scale, said = tensors[scale_name], declared_tile(config)
+    tile = said or DEFAULT_TILE
+    expected = (*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], tile)))
+    fits = len(info.shape) > 1 and scale.shape == expected
+    if scale_name.endswith("weight_scale") and said is None:
+        return None  # scales per channel or tensor, or MXFP8
+    if scale.dtype == "U8" and (not fits or said in (None, MICROSCALED)):
+        return None  # MXFP8; E8M0 of declared tiles otherwise
     if scale.dtype not in SCALE_DTYPES:
         raise UserError(f"{where[scale_name]}: scale {scale_name} has dtype {scale.dtype}, expected one of "
                         f"{', '.join(SCALE_DTYPES)}; this is another dialect than block FP8 and is not read yet")
-    if merged := _split_again(name, tensors, config, tile or DEFAULT_TILE):
+    if scale.dtype == "F8_E8M0" and is_microscaled(info.shape, scale.shape) and (not fits or declared(config).get("quant_method") not in METHODS):
+        return None
+    if merged := _split_again(name, tensors, config, tile):
         return Claim(NAME, scale_name, merged[0], info.shape, static_scale(name, tensors), scales=merged[1])
-    said, tile = "by config.json" if tile else "the usual ones, config.json declares none", tile or DEFAULT_TILE
-    expected = (*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], tile)))
-    if len(info.shape) < 2 or scale.shape != expected:
-        if scale_name.endswith("weight_scale") and (scale.shape == (*info.shape[:-1], 1) or scale.shape in ((), (1,), (1, 1))):
+    if not fits:
+        kind = coarse(info.shape, scale.shape)
+        if kind and (scale_name.endswith("weight_scale") or (kind == "tensor" and said is None)):
             return None  # another group of the same checkpoint, per channel or tensor
+        source = "by config.json" if said else "the usual ones, config.json declares none"
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, but tiles of "
-                        f"{list(tile)} ({said}) cut {name} of shape {list(info.shape)} into {list(expected)}; the "
+                        f"{list(tile)} ({source}) cut {name} of shape {list(info.shape)} into {list(expected)}; the "
                         "scale or config.json is of another checkpoint")
     return Claim(NAME, scale_name, tile, info.shape, static_scale(name, tensors))
 
@@ -109,9 +144,10 @@ def _split_again(name, tensors, config, tile) -> tuple[tuple[int, int], tuple[tu
 
 
 def static_scale(name: str, tensors) -> dict[str, str]:
-    """The scale of activations that goes along with a weight, as a part of its claim."""
-    activations = f"{name.removesuffix('weight')}input_scale"
-    return {"input_scale": activations} if name.endswith(".weight") and activations in tensors else {}
+    """The scale of activations that goes along with a weight, as a part of its claim: kind -> name."""
+    stem = re.sub(r"(?<=\.)weight(_packed)?$|(?<=_)blocks$", "", name)
+    stem = f"{name}_" if stem == name else stem
+    return {kind: stem + kind for kind in ("input_scale", "act_scale", "activation_scale") if stem + kind in tensors}
 
 
 def rows(tensors, name, claim, expert, begin, end, buffer=None):

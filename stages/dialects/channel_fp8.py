@@ -1,5 +1,5 @@
 """FP8 with one float scale per output channel or per tensor, `weight_scale` (compressed-tensors float-quantized, ModelOpt, AutoFP8,
-Quark).
+Quark); per tensor `weight_scale_inv`, too, where transformers wrote it, which multiplies nevertheless.
 
     w[r, c] = float32(weight[r, c]) * float32(weight_scale[r])        [out, 1] or [out], or one element for the whole tensor
 
@@ -21,21 +21,20 @@ METHODS = ("compressed-tensors", "modelopt", "modelopt_mixed", "fp8", "quark")
 
 
 def claim(name, info, tensors, where, config):
-    """Claims FP8 weights beside a float `weight_scale`, and the scale of activations where there is one."""
-    scale_name = f"{name}_scale"
+    """Claims FP8 weights beside a float `weight_scale`, and the scale of activations where there is one; block_fp8 leaves the other spelling to it."""
+    scale_name = next((scale for scale in (f"{name}_scale", f"{name}_scale_inv") if scale in tensors), None)
     scale = tensors.get(scale_name)
     if info.dtype != "F8_E4M3" or scale is None or scale.dtype not in FLOATS:
         return None
-    per_channel, per_tensor = (*info.shape[:-1], 1), len(info.shape) == 2 and scale.shape in ((), (1,), (1, 1))
-    by_channel = scale.shape == per_channel or (len(info.shape) == 2 and scale.shape == info.shape[:1] and not per_tensor)  # the latter is Quark's
-    if len(info.shape) < 2 or not (by_channel or per_tensor):
+    found = block_fp8.coarse(info.shape, scale.shape)
+    if found is None:
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}; for {name} of shape "
-                        f"{list(info.shape)} one scale per channel is {list(per_channel)} and one per tensor [1]; the scale "
+                        f"{list(info.shape)} one scale per channel is {[*info.shape[:-1], 1]} and one per tensor [1]; the scale "
                         "is of another checkpoint or of a dialect that is not read")
-    if by_channel and declared(config).get("quant_method") == "fp8":
+    if found == "channel" and declared(config).get("quant_method") == "fp8":
         raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, one per channel, which config.json's "
                         "quant_method 'fp8' does not have; the scale or config.json is of another checkpoint")
-    return Claim(NAME, scale_name, (1, info.shape[-1]), info.shape, static_scale(name, tensors), one_scale=not by_channel)
+    return Claim(NAME, scale_name, (1, info.shape[-1]), info.shape, static_scale(name, tensors), one_scale=found == "tensor")
 
 
 rows = block_fp8.rows

@@ -15,7 +15,7 @@ ATTENTION = {"query": r"w?q\w*", "key": r"w?k\w*|qkv|query_key_value", "value": 
 LINEAR = {"input": r"in_proj\w*", "output": r"out"}
 BLOCK = re.compile(r"(?P<tower>.*?\.(?:blocks|layers|resblocks)\.)(?P<number>\d{1,9})\.(?P<tail>.*)", re.S)  # of a vision tower
 GATED = {"gate": r"gate|gate_up|w1", "up": r"up|gate_up|w3", "down": r"down|w2"}
-CACHE = re.compile(r"(^|\.)(?:[qkv]|kv|prob)_scale$|_proj\.output_scale$")  # scales of the KV cache, which draft layers do without
+CACHE = re.compile(r"(^|\.)(?:[qkv]|kv|prob)_scale$|_proj\.output_scale$")  # scales of the KV cache, which layers may do without
 STORED = re.compile(r"[._](weight(_packed|_scale(_inv)?)?|blocks|scales)$")  # one name for a weight, however it is stored
 
 
@@ -57,6 +57,7 @@ def unlike_their_kind(held: Mapping[int, set[str]], apart: Container[int], alone
                     others = [tails for other, tails in by_part[part].items() if other != layer]
                     usual_elsewhere = set.intersection(*others) if others else set()
                     lacking |= {tail for tail in usual_elsewhere - tails if "index" not in tail and (part or "norm" in tail)}
+            lacking = {tail for tail in lacking if not CACHE.search(tail)}
             if lacking:
                 yield layer, sorted(lacking)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ EXPERT_COUNTS = ("moe_num_experts", "n_routed_experts", "num_local_experts", "nu
 SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "shared_expert_intermediate_size", "share_expert_dim")
 TOWER_DEPTHS = ("depth", "num_hidden_layers", "layers", "vt_num_hidden_layers")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_attention_groups")
+TRANSFORMS = ("transform_config", "sparsity_config", "rotation_config", "spinquant_config", "hadamard_config", "online_rotations")
+FOLDED = ("awq", "gptq", "smoothquant", "autosmoothquant", "qronos", "rotation")  # Quark's algorithms whose work is in the stored weights
+ONLINE = ("r3", "r4")  # rotations that Quark does when a model runs, beside those that are named so
 MODELOPT = "hf_quant_config.json"  # older exports of ModelOpt say there, and there alone, how they are quantized; engines read it
 
 
@@ -42,13 +46,27 @@ def read_source_config(directory: Path, shown: Path | None = None) -> dict:
     `shown` is the directory to name where this one is a copy of ours. UserError where a part has a form that it cannot have.
     """
     place = shown or directory
-    config = checked(read_json(directory / "config.json", shown=place / "config.json"), f"{place}/config.json")
+    config = checked(_renamed(read_json(directory / "config.json", shown=place / "config.json")), f"{place}/config.json")
     if declared(config) or not (directory / MODELOPT).exists():
         return config
     section = read_json(directory / MODELOPT, shown=place / MODELOPT).get("quantization")
     if isinstance(section, dict):
         section = {"quant_method": "modelopt"} | section
     return checked(config | {"quantization_config": section}, f"{place}/{MODELOPT}")
+
+
+def _renamed(config: object) -> object:
+    """The config with its quantization_config under that name, which compressed-tensors called compression_config at first."""
+    if isinstance(config, dict) and "compression_config" in config and config.get("quantization_config") is None:
+        config = {key: value for key, value in config.items() if key != "compression_config"} | {"quantization_config": config["compression_config"]}
+    if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
+        return config | {"text_config": _renamed(config["text_config"])}
+    return config
+
+
+def block_edges(block: object) -> object:
+    """A block size of config.json, of which compressed-tensors takes "128x128" for [128, 128]."""
+    return [int(edge) for edge in block.split("x")] if isinstance(block, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", block) else block
 
 
 def checked(config: object, where: str = "config.json") -> dict:
@@ -87,8 +105,21 @@ def checked(config: object, where: str = "config.json") -> dict:
 
 def changes_weights(section: dict) -> list[str]:
     """Parts of a quantization_config by which an engine changes weights or inputs, beyond what the stored numbers mean."""
-    return [key for key in ("transform_config", "sparsity_config")
-            if section.get(key) and not (isinstance(section[key], dict) and section[key].get("format") == "dense")]
+    found = [key for key in TRANSFORMS if _says_something(section.get(key))
+             and not (key == "sparsity_config" and isinstance(section[key], dict) and section[key].get("format") == "dense")]
+    algorithms = section.get("algo_config") or []
+    for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
+        name = algorithm.get("name") if isinstance(algorithm, dict) else algorithm
+        if not isinstance(name, str) or name.lower() not in FOLDED:
+            found.append(f"algo_config of an algorithm that is not known here ({_shown(name)})")
+        elif isinstance(algorithm, dict) and any(_says_something(value) for key, value in algorithm.items() if key in ONLINE or "online" in key):
+            found.append(f"algo_config of {name} that is online")
+    return found
+
+
+def _says_something(value: object) -> bool:
+    """Whether a part of a config is more than an object of empty or false entries."""
+    return any(value.values()) if isinstance(value, dict) else bool(value)
 
 
 def layers_apart(config: dict, layers: Iterable[int]) -> list[int]:
@@ -130,8 +161,9 @@ def tower_blocks(config: dict) -> int | None:
 
 
 def expert_count(config: dict) -> int | None:
-    """Routed experts of a layer by config.json, None where it does not say."""
-    return whole_number(config, *EXPERT_COUNTS)
+    """Routed experts of a layer by config.json, None where it does not say; 0 says nothing where another key has a number."""
+    text = text_part(config)
+    return whole_number(config, *([key for key in EXPERT_COUNTS if text.get(key)] or EXPERT_COUNTS))
 
 
 def _shown(value: object) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from stages.checkpoint.header import FLOATS
-from stages.dialects.block_fp8 import declared_weights
+from stages.dialects.block_fp8 import declared_weights, static_scale
 from stages.dialects.claim import Claim
 from stages.errors import UserError
 
@@ -24,9 +24,11 @@ def claim(name, info, tensors, where, config):
     scale = tensors.get(f"{stem}_scale")
     if not name.endswith("weight_packed") or info.dtype != "I32":
         return None
-    if scale is None or scale.dtype not in FLOATS:
+    if scale is None:
         raise UserError(f"{where[name]}: packed INT4 weight {name} has no float scale {stem}_scale in any shard; without it its values "
                         "are unknown, get the complete checkpoint")
+    if scale.dtype not in FLOATS:
+        return None
     weights = _arguments(name, where, config)
     if f"{stem}_g_idx" in tensors:
         raise UserError(f"{where[name]}: {name} has an activation order, {stem}_g_idx; of pack-quantized weights only those "
@@ -45,7 +47,7 @@ def claim(name, info, tensors, where, config):
     if zero is not None and (zero.dtype, zero.shape) not in (("I32", (math.ceil(groups[0] / 8), groups[1])), ("I8", groups)):
         raise UserError(f"{where[f'{stem}_zero_point']}: {stem}_zero_point is {zero.dtype} {list(zero.shape)}, expected I32 "
                         f"{[math.ceil(groups[0] / 8), groups[1]]} or I8 {list(groups)}")
-    parts = {kind: f"{stem}_{kind}" for kind in ("shape", "zero_point") if f"{stem}_{kind}" in tensors}
+    parts = {kind: f"{stem}_{kind}" for kind in ("shape", "zero_point") if f"{stem}_{kind}" in tensors} | static_scale(name, tensors)
     return Claim(NAME, f"{stem}_scale", (1, columns // scale.shape[1]), (info.shape[0], columns), parts)
 
 

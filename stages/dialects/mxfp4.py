@@ -6,29 +6,31 @@
     weight        U8 [out, in/2]  + weight_scale U8                       Quark
     weight        I8 [out, in/2]  + scale        F8_E8M0                  DeepSeek-V4
     *_blocks      U8 [experts, out, in/32, 16] + *_scales U8 [experts, out, in/32]      gpt-oss
+
+E8M0 scales may be U8 or F8_E8M0 under any of these names.
 """
 
 from __future__ import annotations
 
 import math
 
+from stages.dialects.block_fp8 import E8M0, static_scale
 from stages.dialects.claim import Claim
 from stages.errors import UserError
 
 NAME = "mxfp4"
 TILE = (1, 32)
 METHODS = ("compressed-tensors", "mxfp4", "quark", "fp8")  # fp8: experts in MXFP4 among FP8 linears (DeepSeek-V4)
-LAYOUTS = (  # suffix of the codes, their dtype, suffix of the scale, its dtype
-    ("weight_packed", "U8", "weight_scale", "U8"), ("weight", "U8", "weight_scale", "U8"), ("weight", "I8", "scale", "F8_E8M0"),
-    ("_blocks", "U8", "_scales", "U8"),
+LAYOUTS = (  # suffix of the codes, their dtype, suffix of the scale
+    ("weight_packed", "U8", "weight_scale"), ("weight", "U8", "weight_scale"), ("weight", "I8", "scale"), ("_blocks", "U8", "_scales"),
 )
 
 
 def claim(name, info, tensors, where, config):
     """Claims packed weights beside E8M0 scales."""
-    for suffix, dtype, scale_suffix, scale_dtype in LAYOUTS:
+    for suffix, dtype, scale_suffix in LAYOUTS:
         scale_name = name.removesuffix(suffix) + scale_suffix
-        if not name.endswith(suffix) or info.dtype != dtype or scale_name not in tensors or tensors[scale_name].dtype != scale_dtype:
+        if not name.endswith(suffix) or info.dtype != dtype or scale_name not in tensors or tensors[scale_name].dtype not in E8M0:
             continue
         blocks = suffix == "_blocks"
         rank = len(info.shape) - blocks
@@ -36,10 +38,10 @@ def claim(name, info, tensors, where, config):
         matrix = (*info.shape[:2], columns) if blocks else (*info.shape[:-1], columns)
         expected = (*matrix[:-1], columns // 32)
         if rank not in (2, 3) or columns % 32 or (blocks and info.shape[-1] != 16) or tensors[scale_name].shape != expected:
-            raise UserError(f"{where[scale_name]}: scale {scale_name} is {scale_dtype} {list(tensors[scale_name].shape)}, but blocks of "
+            raise UserError(f"{where[scale_name]}: scale {scale_name} is {tensors[scale_name].dtype} {list(tensors[scale_name].shape)}, but blocks of "
                             f"32 inputs cut {name} {info.dtype} {list(info.shape)} into {list(expected)}; one of them is of another "
                             "checkpoint")
-        return Claim(NAME, scale_name, TILE, matrix)
+        return Claim(NAME, scale_name, TILE, matrix, static_scale(name, tensors))
     return None
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 
 from stages.dialects.claim import Claim
+from stages.dialects.config import declared
 from stages.errors import UserError
 
 NAME = "nvfp4"
 TILE = (1, 16)
-METHODS = ("compressed-tensors", "modelopt", "modelopt_fp4", "modelopt_mixed")
+METHODS = ("compressed-tensors", "modelopt", "modelopt_fp4", "modelopt_mixed", "fp8")  # fp8: experts among FP8 linears, see claim
 LAYOUTS = (  # suffix of the codes, of the tensor scale, of the activations' scale
     ("weight_packed", "weight_global_scale", "input_global_scale"), ("weight", "weight_scale_2", "input_scale"),
 )
@@ -34,6 +35,10 @@ def claim(name, info, tensors, where, config):
             found = "is missing" if whole is None else f"is {whole.dtype} {list(whole.shape)}"
             raise UserError(f"{where[name]}: NVFP4 weight {name} needs its tensor scale, but {stem + whole_suffix} {found}, expected F32 of "
                             f"{' or '.join(map(str, counts))} elements; the checkpoint is incomplete")
+        section = declared(config)
+        if section.get("quant_method") == "fp8" and section.get("moe_quant_algo") != "NVFP4":
+            raise UserError(f"{where[name]}: {name} is NVFP4, but config.json declares quant_method 'fp8' without moe_quant_algo 'NVFP4'; this mix is not "
+                            "supported, get the checkpoint with its own config.json")
         matrix = (*info.shape[:-1], 2 * info.shape[-1]) if info.shape else ()
         expected = (*matrix[:-1], matrix[-1] // 16) if matrix else ()
         if len(matrix) not in (2, 3) or matrix[-1] % 16 or scale.shape != expected:

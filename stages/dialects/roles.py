@@ -21,7 +21,7 @@ _TEXT = rf"(?:{TEXT_ROOT}\.|(?=layers\.|embed\.|norm\.|head\.))"
 _LAYER = _TEXT + r"layers\.(?P<layer>\d{1,9})\."
 _BLOCK = r"(?:moe|mlp|block_sparse_moe|ffn|feed_forward)\."
 # what a linear weight may be stored as: the weight, its scales, its bias
-_STORED = r"(?:[._](?:weight|scale|blocks|scales|bias|packed)[a-z0-9_]*|\.(?:input|output)_(?:global_)?scale)?"
+_STORED = r"(?:[._](?:weight|scale|blocks|scales|bias|packed)[a-z0-9_]*|[._](?:input|output|act|activation)_(?:global_)?scale)?"
 _MLP = r"(?P<projection>(?:gate_up|gate|up|down)_proj|w[123])" + _STORED
 
 

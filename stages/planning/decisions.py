@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Container, Mapping
 
 from stages.checkpoint.header import FLOATS
 from stages.dialects.completeness import check_ends, check_layers, check_tower
@@ -17,6 +18,8 @@ from stages.schemes.kept import stored_as
 from stages.schemes.modules import module_of
 from stages.settings import Settings
 
+# beside a weight, what an engine knows without a config: its bias, and scales of the KV cache
+BESIDE = re.compile(r".*\.bias|.*_proj_bias|.*\.(?:[qkv]|kv)_(?:scale|zero_point)|.*\.[kv]_proj\.output_scale", re.S)
 LINEAR, REST = "linear", "rest"  # roles of a recipe: all linear weights of the text model; those that no other rule of the recipe names
 
 
@@ -82,11 +85,24 @@ def _check_weight(name: str, entry: CensusTensor, recipe: str, layout: str) -> N
             raise UserError(f"{where}: its {rows} rows are not two halves of whole tiles; gate and up cannot be told apart")
 
 
-def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str) -> str:
+def _check_beside(tensors: dict[str, CensusTensor], chosen: Container[str]) -> None:
+    """UserError for a tensor of a quantized module that is neither its weight nor anything known: it may say that the weight means something else."""
+    modules = {module_of(name): name for name, entry in tensors.items() if entry["matrix"] and (entry["dialect"] != "plain" or name in chosen)}
+    for name, entry in tensors.items():
+        if entry["belongs_to"] or entry["role"] == "router" or BESIDE.fullmatch(name):
+            continue
+        for end in re.finditer(r"[._]", name):
+            weight = modules.get(module := name[:end.start()])
+            if weight and weight != name and (end[0] == "." or not weight.startswith(f"{module}.")):  # a fused weight has no dot behind its module
+                raise UserError(f"{entry['shard']}: {name} ({entry['dtype']} {entry['shape']}) belongs to {weight}, and what it does to that weight or "
+                                "its inputs is not known here; get the checkpoint in BF16 or in another format")
+
+
+def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str, weight_only: Mapping[str, bool]) -> str:
     """Format in which a weight that the recipe leaves stays in the release; UserError where no engine could read it."""
     entry, why = tensors[name], None
     dialect, scale = entry["dialect"], tensors[entry["scale"]] if entry["scale"] else None
-    stored = stored_as(tuple(entry["matrix"]), scale["dtype"], tuple(scale["shape"])) if dialect in kept.DIALECTS else None
+    stored = stored_as(tuple(entry["matrix"]), *kept.as_written(scale["dtype"], tuple(scale["shape"]))) if dialect in kept.DIALECTS else None
     if dialect not in kept.DIALECTS:
         why = f"{dialect} cannot be kept in a release"
     elif len(entry["matrix"]) != 2 or module_of(name) + ".weight" != name:
@@ -105,11 +121,14 @@ def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str) -> str:
     if why:
         remedy = f"name its role ({entry['role']}) in the recipe" if entry["role"] in QUANTIZABLE else "get a source that has it in BF16"
         raise UserError(f"{entry['shard']}: {name} is {dialect} and recipe {recipe} leaves it, but {why}; {remedy}")
-    return stored
+    return stored + kept.WEIGHT_ONLY if weight_only.get(stored.removeprefix("fp8 per ")) and ".experts." not in name else stored
 
 
-def decide(settings: Settings, census: Census) -> dict[str, PlannedTensor]:
-    """Tensor name -> its census entry plus decision, scheme, reason, and the format that the release stores it in."""
+def decide(settings: Settings, census: Census, weight_only: Mapping[str, bool]) -> dict[str, PlannedTensor]:
+    """Tensor name -> its census entry plus decision, scheme, reason, and the format that the release stores it in.
+
+    weight_only: by kept.weight_only.
+    """
     tensors = census["tensors"]
     chosen = _selected(settings, tensors)
     decided = {}
@@ -117,6 +136,7 @@ def decide(settings: Settings, census: Census) -> dict[str, PlannedTensor]:
         if entry["role"] == "routed_experts" and not entry["matrix"] and not entry["belongs_to"]:
             raise UserError(f"{entry['shard']}: {name} ({entry['dtype']} {entry['shape']}) is of routed experts, but no weight or scale that is "
                             "known; an engine would not find it beside the converted ones")
+    _check_beside(tensors, chosen)
     layers = census["text_layers"]
     check_layers(tensors, layers, census["drafts"], census["layers_apart"], census["shared_experts"])
     check_ends(tensors, layers, census["tied"])
@@ -135,7 +155,7 @@ def decide(settings: Settings, census: Census) -> dict[str, PlannedTensor]:
         elif owner in chosen:
             decision, reason = "drop", f"belongs to {owner}, folded into its block scales"
         elif owner or entry["dialect"] != "plain":
-            decision, stored = "keep", _keep(owner or name, tensors, settings.recipe.name)
+            decision, stored = "keep", _keep(owner or name, tensors, settings.recipe.name, weight_only)
             reason = "not named by the recipe; kept in its own format"
         decided[name] = {**entry, "decision": decision, "scheme": scheme, "stored": stored, "reason": reason}
     return decided

@@ -8,7 +8,7 @@ from stages.dialects.roles import is_routed_expert, layer_of
 from stages.errors import UserError
 from stages.records import CensusTensor, Plan, PlannedTensor
 from stages.schemes import compressed_tensors, vllm_rules
-from stages.schemes.architectures import ARCHITECTURES, architecture_of
+from stages.schemes.architectures import ARCHITECTURES, Architecture, architecture_of
 from stages.schemes.modules import is_weight, matrices, module_of
 
 
@@ -37,13 +37,21 @@ def coverage(plan: Plan, section: dict) -> tuple[int, list[str]]:
     return len(modules), vllm_rules.coverage_faults(modules, section, linear_modules(plan)[2], architecture_of(plan["architecture"]))
 
 
-def check_model(architecture: str | None, tensors: Mapping[str, CensusTensor], text_layers: int) -> None:
-    """UserError for a model of which no release can be made that vLLM serves; tensors: entries with their roles."""
+def check_architecture(architecture: str | None) -> Architecture:
+    """The row of an architecture; UserError where there is none, or where it says that no release would load."""
     row = architecture_of(architecture)
     if row is None:
         known = ", ".join(name for row in ARCHITECTURES if not row.refused for name in row.names)
         raise UserError(f"config.json: vLLM's module names for architecture {architecture!r} are not known, so that nothing could be proven of a "
                         f"config for it; known are {known}; add a row to stages/schemes/architectures.py")
+    if row.refused:
+        raise UserError(vllm_rules.model_fault(row, architecture, (), (), 0))
+    return row
+
+
+def check_model(architecture: str | None, tensors: Mapping[str, CensusTensor], text_layers: int) -> None:
+    """UserError for a model of which no release can be made that vLLM serves; tensors: entries with their roles."""
+    row = check_architecture(architecture)
     routed = {layer_of(name) for name, entry in tensors.items() if entry["role"] == "routed_experts"}
     if fault := vllm_rules.model_fault(row, architecture, tensors, routed, text_layers):
         raise UserError(fault)

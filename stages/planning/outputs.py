@@ -9,7 +9,7 @@ from stages.checkpoint.files import render_json
 from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
 from stages.errors import UserError
 from stages.records import Plan, PlannedShard, PlannedTensor, SourceShard
-from stages.schemes import SCHEMES, draft_scales
+from stages.schemes import SCHEMES, draft_scales, kept
 from stages.schemes.modules import Output, module_of
 
 SHARD_METADATA = {"format": "pt"}  # the library's readers want to know the framework
@@ -21,9 +21,10 @@ def outputs_of(name: str, entry: PlannedTensor, layout: str) -> list[Output]:
         return []
     if entry["scheme"]:
         return SCHEMES[entry["scheme"]].outputs(name, tuple(entry["matrix"]), layout)
-    kept_scale = entry["decision"] == "keep" and entry["belongs_to"]
-    written = f"{module_of(entry['belongs_to'])}.weight_scale" if kept_scale else name
-    return [Output(written, entry["dtype"], tuple(entry["shape"]), name, "weight")]
+    shape = tuple(entry["shape"])
+    if entry["decision"] == "keep" and entry["belongs_to"]:
+        return [Output(f"{module_of(entry['belongs_to'])}.weight_scale", *kept.as_written(entry["dtype"], shape), name, "weight")]
+    return [Output(name, entry["dtype"], shape, name, "weight")]
 
 
 def release_outputs(plan: Plan, shards: Iterable[str] | None = None) -> dict[str, list[Output]]:

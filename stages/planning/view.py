@@ -10,7 +10,7 @@ from stages.checkpoint.files import human_bytes
 from stages.dialects.config import declared
 from stages.dialects.roles import declared_drafts
 from stages.records import Plan, PlannedTensor
-from stages.schemes import SCHEMES
+from stages.schemes import SCHEMES, kept
 
 
 def notes(tensors: dict[str, PlannedTensor], source_config: dict, drafts: int, grown: int) -> list[str]:
@@ -25,6 +25,10 @@ def notes(tensors: dict[str, PlannedTensor], source_config: dict, drafts: int, g
             found.append(f"{count} weights are MXFP4 already: they are stored anew, their values stay")
     left = Counter(entry["stored"] for entry in tensors.values() if entry["decision"] == "keep" and entry["matrix"])
     found += [f"{count} weights that the recipe does not name stay {stored}, bit-identical" for stored, count in left.items()]
+    weight_only = kept.weight_only(declared(source_config))
+    found += [f"{count} weights stay {stored} and get their activations quantized, which the source does to none or not to all of them; vLLM reads "
+              "neither FP8 blocks nor FP8 experts otherwise" for stored, count in left.items()
+              if stored.startswith("fp8 ") and ("block" if "x" in stored else stored.split()[-1]) in weight_only]
     if grown > 0:
         found.append(f"the release is {human_bytes(grown)} larger than its source")
     section = declared(source_config)

@@ -1,8 +1,9 @@
 """FP8 that a recipe leaves stays as it is: its codes and scales pass through, a group of the config says what they are.
 
-Only the scale's name changes (`weight_scale_inv` becomes `weight_scale`, which compressed-tensors asks for), never its bytes.
-vLLM takes FP8 in compressed-tensors only with activations quantized on the fly, per token or per 128 inputs: that is how it
-runs the source, too.
+Only the scale's name changes (`weight_scale_inv` becomes `weight_scale`, which compressed-tensors asks for), and its shape where a source has one
+per channel in one dimension (Quark, ModelOpt), and its dtype where E8M0 is not U8, never its bytes.
+vLLM quantizes activations on the fly, per token or per 128 inputs: that is how it runs the source, too. Where the source says that only its
+weights are FP8, so does the release, as far as vLLM 0.32 reads that: of linears per channel or per tensor, not of blocks or experts.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stages.checkpoint.header import FLOATS
+from stages.dialects.config import block_edges
 from stages.schemes import SCHEMES
 
 FORMAT = "float-quantized"
 BLOCK = 128  # the edge of the only FP8 blocks that engines read
 DIALECTS = ("block_fp8", "channel_fp8", "mxfp8")  # of a source, whose weights can stay as they are
+WEIGHT_ONLY = ", weight-only"  # behind a stored format whose activations stay as they are
 _WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 _ACTIVATIONS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True}
 _PER_TOKEN = {**_ACTIVATIONS, "strategy": "token"}
@@ -36,6 +39,12 @@ def stored_as(shape: tuple[int, ...], scale_dtype: str, scale_shape: tuple[int, 
     return "fp8 per tensor" if len(shape) == 2 and scale_shape in ((), (1,), (1, 1)) else None
 
 
+def as_written(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """(dtype, shape) in which a release has a kept weight's scale, of the same bytes: [out, 1] for [out], which vLLM does not load, and U8
+    for F8_E8M0, which it would convert."""
+    return "U8" if dtype == "F8_E8M0" else dtype, (*shape, 1) if len(shape) == 1 and shape[0] > 1 else shape
+
+
 def stored_by(group: Mapping, section_format: str | None = None) -> str:
     """Stored format that a group claims, the inverse of `group_of`; what it says where it is none of those."""
     weights, form = group.get("weights") or {}, group.get("format") or section_format
@@ -44,10 +53,21 @@ def stored_by(group: Mapping, section_format: str | None = None) -> str:
     if kind == "float" and strategy == "group" and weights.get("group_size") == 32 and bits in (4, 8):
         found = f"mxfp{bits}"
     elif kind == "float" and bits == 8 and strategy in ("tensor", "channel"):
-        found = f"fp8 per {strategy}"
+        found = f"fp8 per {strategy}" + (WEIGHT_ONLY if group.get("input_activations") is None else "")
     elif kind == "float" and bits == 8 and strategy == "block":
-        found = "fp8 {}x{}".format(*(weights.get("block_structure") or ("?", "?"))[:2])
+        found = "fp8 {}x{}".format(*(block_edges(weights.get("block_structure")) or ("?", "?"))[:2])
     return found if found and "?" not in found and group_of(found)["format"] == form else f"{form} ({bits} bits, {strategy})"
+
+
+def weight_only(section: Mapping) -> dict[str, bool]:
+    """Strategies (`channel`, `tensor`, `block`) of a source's FP8 whose activations stay as they are by some compressed-tensors group, and whether by
+    all of its groups."""
+    found: dict[str, set[bool]] = {}
+    for group in (section.get("config_groups") or {}).values():
+        weights = group.get("weights") or {}
+        if weights.get("type") == "float" and weights.get("num_bits") == 8:
+            found.setdefault(weights.get("strategy"), set()).add(group.get("input_activations") is None)
+    return {strategy: kinds == {True} for strategy, kinds in found.items() if True in kinds}
 
 
 def group_of(stored: str) -> dict:
@@ -55,8 +75,9 @@ def group_of(stored: str) -> dict:
     if stored in SCHEMES:
         scheme = SCHEMES[stored]
         form, weights, activations = scheme.FORMAT, dict(scheme.WEIGHTS), scheme.ACTIVATIONS
-    elif stored in ("fp8 per tensor", "fp8 per channel"):
-        form, weights, activations = FORMAT, {**_WEIGHTS, "strategy": stored.split()[-1]}, _PER_TOKEN
+    elif stored.startswith("fp8 per "):
+        form, weights = FORMAT, {**_WEIGHTS, "strategy": stored.removesuffix(WEIGHT_ONLY).split()[-1]}
+        activations = None if stored.endswith(WEIGHT_ONLY) else _PER_TOKEN
     else:
         rows, columns = map(int, stored.removeprefix("fp8 ").split("x"))
         form, weights = FORMAT, {**_WEIGHTS, "strategy": "block", "block_structure": [rows, columns]}
