@@ -1,4 +1,4 @@
-"""Puts the release together: shards as hard links, a config that vLLM reads rightly, a true index, and the manifest.
+"""Puts the release together: shards as hard links, a config that vLLM reads correctly, a true index, and the manifest.
 
 Everything in the directory is a function of the source's bytes and the recipe: no date, no host, no measured figure, so
 that a pin can name it by hash. The vLLM plugin that serves its draft layers goes along. Auxiliary files (tokenizer, templates,

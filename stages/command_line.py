@@ -54,7 +54,7 @@ def settings_of(where: str, recipe: str, overrides: list[str], results: str) -> 
 
 
 def show_plan(arguments: argparse.Namespace) -> None:
-    """Prints the plan of a conversion; UserError for whatever could not be converted rightly."""
+    """Prints the plan of a conversion; UserError for whatever could not be converted correctly."""
     with tempfile.TemporaryDirectory() as results:
         settings = settings_of(arguments.where, arguments.recipe, arguments.overrides, results)
         with redirect_stdout(io.StringIO()):

@@ -21,7 +21,7 @@ from stages.sources.listing import read_anomalies, read_config, read_headers
 
 
 def census(settings: Settings) -> Census:
-    """The content of inspect.json. UserError for anything that could not be converted rightly."""
+    """The content of inspect.json. UserError for anything that could not be converted correctly."""
     try:
         tensors, where, files = read_headers(settings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

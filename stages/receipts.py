@@ -88,6 +88,6 @@ def shards_sha256(receipts: dict[str, Receipt]) -> str:
 
 
 def zeros_note(names: list[str]) -> str:
-    """What to say of weights that hold nothing but zeros: converted rightly, but where a download left a hole, too."""
+    """What to say of weights that hold nothing but zeros: converted correctly, but where a download left a hole, too."""
     return (f"{len(names)} weight{'s hold' if len(names) > 1 else ' holds'} nothing but zeros, in the source already "
             f"({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}); compare the source with its published sha256 if that is a surprise")

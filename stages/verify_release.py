@@ -242,7 +242,7 @@ class Verification:
         self.checked["quantized"] = count
 
     def config(self) -> Iterator[str]:
-        """config.json is the source's but for quantization_config, and vLLM's matching claims every module rightly."""
+        """config.json is the source's but for quantization_config, and vLLM's matching claims every module correctly."""
         found = read_json(self.release / "config.json", "assemble_release")
         section = self.plan["quantization_config"]
         if json.dumps(found) != json.dumps(release_config(read_config(self.settings), section)):

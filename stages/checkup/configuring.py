@@ -27,7 +27,7 @@ def section_for(checkpoint: Checkpoint) -> tuple[dict, int]:
                         "add a row to stages/schemes/architectures.py")
     for check in (structure.containers, structure.pairs, completeness.experts, completeness.layers):
         for fault in check(checkpoint):
-            raise UserError(f"{fault}; mend that first")
+            raise UserError(f"{fault}; fix that first")
     layers = hidden_layers(checkpoint.config)
     linears, experts, stored = checkpoint.engine_modules(layers)
     if not stored:

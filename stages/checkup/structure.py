@@ -63,8 +63,8 @@ def pairs(checkpoint: Checkpoint) -> Iterator[str]:
             yield from _scaled(checkpoint, module, parts)
     alone = [name for name in checkpoint.tensors if re.search(r"weight_(scale|scale_inv|packed|global_scale|zero_point)$", name)
              and name not in claimed and not name.endswith("weight_packed")]
-    yield from some(alone, "no weight belongs to", "an engine drops them without a word")
-    yield from some(_odd_names(checkpoint.tensors, alone), "no engine asks for names like", "a wrong suffix is dropped without a word")
+    yield from some(alone, "no weight belongs to", "an engine drops them silently")
+    yield from some(_odd_names(checkpoint.tensors, alone), "no engine asks for names like", "a wrong suffix is dropped silently")
     checkpoint.counts["pairs"] = len(claimed)
 
 

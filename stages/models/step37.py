@@ -1,6 +1,6 @@
 """Step-3.7 checkpoints in transformers, every tensor accounted for.
 
-transformers loads neither the block-FP8 nor the MXFP4 layout of this model rightly by itself: the scale of `down_proj` is
+transformers loads neither the block-FP8 nor the MXFP4 layout of this model correctly by itself: the scale of `down_proj` is
 never applied to the first, and the experts of the second stay at random values with only a warning. So checkpoints are
 expanded here, exactly (float32 holds every product, BF16 holds every MXFP4 value), handed over under their published
 names, and the loading report must say 0 missing and 0 unexpected.

@@ -110,7 +110,7 @@ def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str, weight_only:
     elif entry["parts"]:
         why = f"its activations have a fixed scale ({', '.join(entry['parts'].values())}), which is not supported"
     elif entry["scales"]:
-        why = "its tiles are those of q, k and v merged on each of several GPUs, which engines read rightly on just as many only"
+        why = "its tiles are those of q, k and v merged on each of several GPUs, which engines read correctly on just as many only"
     elif entry["role"] == "embeddings":
         why = "engines read embeddings unquantized only"
     elif stored is None:

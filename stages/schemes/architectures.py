@@ -167,7 +167,7 @@ ARCHITECTURES = (
         cautions=("vLLM runs the first of its draft layers only, and cannot split their FP8 attention over 8 GPUs",)),
     Architecture(("MiMoV2ForCausalLM",), merged=GATE_UP, visible=("gate_up_proj",),
                  refused="its qkv_proj is stored as the parts of several GPUs one behind the other, which vLLM puts in order only where it is FP8 as "
-                         "published; in a release it would load wrong without a word"),
+                         "published; in a release it would load wrong silently"),
     Architecture(("MixtralForCausalLM",), visible=("qkv_proj",), never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,
                  tried=_run("experts mxfp4", transformers=("experts mxfp4",))),
     Architecture(("Qwen3ForCausalLM",), tried=_run("rest mxfp4")),

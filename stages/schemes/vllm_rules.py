@@ -1,6 +1,6 @@
 """What vLLM will do with a compressed-tensors config: a small simulation of its matching, run before anything is served.
 
-A target that hits nothing does not fail in vLLM: the experts are then left uninitialized or unquantized without a word.
+A target that hits nothing does not fail in vLLM: the experts are then left uninitialized or unquantized silently.
 So the names that vLLM will ask for are derived from the tensors of the release, its rules are applied to them, and every
 quantized module must be claimed by its scheme while every other linear module is claimed by none.
 

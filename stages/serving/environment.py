@@ -68,7 +68,7 @@ def _run(*command: str) -> str:
         lines = [line for line in process.stdout.splitlines() if line.strip() and not line.startswith("WARNING")]
         errors = [line for line in lines if "rror" in line] or lines or ["no output"]
         raise UserError(f"setting up the serving environment failed at `{' '.join(command[2:])[:150]}`: {errors[-1][:300]}; "
-                        "mend that and run make serve-env again")
+                        "fix that and run make serve-env again")
     return process.stdout
 
 

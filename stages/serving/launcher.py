@@ -189,7 +189,7 @@ def _not_ready(server: Server, client: httpx.Client) -> str | None:
         if "CERTIFICATE" in what:
             what += "; name the certificates that vouch for it in the environment variable SSL_CERT_FILE"
         elif isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-            what = f"nothing answers there ({what}); start the server or mend the address"
+            what = f"nothing answers there ({what}); start the server or fix the address"
         raise UserError(f"serving.url, {server.base_url}: {what}") from None
     except httpx.InvalidURL as error:
         raise UserError(f"serving.url, {server.base_url}: {error}; mend the address") from None
