@@ -438,7 +438,7 @@ def test_config_makes_the_same_file_again_and_the_manifest_follows(converted, re
     assert (release / "config.json").read_bytes() == original and (release / "manifest.json").read_bytes() == manifest
     change(release, lambda t: t.pop(f"{LAYER}.5.down_proj.weight_scale"))
     refused = mxforge("config", release)
-    assert refused.returncode == 1 and "mend that first" in refused.stderr
+    assert refused.returncode == 1 and "fix that first" in refused.stderr
 
 
 W4A4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": True, "scale_dtype": "torch.uint8"}
