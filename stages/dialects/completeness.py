@@ -112,7 +112,7 @@ def check_layers(entries: Mapping[str, Mapping], layers: int, drafts: int, apart
     names = [name for name, entry in entries.items() if not entry["belongs_to"]]
     held = held_by_layers(as_numbered_layer(name, layers) for name in names)
     counted = f"config.json has {layers} layers" + (f" and {drafts} draft layers" if drafts else "")
-    incomplete = "the checkpoint is incomplete or of another config"
+    incomplete = "the checkpoint is incomplete or of another config, download it again with its own config.json"
     if (missing := first_gap(held)) < layers:
         raise UserError(f"layer {missing}: no shard holds anything of it, but {counted}; {incomplete}")
     if past := [layer for name in names if (layer := layer_of(name)) is not None and layer >= layers + drafts]:
@@ -151,7 +151,8 @@ def check_tower(names: Iterable[str], layers: int, blocks: int | None, projector
         if lost is None and projector and not any(re.match(projector, name) for name in names):
             lost = "projector behind the vision tower"
         if lost:
-            raise UserError(f"no shard holds the {lost}; the checkpoint is incomplete or of another config")
+            raise UserError(f"no shard holds the {lost}; the checkpoint is incomplete or of another config, download it "
+                            "again with its own config.json")
 
 
 def lost_of_tower(names: Iterable[str], layers: int, blocks: int | None) -> str | None:
@@ -177,4 +178,4 @@ def check_ends(entries: Mapping[str, Mapping], layers: int, tied: bool) -> None:
     for there, what in (("embeddings" in roles, "embedding (embed_tokens.weight)"), (norm, "norm behind the last layer (norm.weight)"),
                         (tied or "lm_head" in roles, "output head (lm_head.weight), and tie_word_embeddings is false")):
         if not there:
-            raise UserError(f"no shard holds the {what}; the checkpoint is incomplete")
+            raise UserError(f"no shard holds the {what}; the checkpoint is incomplete, download it again")

@@ -34,7 +34,7 @@ def claim(name, info, tensors, where, config):
         if whole is None or whole.dtype != "F32" or math.prod(whole.shape) not in counts:
             found = "is missing" if whole is None else f"is {whole.dtype} {list(whole.shape)}"
             raise UserError(f"{where[name]}: NVFP4 weight {name} needs its tensor scale, but {stem + whole_suffix} {found}, expected F32 of "
-                            f"{' or '.join(map(str, counts))} elements; the checkpoint is incomplete")
+                            f"{' or '.join(map(str, counts))} elements; the checkpoint is incomplete, download it again")
         section = declared(config)
         if section.get("quant_method") == "fp8" and section.get("moe_quant_algo") != "NVFP4":
             raise UserError(f"{where[name]}: {name} is NVFP4, but config.json declares quant_method 'fp8' without moe_quant_algo 'NVFP4'; this mix is not "

@@ -63,7 +63,7 @@ def hidden_layers(config: dict) -> int:
     layers = whole_number(config, "num_hidden_layers")
     if layers is None:
         raise UserError("config.json: num_hidden_layers is missing (looked at the top and in text_config); without it "
-                        "draft layers cannot be told from text layers")
+                        "draft layers cannot be told from text layers, restore the original config.json")
     return layers
 
 

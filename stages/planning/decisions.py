@@ -46,7 +46,7 @@ def _selected(settings: Settings, tensors: dict[str, CensusTensor]) -> dict[str,
                             f"{', '.join(sorted({entry['role'] for entry in tensors.values()}))}")
         for name in names:
             if chosen.setdefault(name, scheme) != scheme:
-                raise UserError(f"recipe {recipe.name}: {name} is given two schemes, {chosen[name]} and {scheme}")
+                raise UserError(f"recipe {recipe.name}: {name} is given two schemes, {chosen[name]} and {scheme}; name it in one group only")
         if not is_rest:
             taken.update(names)
     return chosen

@@ -27,7 +27,7 @@ def check_experts(entries: Mapping[str, Mapping], count: int | None, hidden_size
             layers[layer][projection][matrix.expert] = (name, len(range(*matrix.rows)), entry["matrix"][-1])
     if count and not layers:
         raise UserError(f"config.json has {count} experts in a layer, but no shard holds a routed expert; the checkpoint is incomplete or of another "
-                        "config")
+                        "config, download it again with its own config.json")
     usual = set().union(*layers.values()) if layers else set()
     largest = max((max(members) for projections in layers.values() for members in projections.values()), default=0)
     expected = count or 1 + largest  # of all layers: the last expert of one may be what is missing
@@ -39,7 +39,7 @@ def check_experts(entries: Mapping[str, Mapping], count: int | None, hidden_size
                 odd, what = (gap, "is missing") if gap < expected else (max(members), "is one too many")
                 raise UserError(f"{layer}.{odd}.{projection}: {what}, a layer has {expected} experts"
                                 f"{' by config.json' if count else ''} with {', '.join(sorted(usual))}; the checkpoint is incomplete "
-                                "or of another config")
+                                "or of another config, download it again with its own config.json")
         _check_shapes(layer, projections, hidden_size)
 
 

@@ -40,7 +40,8 @@ def release_outputs(plan: Plan, shards: Iterable[str] | None = None) -> dict[str
         for output in outputs_of(name, entry, plan["layout"]):
             if output.name in made_of:
                 shard, other = made_of[output.name]
-                raise UserError(f"{entry['shard']}: {name} would become {output.name}, as {other} of {shard} does; the source repeats a tensor")
+                raise UserError(f"{entry['shard']}: {name} would become {output.name}, as {other} of {shard} does; the source repeats a tensor, remove "
+                                "one of the two")
             made_of[output.name] = entry["shard"], name
             found[entry["shard"]].append(output)
     for shard, outputs in found.items():

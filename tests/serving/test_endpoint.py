@@ -128,7 +128,7 @@ def test_the_hardware_that_cannot_be_seen_is_what_the_settings_say(tmp_path):
     with Endpoint(pages) as url:
         facts = facts_of(url, tmp_path, "serving.hardware='8 x H200'")
         assert "hardware" not in facts_of(url, tmp_path)
-    assert facts["hardware"] == ["8 x H200"] and served_by(facts) == "an endpoint, vLLM 0.32.0, 8 x H200"
+    assert facts["hardware"] == ["8 x H200"] and served_by(facts) == f"an endpoint, vLLM 0.32.0, 8 x H200, {launcher.UNVERIFIED}"
     with pytest.raises(UserError, match="serving.hardware says what an endpoint runs on"):
         load(["serving=vllm_cuda", "serving.hardware=H200"])
 
@@ -186,7 +186,7 @@ def test_a_model_that_an_endpoint_does_not_offer_is_named_with_those_that_it_doe
 
 
 @pytest.mark.parametrize(("url", "words"), [
-    ("http://127.0.0.1:1", r"nothing answers there \(ConnectError .*refused\); start the server or mend the address"),
+    ("http://127.0.0.1:1", r"nothing answers there \(ConnectError .*refused\); start the server or fix the address"),
     ("http://127.0.0.1:x9", "Invalid port: 'x9'; mend the address"),
 ])
 def test_an_address_without_a_server_says_what_went_wrong(tmp_path, url, words):
