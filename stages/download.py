@@ -50,16 +50,16 @@ def _read_headers(source: SourceSettings, files: list[SourceFile]) -> dict[str, 
     """Shard -> header; UserError for a damaged one, or where two shards have a tensor of one name."""
     hub = Hub(source) if source.repository else None
     headers: dict[str, Header] = {}
-    where: dict[str, str] = {}
+    shard_of: dict[str, str] = {}
     for file in files:
         if file.kind != "shard":
             continue
         header = headers[file.name] = hub.read_header(file.name, file.size) if hub else read_header(Path(source.path) / file.name)
         for name in header.tensors:
-            if name in where:
-                raise UserError(f"{source.repository or source.path}: tensor {name} is in two shards, {where[name]} and {file.name}; remove the "
+            if name in shard_of:
+                raise UserError(f"{source.repository or source.path}: tensor {name} is in two shards, {shard_of[name]} and {file.name}; remove the "
                                 "stale file")
-            where[name] = file.name
+            shard_of[name] = file.name
     return headers
 
 

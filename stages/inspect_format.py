@@ -23,7 +23,7 @@ from stages.sources.listing import read_anomalies, read_config, read_headers
 def census(settings: Settings) -> Census:
     """The content of inspect.json. UserError for anything that could not be converted correctly."""
     try:
-        tensors, where, files = read_headers(settings)
+        tensors, shard_of, files = read_headers(settings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{settings.source_directory / 'headers.json'} is damaged ({type(error).__name__}: {str(error)[:100]}): delete it and run "
                         "download --metadata again") from None
@@ -32,11 +32,11 @@ def census(settings: Settings) -> Census:
     architecture = (config.get("architectures") or [None])[0]
     row = check_architecture(architecture)  # first: what is odd about the tensors of a stranger is not its checkpoint's fault
     layers = hidden_layers(config)
-    claims = recognize(tensors, where, config)
+    claims = recognize(tensors, shard_of, config)
     entries = {}
     for name in sorted(tensors):
         info, claim = tensors[name], claims[name]
-        entries[name] = {"shard": where[name], "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes,
+        entries[name] = {"shard": shard_of[name], "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes,
                          "role": role_of(name, layers), **claim.as_entry()}
     by_role = Counter()
     for entry in entries.values():

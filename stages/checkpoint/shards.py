@@ -11,13 +11,16 @@ from stages.checkpoint.reader import ShardReader
 
 
 class Shards:
-    """The shards of a directory: readers by file name; for each tensor its header entry and shard. Use in a `with`."""
+    """The shards of a directory, used in a `with`.
+
+    readers: by shard (its file's name). tensors: header entries by name. shard_of: tensor -> shard.
+    """
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
         self.readers: dict[str, ShardReader] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        self.where: dict[str, str] = {}
+        self.shard_of: dict[str, str] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -29,11 +32,11 @@ class Shards:
     def open_shard(self, path: Path) -> list[tuple[str, str]]:
         """Opens one more; (name, other file) of each of its tensors that another shard has, too."""
         reader = self.readers[path.name] = self._stack.enter_context(ShardReader(path))
-        twice = [(name, self.where[name]) for name in reader.header.tensors if name in self.where]
+        twice = [(name, self.shard_of[name]) for name in reader.header.tensors if name in self.shard_of]
         self.tensors |= reader.header.tensors
-        self.where |= dict.fromkeys(reader.header.tensors, path.name)
+        self.shard_of |= dict.fromkeys(reader.header.tensors, path.name)
         return twice
 
     def reader(self, name: str) -> ShardReader:
         """The reader that holds a tensor."""
-        return self.readers[self.where[name]]
+        return self.readers[self.shard_of[name]]

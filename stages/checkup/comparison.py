@@ -111,7 +111,7 @@ def compare_bytes(checkpoint: Checkpoint, source: Source, names: tuple[str, str]
     pairs = zip(checkpoint.reader(name).chunks(name), source.reader(origin).chunks(origin))
     if all(np.array_equal(np.frombuffer(ours, np.uint8), np.frombuffer(theirs, np.uint8)) for ours, theirs in pairs):
         return None
-    return f"{checkpoint.where[name]}: {name} is not bit-identical to the source's"
+    return f"{checkpoint.shard_of[name]}: {name} is not bit-identical to the source's"
 
 
 def compare_decoded(checkpoint: Checkpoint, source: Source, name: str, origin: str) -> Iterator[str]:

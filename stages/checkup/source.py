@@ -35,7 +35,7 @@ class Source(Shards):
             raise UserError(f"--source {self.directory}: holds no tensor; name the checkpoint that the release was made from")
         weight_map_of(self.directory, {shard: reader.header for shard, reader in self.readers.items()}, f"--source {self.directory}")
         self.config = read_source_config(self.directory)
-        self.claims = recognize(self.tensors, self.where, self.config)
+        self.claims = recognize(self.tensors, self.shard_of, self.config)
         if all((release / shard).exists() and reader.path.samefile(release / shard)
                for shard, reader in self.readers.items()):  # by links, too; another release may be a source
             raise UserError(f"--source {self.directory}: is a release itself, not a source; name the checkpoint that the release was made from")

@@ -34,7 +34,7 @@ def containers(checkpoint: Checkpoint) -> Iterator[str]:
 
 def index(checkpoint: Checkpoint) -> Iterator[str]:
     """The index names every tensor in its shard, and the true number of bytes."""
-    path, tensors, where = checkpoint.directory / INDEX, checkpoint.tensors, checkpoint.where
+    path, tensors, shard_of = checkpoint.directory / INDEX, checkpoint.tensors, checkpoint.shard_of
     if not path.exists():
         if len(checkpoint.readers) > 1:
             yield f"{INDEX}: is missing, though there are {len(checkpoint.readers)} shards"
@@ -43,8 +43,8 @@ def index(checkpoint: Checkpoint) -> Iterator[str]:
     listed = json_object(table.get("weight_map") or {}, f"{INDEX}: weight_map")
     yield from some(sorted(set(tensors) - set(listed)), f"{INDEX}: does not list", "engines that go by the index miss them")
     yield from some(sorted(set(listed) - set(tensors)), f"{INDEX}: lists", "no shard holds them")
-    yield from some([f"{name} ({listed[name]}, is in {where[name]})" for name in sorted(set(listed) & set(tensors))
-                     if listed[name] != where[name]], f"{INDEX}: names the wrong shard for", "loading fails")
+    yield from some([f"{name} ({listed[name]}, is in {shard_of[name]})" for name in sorted(set(listed) & set(tensors))
+                     if listed[name] != shard_of[name]], f"{INDEX}: names the wrong shard for", "loading fails")
     total = sum(info.nbytes for info in tensors.values())
     claimed = json_object(table.get("metadata") or {}, f"{INDEX}: metadata").get("total_size")
     if claimed != total:
@@ -78,25 +78,25 @@ def _unscaled(module: str, info: TensorInfo) -> Iterator[str]:
 
 def _scaled(checkpoint: Checkpoint, module: str, parts: Module) -> Iterator[str]:
     """What is wrong with a quantized weight and its scale."""
-    (stored, info, name, scale), where = parts, checkpoint.where
+    (stored, info, name, scale), shard_of = parts, checkpoint.shard_of
     if info.dtype != (SCHEMES[stored].CODES_DTYPE if stored in SCHEMES else "F8_E4M3"):
-        yield f"{where[name]}: {name} is {info.dtype}; only MXFP4 (U8) and MXFP8 are verified here"
+        yield f"{shard_of[name]}: {name} is {info.dtype}; only MXFP4 (U8) and MXFP8 are verified here"
         return
     if len(info.shape) not in (2, 3) or not math.prod(info.shape):
-        yield f"{where[name]}: {name} has shape {list(info.shape)}, which is no matrix"
+        yield f"{shard_of[name]}: {name} has shape {list(info.shape)}, which is no matrix"
         return
     if scale not in checkpoint.tensors:
-        yield f"{where[name]}: {name} has no {scale}; an engine leaves the scale uninitialized"
+        yield f"{shard_of[name]}: {name} has no {scale}; an engine leaves the scale uninitialized"
         return
     found = checkpoint.tensors[scale]
     if stored.startswith("fp8"):
         if stored == "fp8":
-            yield (f"{where[scale]}: {scale} is {found.dtype} {list(found.shape)}, which is no scale "
+            yield (f"{shard_of[scale]}: {scale} is {found.dtype} {list(found.shape)}, which is no scale "
                    f"per tensor, per channel or per 128x128 of {name} {list(info.shape)}")
         return
     expected = scale_shape(info, stored)
     if (found.dtype, found.shape) != ("U8", expected):
-        yield (f"{where[scale]}: {scale} is {found.dtype} {list(found.shape)}, expected U8 "
+        yield (f"{shard_of[scale]}: {scale} is {found.dtype} {list(found.shape)}, expected U8 "
                f"{list(expected)} for {name} {list(info.shape)}")
     if stored == "mxfp4" and f"{module}.weight" in checkpoint.tensors:
         yield f"{module}: is there as weight_packed and as weight; an engine takes one and drops the other"

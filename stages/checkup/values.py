@@ -38,7 +38,7 @@ def numbers(checkpoint: Checkpoint, source: Source | None) -> Iterator[str]:
         for expert, label in pair.members():
             sample = _sample(checkpoint, pair, expert)
             if sample is None:
-                yield f"{checkpoint.where[pair.scale]}: {label}: a block scale is 255, which means NaN"
+                yield f"{checkpoint.shard_of[pair.scale]}: {label}: a block scale is 255, which means NaN"
                 continue
             codes, scales = sample
             raw = codes.view(torch.uint8)
@@ -47,7 +47,7 @@ def numbers(checkpoint: Checkpoint, source: Source | None) -> Iterator[str]:
                 yield f"{label}: holds the bytes of {seen[siblings, digest]}; one expert was written twice"
             low, (_, high) = _unused(raw, pair.stored), SCHEMES[pair.stored].HIGH_CODE
             if low > UNUSED_BLOCKS:
-                yield (f"{checkpoint.where[pair.codes]}: {label}: {100 * low:.1f} % of its blocks have no value of {high} or above; "
+                yield (f"{checkpoint.shard_of[pair.codes]}: {label}: {100 * low:.1f} % of its blocks have no value of {high} or above; "
                        "exponents are too high, or the bytes are of another format")
             size = yield from _size(checkpoint, pair, label, codes, scales, compared=source is not None)
             if size is not None:
@@ -107,7 +107,7 @@ def _size(checkpoint: Checkpoint, pair: Pair, label: str, codes: torch.Tensor, s
     try:
         weight = SCHEMES[pair.stored].dequantize(codes, scales).double()
     except NonFiniteError as error:
-        yield f"{checkpoint.where[pair.codes]}: {label}: {error}"
+        yield f"{checkpoint.shard_of[pair.codes]}: {label}: {error}"
         return None
     size = weight.square().mean().sqrt().item()
     if not math.isfinite(size):
@@ -149,10 +149,10 @@ def _fp8_numbers(checkpoint: Checkpoint) -> Iterator[str]:
             continue
         values = checkpoint.reader(scale).tensor(scale).float()
         if not bool((torch.isfinite(values) & (values > 0)).all()):
-            yield f"{checkpoint.where[scale]}: {scale} holds a scale that is NaN, infinite, zero or negative"
+            yield f"{checkpoint.shard_of[scale]}: {scale} holds a scale that is NaN, infinite, zero or negative"
         for chunk in () if checkpoint.quick else checkpoint.reader(name).chunks(name):
             if bool(((torch.frombuffer(chunk, dtype=torch.uint8) & 0x7F) == 0x7F).any()):
-                yield f"{checkpoint.where[name]}: {name} holds a code that means NaN"
+                yield f"{checkpoint.shard_of[name]}: {name} holds a code that means NaN"
                 break
 
 
@@ -168,6 +168,6 @@ def _plain_numbers(checkpoint: Checkpoint, compared: bool) -> Iterator[str]:
             values = as_tensor(as_array(chunk, info.dtype, (-1,)), info.dtype)
             largest = torch.maximum(largest, values.abs().max().float())  # NaN stays
         if not bool(torch.isfinite(largest)):
-            yield f"{checkpoint.where[name]}: {name} holds NaN or infinity"
+            yield f"{checkpoint.shard_of[name]}: {name} holds NaN or infinity"
         elif len(info.shape) > 1 and math.prod(info.shape) and not bool(largest) and not compared:
-            yield f"{checkpoint.where[name]}: {name} holds nothing but zeros; if the source's does, too, compare with --source"
+            yield f"{checkpoint.shard_of[name]}: {name} holds nothing but zeros; if the source's does, too, compare with --source"

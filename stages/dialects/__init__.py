@@ -32,38 +32,38 @@ def by_name(name: str) -> Dialect:
     return _BY_NAME[name]
 
 
-def recognize(tensors: Mapping[str, TensorInfo], where: Mapping[str, str], config: dict) -> dict[str, Claim]:
-    """Name -> Claim for every tensor of the checkpoint. `where` gives the shard of each tensor, for messages.
+def recognize(tensors: Mapping[str, TensorInfo], shard_of: Mapping[str, str], config: dict) -> dict[str, Claim]:
+    """Name -> Claim for every tensor of the checkpoint. `shard_of`: tensor -> shard, for messages.
 
     Raises UserError for a tensor that no dialect understands, for a lone scale, and when config.json and the headers
     disagree (a lost `quantization_config` has made tools drop scales with only a warning).
     """
     claims: dict[str, Claim] = {}
     for name, info in tensors.items():
-        claimed = next(filter(None, (dialect.claim(name, info, tensors, where, config) for dialect in DIALECTS)), None)
+        claimed = next(filter(None, (dialect.claim(name, info, tensors, shard_of, config) for dialect in DIALECTS)), None)
         if claimed is not None:
             claims[name] = claimed
     for name, claimed in list(claims.items()):
         for companion in claimed.companions().values():
             if (other := claims.get(companion)) and other.belongs_to:
-                raise UserError(f"{where[companion]}: {companion} would belong to {other.belongs_to} and to {name}; rename one of them")
+                raise UserError(f"{shard_of[companion]}: {companion} would belong to {other.belongs_to} and to {name}; rename one of them")
             claims[companion] = Claim(claimed.dialect, belongs_to=name)
     for name, info in tensors.items():
         claimed = claims.get(name)
         if FOREIGN.fullmatch(name) and not (claimed and claimed.belongs_to):
-            raise UserError(f"{where[name]}: {name} {info.dtype} {list(info.shape)} says that weights here are not what their tensors "
+            raise UserError(f"{shard_of[name]}: {name} {info.dtype} {list(info.shape)} says that weights here are not what their tensors "
                             "hold (GPTQ, AWQ, bitsandbytes, rotations, adapters), which is not read; get the unquantized checkpoint")
         if claimed is None:
-            raise UserError(f"{where[name]}: {_unknown(name, info, tensors)}")
+            raise UserError(f"{shard_of[name]}: {_unknown(name, info, tensors)}")
         if claimed.dialect == plain.NAME and SCALE.fullmatch(name):
-            raise UserError(f"{where[name]}: {_lone(name, info, tensors)}")
+            raise UserError(f"{shard_of[name]}: {_lone(name, info, tensors)}")
     if declared(config).get("quant_method") == "fp8" and not any("fp8" in (by_name(claimed.dialect).METHODS or ()) for claimed in claims.values()):
         raise UserError("config.json declares quant_method 'fp8', but no shard holds an FP8 tensor; shards are missing "
                         "or config.json is of another checkpoint")
     for dialect in DIALECTS:
         _check_config(dialect, [name for name, claimed in claims.items() if claimed.dialect == dialect.NAME and claimed.matrix], config)
     _check_section(declared(config), {claimed.dialect for claimed in claims.values()})
-    return claims | transposed(claims, tensors, where, config)
+    return claims | transposed(claims, tensors, shard_of, config)
 
 
 def _check_section(section: Mapping, found: set[str]) -> None:

@@ -83,7 +83,7 @@ def is_microscaled(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> bool
     return len(shape) > 1 and scale_shape == (*shape[:-1], -(-shape[-1] // MICROSCALED[1]))
 
 
-def claim(name, info, tensors, where, config):
+def claim(name, info, tensors, shard_of, config):
     """Claims FP8 weights with tile scales."""
     if info.dtype != "F8_E4M3":
         return None
@@ -91,7 +91,7 @@ def claim(name, info, tensors, where, config):
     if not found:
         return None
     if len(found) > 1:
-        raise UserError(f"{where[name]}: {name} has two scales, {' and '.join(found)}; remove the one that is not its own")
+        raise UserError(f"{shard_of[name]}: {name} has two scales, {' and '.join(found)}; remove the one that is not its own")
     scale_name = found[0]
     scale, said = tensors[scale_name], declared_tile(config)
     tile = said or DEFAULT_TILE
@@ -102,7 +102,7 @@ def claim(name, info, tensors, where, config):
     if scale.dtype == "U8" and (not fits or said in (None, MICROSCALED)):
         return None  # MXFP8; E8M0 of declared tiles otherwise
     if scale.dtype not in SCALE_DTYPES:
-        raise UserError(f"{where[scale_name]}: scale {scale_name} has dtype {scale.dtype}, expected one of "
+        raise UserError(f"{shard_of[scale_name]}: scale {scale_name} has dtype {scale.dtype}, expected one of "
                         f"{', '.join(SCALE_DTYPES)}; this is another dialect than block FP8 and is not read yet")
     if scale.dtype == "F8_E8M0" and is_microscaled(info.shape, scale.shape) and (not fits or declared(config).get("quant_method") not in METHODS):
         return None
@@ -113,7 +113,7 @@ def claim(name, info, tensors, where, config):
         if kind and (scale_name.endswith("weight_scale") or (kind == "tensor" and said is None)):
             return None  # another group of the same checkpoint, per channel or tensor
         source = "by config.json" if said else "the usual ones, config.json declares none"
-        raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, but tiles of "
+        raise UserError(f"{shard_of[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, but tiles of "
                         f"{list(tile)} ({source}) cut {name} of shape {list(info.shape)} into {list(expected)}; the "
                         "scale or config.json is of another checkpoint")
     return Claim(NAME, scale_name, tile, info.shape, static_scale(name, tensors))

@@ -20,7 +20,7 @@ NAME = "channel_fp8"
 METHODS = ("compressed-tensors", "modelopt", "modelopt_mixed", "fp8", "quark")
 
 
-def claim(name, info, tensors, where, config):
+def claim(name, info, tensors, shard_of, config):
     """Claims FP8 weights beside a float `weight_scale`, and the scale of activations where there is one; block_fp8 leaves the other spelling to it."""
     scale_name = next((scale for scale in (f"{name}_scale", f"{name}_scale_inv") if scale in tensors), None)
     scale = tensors.get(scale_name)
@@ -28,11 +28,11 @@ def claim(name, info, tensors, where, config):
         return None
     found = block_fp8.coarse(info.shape, scale.shape)
     if found is None:
-        raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}; for {name} of shape "
+        raise UserError(f"{shard_of[scale_name]}: scale {scale_name} has shape {list(scale.shape)}; for {name} of shape "
                         f"{list(info.shape)} one scale per channel is {[*info.shape[:-1], 1]} and one per tensor [1]; the scale "
                         "is of another checkpoint or of a dialect that is not read")
     if found == "channel" and declared(config).get("quant_method") == "fp8":
-        raise UserError(f"{where[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, one per channel, which config.json's "
+        raise UserError(f"{shard_of[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, one per channel, which config.json's "
                         "quant_method 'fp8' does not have; the scale or config.json is of another checkpoint")
     return Claim(NAME, scale_name, (1, info.shape[-1]), info.shape, static_scale(name, tensors), one_scale=found == "tensor")
 

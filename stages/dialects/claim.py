@@ -64,10 +64,10 @@ class Dialect(Protocol):
     METHODS: tuple[str, ...] | None  # each `quant_method` of config.json under which its weights occur; None: under any, and without one
 
     @staticmethod
-    def claim(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo], where: Mapping[str, str], config: dict) -> Claim | None:
+    def claim(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo], shard_of: Mapping[str, str], config: dict) -> Claim | None:
         """How a tensor is stored, if it is a weight of this dialect; its scales follow from the claim.
 
-        tensors: header entries of the whole checkpoint. where: tensor -> shard. UserError for a weight of this dialect that cannot be read.
+        tensors: header entries of the whole checkpoint. shard_of: tensor -> shard. UserError for a weight of this dialect that cannot be read.
         """
 
     @staticmethod

@@ -26,7 +26,7 @@ LAYOUTS = (  # suffix of the codes, their dtype, suffix of the scale
 )
 
 
-def claim(name, info, tensors, where, config):
+def claim(name, info, tensors, shard_of, config):
     """Claims packed weights beside E8M0 scales."""
     for suffix, dtype, scale_suffix in LAYOUTS:
         scale_name = name.removesuffix(suffix) + scale_suffix
@@ -38,8 +38,8 @@ def claim(name, info, tensors, where, config):
         matrix = (*info.shape[:2], columns) if blocks else (*info.shape[:-1], columns)
         expected = (*matrix[:-1], columns // 32)
         if rank not in (2, 3) or columns % 32 or (blocks and info.shape[-1] != 16) or tensors[scale_name].shape != expected:
-            raise UserError(f"{where[scale_name]}: scale {scale_name} is {tensors[scale_name].dtype} {list(tensors[scale_name].shape)}, but blocks of "
-                            f"32 inputs cut {name} {info.dtype} {list(info.shape)} into {list(expected)}; one of them is of another "
+            raise UserError(f"{shard_of[scale_name]}: scale {scale_name} is {tensors[scale_name].dtype} {list(tensors[scale_name].shape)}, but "
+                            f"blocks of 32 inputs cut {name} {info.dtype} {list(info.shape)} into {list(expected)}; one of them is of another "
                             "checkpoint")
         return Claim(NAME, scale_name, TILE, matrix, static_scale(name, tensors))
     return None

@@ -22,7 +22,7 @@ LAYOUTS = (  # suffix of the codes, of the tensor scale, of the activations' sca
 )
 
 
-def claim(name, info, tensors, where, config):
+def claim(name, info, tensors, shard_of, config):
     """Claims packed weights beside E4M3 block scales."""
     for suffix, whole_suffix, activations in LAYOUTS:
         stem = name.removesuffix(suffix)
@@ -33,16 +33,16 @@ def claim(name, info, tensors, where, config):
         counts = (1, info.shape[0]) if len(info.shape) == 3 else (1,)  # stacked experts may have one each
         if whole is None or whole.dtype != "F32" or math.prod(whole.shape) not in counts:
             found = "is missing" if whole is None else f"is {whole.dtype} {list(whole.shape)}"
-            raise UserError(f"{where[name]}: NVFP4 weight {name} needs its tensor scale, but {stem + whole_suffix} {found}, expected F32 of "
+            raise UserError(f"{shard_of[name]}: NVFP4 weight {name} needs its tensor scale, but {stem + whole_suffix} {found}, expected F32 of "
                             f"{' or '.join(map(str, counts))} elements; the checkpoint is incomplete, download it again")
         section = declared(config)
         if section.get("quant_method") == "fp8" and section.get("moe_quant_algo") != "NVFP4":
-            raise UserError(f"{where[name]}: {name} is NVFP4, but config.json declares quant_method 'fp8' without moe_quant_algo 'NVFP4'; this mix is not "
-                            "supported, get the checkpoint with its own config.json")
+            raise UserError(f"{shard_of[name]}: {name} is NVFP4, but config.json declares quant_method 'fp8' without moe_quant_algo 'NVFP4'; this mix "
+                            "is not supported, get the checkpoint with its own config.json")
         matrix = (*info.shape[:-1], 2 * info.shape[-1]) if info.shape else ()
         expected = (*matrix[:-1], matrix[-1] // 16) if matrix else ()
         if len(matrix) not in (2, 3) or matrix[-1] % 16 or scale.shape != expected:
-            raise UserError(f"{where[name]}: scale {stem}weight_scale is F8_E4M3 {list(scale.shape)}, but blocks of 16 inputs cut {name} "
+            raise UserError(f"{shard_of[name]}: scale {stem}weight_scale is F8_E4M3 {list(scale.shape)}, but blocks of 16 inputs cut {name} "
                             f"{list(info.shape)} into {list(expected)}; one of them is of another checkpoint")
         parts = {"tensor_scale": stem + whole_suffix}
         if stem + activations in tensors:

@@ -13,7 +13,7 @@ PASS_DTYPES = (*FLOATS, "F64", "BOOL", "I8", "I16", "I32", "I64")
 FUSED_EXPERTS = re.compile(r".*\.experts\.(gate_up|gate|up|down)_proj")
 
 
-def claim(name, info, tensors, where, config):
+def claim(name, info, tensors, shard_of, config):
     """Claims every tensor that stores its own values; matrices named as weights can be quantized."""
     if info.dtype not in PASS_DTYPES or (len(info.shape) > 1 and name.endswith("weight") and info.dtype not in (*FLOATS, "F64")):
         return None  # integers under a weight's name are codes, not values

@@ -19,7 +19,7 @@ ARCHITECTURES = ("Qwen3VLMoeForConditionalGeneration",)
 DIALECTS = (plain.NAME, block_fp8.NAME)  # of others nobody knows how codes and scales would lie
 
 
-def transposed(claims: Mapping[str, Claim], tensors: Mapping[str, TensorInfo], where: Mapping[str, str], config: dict) -> dict[str, Claim]:
+def transposed(claims: Mapping[str, Claim], tensors: Mapping[str, TensorInfo], shard_of: Mapping[str, str], config: dict) -> dict[str, Claim]:
     """Claims of the tensors that are stored transposed, as of the [experts, out, in] that they mean; UserError for what fits neither way."""
     known = any(name in ARCHITECTURES for name in config.get("architectures") or ())
     stacked = {name: claim for name, claim in claims.items() if known and ".experts." in name and claim.matrix and len(claim.matrix) == 3}
@@ -30,14 +30,14 @@ def transposed(claims: Mapping[str, Claim], tensors: Mapping[str, TensorInfo], w
                         for found in (turned, stacked))  # names that do not fit that way
     if published and saved:
         name = next((name for name in published if name in saved), published[0])
-        raise UserError(f"{where[name]}: {name} is {tensors[name].dtype} {list(tensors[name].shape)}; by config.json stacked experts are "
+        raise UserError(f"{shard_of[name]}: {name} is {tensors[name].dtype} {list(tensors[name].shape)}; by config.json stacked experts are "
                         f"{' and '.join(f'{key} {list(shape)}' for key, shape in shapes.items())}, or all of them transposed; one of them is of "
                         "another checkpoint, get it as its maker published it")
     if published:
         return {}
     for name, claim in stacked.items():
         if claim.dialect not in DIALECTS:
-            raise UserError(f"{where[name]}: {name} is {claim.dialect} and stored transposed, [experts, in, out], which is read of "
+            raise UserError(f"{shard_of[name]}: {name} is {claim.dialect} and stored transposed, [experts, in, out], which is read of "
                             f"{' and '.join(DIALECTS)} only; get the checkpoint in one of these")
     return turned
 

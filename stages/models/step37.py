@@ -41,7 +41,7 @@ def expanded_tensors(directory: Path, dtype: torch.dtype) -> Iterator[tuple[str,
     with Shards(directory) as opened:
         for path in shards:
             opened.open_shard(path)
-        claims = recognize(opened.tensors, opened.where, config)
+        claims = recognize(opened.tensors, opened.shard_of, config)
         places = Tensors(opened.reader)
 
         def value(name: str) -> torch.Tensor:

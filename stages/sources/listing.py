@@ -71,12 +71,12 @@ def check_source(settings: Settings, may_be_gone: bool = False) -> None:
 def read_headers(settings: Settings) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, SourceShard]]:
     """(tensor -> header entry, tensor -> shard, shard -> its entry in the census) over all shards, of which no two have a tensor of one name."""
     headers = read_json(settings.source_directory / "headers.json", "download --metadata")
-    tensors, where, files = {}, {}, {}
+    tensors, shard_of, files = {}, {}, {}
     for shard in sorted(headers):
         files[shard] = {"file_size": headers[shard]["file_size"]}
         for name, (dtype, shape, begin, end) in headers[shard]["tensors"].items():
-            tensors[name], where[name] = TensorInfo(dtype, tuple(shape), begin, end), shard
-    return tensors, where, files
+            tensors[name], shard_of[name] = TensorInfo(dtype, tuple(shape), begin, end), shard
+    return tensors, shard_of, files
 
 
 def read_config(settings: Settings) -> dict:
