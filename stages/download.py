@@ -43,12 +43,11 @@ def fetch_metadata(settings: Settings) -> None:
 def refuse(settings: Settings) -> None:
     """UserError where `fetch_metadata` of a local source would raise it; writes nothing."""
     source = settings.source
-    index_anomalies(Path(source.path), _read_headers(source, list_files(source)), source.path)
+    index_anomalies(Path(source.path), _read_headers(source, None, list_files(source, None)), source.path)
 
 
-def _read_headers(source: SourceSettings, files: list[SourceFile]) -> dict[str, Header]:
+def _read_headers(source: SourceSettings, hub: Hub | None, files: list[SourceFile]) -> dict[str, Header]:
     """Shard -> header; UserError for a damaged one, or where two shards have a tensor of one name."""
-    hub = Hub(source) if source.repository else None
     headers: dict[str, Header] = {}
     shard_of: dict[str, str] = {}
     for file in files:
@@ -65,8 +64,8 @@ def _read_headers(source: SourceSettings, files: list[SourceFile]) -> dict[str, 
 
 def _fetch_metadata(settings: Settings) -> None:
     source, directory = settings.source, settings.source_directory
-    files = list_files(source)
     hub = Hub(source) if source.repository else None
+    files = list_files(source, hub)
     place = source.repository or str(source.path)
     auxiliary = directory / "auxiliary"
     building = directory / "auxiliary.part"
@@ -81,7 +80,7 @@ def _fetch_metadata(settings: Settings) -> None:
                     with atomic_write(building / file.name) as output, open(Path(source.path) / file.name, "rb") as original:
                         shutil.copyfileobj(original, output, CHUNK)
         hashes = {file.name: sha256_file(building / file.name) for file in files if (building / file.name).is_file()}
-        headers = _read_headers(source, files)
+        headers = _read_headers(source, hub, files)
         anomalies = index_anomalies(building, headers, place)
         shutil.rmtree(auxiliary, ignore_errors=True)
         os.replace(building, auxiliary)

@@ -18,13 +18,13 @@ from stages.sources.local import list_directory
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 
 
-def list_files(source: SourceSettings) -> list[SourceFile]:
-    """Every file of the checkpoint, with kinds, sizes in bytes and, from a hub, sha256 of the large ones.
+def list_files(source: SourceSettings, hub: Hub | None) -> list[SourceFile]:
+    """Every file of the checkpoint, with kinds, sizes in bytes and, from a hub, sha256 of the large ones. hub: the source's; None for a local one.
 
     UserError when there is no shard or no config.json, a name or link leaves the checkpoint, the hub refuses, or the
     shards are not those that source.shards pins.
     """
-    files = Hub(source).list_files() if source.repository else list_directory(source)
+    files = hub.list_files() if hub else list_directory(source)
     place = source.repository or f"source.path={source.path}"
     kinds = {file.kind for file in files}
     if "shard" not in kinds:
