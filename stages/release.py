@@ -58,24 +58,28 @@ def manifest_of(settings: Settings, plan: Plan, receipts: dict[str, Receipt], fi
             "files": dict(sorted(files.items())), "tensors": dict(sorted(tensors.items()))}
 
 
-def manifest_sha256(settings: Settings) -> str:
+def measured_release(settings: Settings) -> str:
     """sha256 of the release's manifest.json, which names what a result was measured on.
 
     UserError where a file of the release is no longer the one that the manifest lists. A shard that is still a hard link to that in shards/ is
-    trusted; any other (somebody replaced it, or DVC brought it back from its cache) is read and hashed.
+    trusted; any other (somebody replaced it, or DVC brought it back from its cache) is read and hashed, and then linked, so that the next stage
+    need not read it.
     """
     release = settings.run_directory / "release"
-    for name, entry in _listed(release).items():
+    files = _listed_files(release)
+    for name, entry in files.items():
         path = release / name
         same = path.is_file() and path.stat().st_size == entry.get("bytes")
         if not same or not (_is_linked(settings, name) or sha256_file(path) == entry.get("sha256")):
             raise UserError(f"{path}: {'is not the file that manifest.json lists' if path.exists() else 'is missing'}; remove {release} and run "
                             "again (assemble_release, then what is behind it)")
-    return sha256_file(release / "manifest.json")
+    digest = sha256_file(release / "manifest.json")
+    _link_shards_again(settings, files)
+    return digest
 
 
-def _listed(release: Path) -> dict[str, dict]:
-    """The files of a release as its manifest.json lists them."""
+def _listed_files(release: Path) -> dict[str, dict]:
+    """The files of a release as its manifest.json lists them: name -> {"bytes", "sha256"}."""
     files = read_json(release / "manifest.json", "assemble_release").get("files")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise UserError(f"{release / 'manifest.json'} is damaged (it lists no files): remove {release} and run again")
@@ -88,14 +92,15 @@ def _is_linked(settings: Settings, name: str) -> bool:
     return made.exists() and made.samefile(settings.run_directory / "release" / name)
 
 
-def link_shards_again(settings: Settings) -> None:
-    """Makes shards/ hard links to the write-protected files of its cache that DVC has put into the release for bytes that it had already: they would be
-    on the disk twice, and every stage would read them to see that they are the same. Only after `manifest_sha256` has done so.
+def _link_shards_again(settings: Settings, files: dict[str, dict]) -> None:
+    """Makes shards in shards/ hard links to the release's files again, where DVC has put files of its cache with the same bytes into the release: those
+    bytes would be on the disk twice, and every stage would read them to see that they are the same.
 
-    A shard keeps the time of its last change, by which Snakemake goes. Nothing is done where the receipt is of other bytes, or the system refuses.
+    files: what the manifest lists, already compared with what is there. DVC's files are told by their write protection. A shard keeps the time of its last change, by which Snakemake goes. Nothing is done where the
+    receipt is of other bytes, or the system refuses.
     """
     release = settings.run_directory / "release"
-    for name, entry in _listed(release).items():
+    for name, entry in files.items():
         path, made = release / name, settings.run_directory / "shards" / name
         if made.suffix != ".safetensors" or not made.exists() or _is_linked(settings, name) or path.stat().st_mode & 0o222:
             continue
@@ -107,10 +112,3 @@ def link_shards_again(settings: Settings) -> None:
                 os.link(path, linked)
                 os.utime(linked, ns=(status.st_atime_ns, status.st_mtime_ns))
                 os.replace(linked, made)
-
-
-def measured_release(settings: Settings) -> str:
-    """`manifest_sha256` for a stage that measures the release; the next one finds its shards linked, and need not read them."""
-    digest = manifest_sha256(settings)
-    link_shards_again(settings)
-    return digest
