@@ -192,7 +192,7 @@ def _not_ready(server: Server, client: httpx.Client) -> str | None:
             what = f"nothing answers there ({what}); start the server or fix the address"
         raise UserError(f"serving.url, {server.base_url}: {what}") from None
     except httpx.InvalidURL as error:
-        raise UserError(f"serving.url, {server.base_url}: {error}; mend the address") from None
+        raise UserError(f"serving.url, {server.base_url}: {error}; correct the address in serving.url") from None
     if answer.status_code == 200:
         return None
     if not ours and answer.status_code in LOADING:

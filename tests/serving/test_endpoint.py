@@ -187,7 +187,7 @@ def test_a_model_that_an_endpoint_does_not_offer_is_named_with_those_that_it_doe
 
 @pytest.mark.parametrize(("url", "words"), [
     ("http://127.0.0.1:1", r"nothing answers there \(ConnectError .*refused\); start the server or fix the address"),
-    ("http://127.0.0.1:x9", "Invalid port: 'x9'; mend the address"),
+    ("http://127.0.0.1:x9", "Invalid port: 'x9'; correct the address in serving.url"),
 ])
 def test_an_address_without_a_server_says_what_went_wrong(tmp_path, url, words):
     with pytest.raises(UserError, match=words):
