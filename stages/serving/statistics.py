@@ -23,6 +23,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 from stages.serving.load import Events
@@ -98,78 +99,101 @@ def drafting(before: dict, after: dict) -> dict | None:
             "faults": faults}
 
 
-def figures(events: Events, *, streams: int, output_tokens: int, goodput_limits: dict | None = None) -> dict:
-    """All figures of one concurrency level; see the module docstring for their definitions."""
-    chunks: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    sent, ended, first_of = {}, {}, {}
-    for kind, seconds, stream, request, number in events.rows:
-        if kind == "send":
-            sent[request] = seconds
-            first_of.setdefault(stream, request)
-        elif kind == "tokens":
-            chunks[request].append((seconds, number))
-        elif kind == "end":
-            ended[request] = seconds
-    arrivals = sorted((seconds, count - before) for rows in chunks.values()
-                      for (seconds, count), before in zip(rows, [0, *(c for _, c in rows)]))
-    samples, firsts = [row for row in events.rows if row[0] == "sample"], set(first_of.values())
+class Timeline:
+    """A run's events, by what they are. Times are seconds since its start."""
 
-    def count(begin: float, end: float) -> int:
-        return sum(tokens for seconds, tokens in arrivals if begin <= seconds < end)
+    def __init__(self, events: Events):
+        self.sent: dict[int, float] = {}  # request -> time
+        self.ended: dict[int, float] = {}
+        self.chunks: dict[int, list[tuple[float, int]]] = defaultdict(list)  # request -> (time, its tokens so far) of each chunk
+        self.samples: list[tuple[float, int, int]] = []  # (time, requests running, requests waiting)
+        first_of: dict[int, int] = {}
+        for kind, seconds, stream, request, number in events.rows:
+            if kind == "send":
+                self.sent[request] = seconds
+                first_of.setdefault(stream, request)
+            elif kind == "tokens":
+                self.chunks[request].append((seconds, number))
+            elif kind == "end":
+                self.ended[request] = seconds
+            elif kind == "sample":
+                self.samples.append((seconds, stream, request))
+        self.firsts = set(first_of.values())  # each stream's first request
+        self.arrivals = sorted((seconds, count - before) for rows in self.chunks.values()
+                               for (seconds, count), before in zip(rows, [0, *(count for _, count in rows)]))  # (time, tokens) of each chunk
 
-    def ended_in(begin: float, end: float) -> list[int]:
-        return [request for request, at in ended.items() if begin <= at < end]
+    def tokens(self, begin: float, end: float) -> int:
+        """Completion tokens that arrived in [begin, end)."""
+        return sum(tokens for seconds, tokens in self.arrivals if begin <= seconds < end)
 
-    windows, drafts = [], []
-    for index, (begin, end) in enumerate(events.windows):
-        seconds, middle, tokens = end - begin, (begin + end) / 2, count(begin, end)
+    def ended_in(self, begin: float, end: float) -> list[int]:
+        """Requests that ended in [begin, end)."""
+        return [request for request, seconds in self.ended.items() if begin <= seconds < end]
+
+    def latencies(self, request: int) -> dict[str, float]:
+        """TTFT, end to end and, where tokens came after the first chunk, TPOT of a request, in seconds."""
+        sent, (first, first_tokens), (last, tokens) = self.sent[request], self.chunks[request][0], self.chunks[request][-1]
+        found = {"ttft": first - sent, "end_to_end": last - sent}
+        return found | ({"tpot": (last - first) / (tokens - first_tokens)} if tokens > first_tokens else {})
+
+    def inter_token_latencies(self, request: int) -> list[float]:
+        """ITL between each two chunks of a request, in seconds."""
+        return [later - earlier for (earlier, _), (later, _) in pairwise(self.chunks[request])]
+
+
+def _window(timeline: Timeline, begin: float, end: float) -> dict:
+    """What the client counted in a window."""
+    middle, tokens = (begin + end) / 2, timeline.tokens(begin, end)
+    return {"begin": begin, "end": end, "tokens": tokens, "tokens_per_second": tokens / (end - begin),
+            "requests": sum(request not in timeline.firsts for request in timeline.ended_in(begin, end)),
+            "halves_tokens_per_second": [timeline.tokens(begin, middle) / (middle - begin), timeline.tokens(middle, end) / (end - middle)]}
+
+
+def _by_server(timeline: Timeline, window: dict, before: dict, after: dict, streams: int) -> dict:
+    """What the server's counters say of a window, from the scrapes at its edges, and how far the client's count may be from theirs."""
+    begin, end = window["begin"], window["end"]
+    counted = after["generation_tokens"] - before["generation_tokens"]
+    largest = max((tokens for seconds, tokens in timeline.arrivals if begin <= seconds < end), default=0)
+    inside = [(running, waiting) for seconds, running, waiting in timeline.samples if begin <= seconds <= end]
+    found = {"server_tokens": counted, "client_over_server": window["tokens"] / counted if counted else None,
+             "edge_tokens": 2 * streams * largest + window["tokens_per_second"] * (before["took"] + after["took"]) / 2,
+             "samples": len(inside), "running": [running for running, _ in inside], "waiting": [waiting for _, waiting in inside],
+             "saturated": all(waiting == 0 for _, waiting in inside) and statistics.median(running for running, _ in inside) == streams}
+    drafted = drafting(before, after)
+    return found | ({"drafting": drafted} if drafted else {})
+
+
+def _mean_drafting(windows: list[dict]) -> dict:
+    """Acceptance over all windows, from the `drafting` of each."""
+    accepted, drafted, drafts = (sum(row[key] for row in windows) for key in ("accepted_tokens", "draft_tokens", "drafts"))
+    return {"acceptance_rate": accepted / drafted, "mean_acceptance_length": 1 + accepted / drafts,
+            "acceptance_by_position": [sum(row["acceptance_by_position"][place] * row["drafts"] for row in windows) / drafts
+                                       for place in range(len(windows[0]["acceptance_by_position"]))]}
+
+
+def figures(events: Events, *, streams: int, output_tokens: int, goodput_limits: dict[str, float] | None = None) -> dict:
+    """All figures of one concurrency level; see the module docstring for their definitions. goodput_limits: latency -> milliseconds at most."""
+    timeline = Timeline(events)
+    windows = [_window(timeline, begin, end) for begin, end in events.windows]
+    for index, window in enumerate(windows):
         before, after = (events.scrapes + [{}, {}])[2 * index:2 * index + 2]
-        row = {"begin": begin, "end": end, "tokens": tokens, "tokens_per_second": tokens / seconds,
-               "requests": sum(request not in firsts for request in ended_in(begin, end)),
-               "halves_tokens_per_second": [count(begin, middle) / (middle - begin), count(middle, end) / (end - middle)]}
         if before and after:
-            server = after["generation_tokens"] - before["generation_tokens"]
-            rate = tokens / seconds
-            largest = max((size for at, size in arrivals if begin <= at < end), default=0)
-            inside = [sample for sample in samples if begin <= sample[1] <= end]
-            row |= {"server_tokens": server, "client_over_server": tokens / server if server else None,
-                    "edge_tokens": 2 * streams * largest + rate * (before["took"] + after["took"]) / 2,
-                    "samples": len(inside), "running": [sample[2] for sample in inside],
-                    "waiting": [sample[3] for sample in inside],
-                    "saturated": all(sample[3] == 0 for sample in inside)
-                    and statistics.median(sample[2] for sample in inside) == streams}
-            if found := drafting(before, after):
-                drafts.append(found)
-                row["drafting"] = found
-        windows.append(row)
-    all_inside = [request for begin, end in events.windows for request in ended_in(begin, end)]
-    inside = [request for request in all_inside if request not in firsts]
-    latencies = {"ttft": [], "itl": [], "tpot": [], "end_to_end": []}
-    good = 0
-    for request in inside:
-        rows = chunks[request]
-        first, last = rows[0], rows[-1]
-        values = {"ttft": first[0] - sent[request], "end_to_end": last[0] - sent[request]}
-        if last[1] > first[1]:
-            values["tpot"] = (last[0] - first[0]) / (last[1] - first[1])
-        for name, value in values.items():
-            latencies[name].append(value)
-        latencies["itl"] += [b[0] - a[0] for a, b in zip(rows, rows[1:])]
-        good += all(1000 * values.get(name, 0.0) <= limit for name, limit in (goodput_limits or {}).items())
-    total_seconds = sum(end - begin for begin, end in events.windows)
+            window |= _by_server(timeline, window, before, after, streams)
+    ended = [request for begin, end in events.windows for request in timeline.ended_in(begin, end)]
+    requests = [request for request in ended if request not in timeline.firsts]
+    by_request = [timeline.latencies(request) for request in requests]
+    latencies = {name: [found[name] for found in by_request if name in found] for name in ("ttft", "itl", "tpot", "end_to_end")}
+    latencies["itl"] = [seconds for request in requests for seconds in timeline.inter_token_latencies(request)]
     result = {"streams": streams, "output_tokens": output_tokens, "windows": windows,
-              "tokens_per_second": mean_and_interval([row["tokens_per_second"] for row in windows]),
-              "requests": len(inside), "first_requests_left_out": len(all_inside) - len(inside),
+              "tokens_per_second": mean_and_interval([window["tokens_per_second"] for window in windows]),
+              "requests": len(requests), "first_requests_left_out": len(ended) - len(requests),
               "latency": {name: summary(values) for name, values in latencies.items()}}
     if goodput_limits:
-        result["goodput"] = {"limits_ms": goodput_limits, "requests_per_second": good / total_seconds,
-                             "share": good / len(inside) if inside else None}
-    if drafts:
-        accepted, drafted, number = (sum(row[key] for row in drafts) for key in ("accepted_tokens", "draft_tokens", "drafts"))
-        result["drafting"] = {
-            "acceptance_rate": accepted / drafted, "mean_acceptance_length": 1 + accepted / number,
-            "acceptance_by_position": [sum(row["acceptance_by_position"][place] * row["drafts"] for row in drafts) / number
-                                       for place in range(len(drafts[0]["acceptance_by_position"]))]}
+        good = sum(all(1000 * found.get(name, 0.0) <= limit for name, limit in goodput_limits.items()) for found in by_request)
+        result["goodput"] = {"limits_ms": goodput_limits, "requests_per_second": good / sum(end - begin for begin, end in events.windows),
+                             "share": good / len(requests) if requests else None}
+    if drafts := [window["drafting"] for window in windows if "drafting" in window]:
+        result["drafting"] = _mean_drafting(drafts)
     result["warnings"] = warnings(result)
     return result
 
