@@ -84,7 +84,8 @@ def _spans(source: Source, match: Match, quick: bool) -> list[tuple[int, int]]:
 
 
 def _sums(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match, begin: int, end: int) -> tuple[float, float]:
-    """(signal, error) of a span of rows; NonFiniteError for what is no number in the release, UserError for that in the source."""
+    """(signal, error), sums of squares over a span of rows; NonFiniteError for NaN or an unusable scale in the release, UserError for one in the
+    source."""
     _, pair, expert, name, index, rows = match
     claim, panel = source.claims[name], range(*rows)[begin:end]
     height = claim.tile[0] if claim.tile else 1
@@ -133,7 +134,7 @@ def compare_decoded(checkpoint: Checkpoint, source: Source, name: str, origin: s
 
 @contextmanager
 def _blaming(source: Source, name: str) -> Iterator[None]:
-    """What turns out to be no number within the block is the source's fault, and nothing can be said of the release."""
+    """Turns a NonFiniteError within the block into a UserError: the source is damaged, so that nothing can be said of the release."""
     try:
         yield
     except NonFiniteError as fault:

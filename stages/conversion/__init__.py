@@ -1,1 +1,1 @@
-"""What converting a shard is made of: progress, numbers that are refused, where tensors lie, and the quantizer."""
+"""What converting a shard is made of: progress, numbers that are refused, readers of tensors, and the quantizer."""

@@ -1,14 +1,13 @@
-"""Numbers that no weight can be made of, and sizes that no network has."""
+"""Which numbers and magnitudes of weights are refused: NaN, infinity, unusable scales, and weights far larger or smaller than any network's."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import numpy as np
 
 from kernels.arrays import first_index, to_float32
 from stages.checkpoint.reader import as_array
 from stages.errors import UserError
+from stages.records import PlannedTensor
 
 USUAL_SIZES = (1e-9, 1e4)  # root mean square of a network's weights; outside of it a scale was misunderstood
 DAMAGED = "the source is damaged, get that shard again"
@@ -16,10 +15,11 @@ UNUSABLE = f"no number that a weight can be made of; {DAMAGED}"
 EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}  # all bits of it set: NaN or infinite
 
 
-def check_numbers(name: str, entry: Mapping, chunk: memoryview, begin: int) -> None:
-    """UserError at the first number of a tensor that passes through and that means none; `chunk` begins at its byte `begin`.
+def check_numbers(name: str, entry: PlannedTensor, chunk: memoryview, begin: int) -> None:
+    """UserError at the first NaN or infinity in a piece of a tensor that passes through, and at the first float scale that is not positive.
 
-    Looked at are FP8 weights and scales that stay as they are, and unquantized weights.
+    FP8 weights that are kept, their scales and unquantized weights are checked, other tensors are not. entry: the tensor's, in plan.json.
+    chunk: bytes of the tensor from byte `begin` on.
     """
     dtype = entry["dtype"]
     if entry["decision"] != "keep" and not (dtype in EXPONENTS and name.endswith("weight")):

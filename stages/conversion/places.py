@@ -1,4 +1,4 @@
-"""Where the tensors lie that a shard's weights need: in the shard itself, or a scale in another one."""
+"""Reads the tensors that converting a shard needs: its own, and scales that lie in other shards."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def lent_by(plan: Plan, shard: str) -> list[str]:
 
 
 class Places:
-    """Where the tensors lie that a shard's weights need: in the shard itself, or a scale in another one.
+    """Tensor name -> reader of it: the shard's own reader, or a scale of another shard, in memory.
 
     A tensor of another shard is read whole, from the local source or by a range request to the hub at the pinned revision,
     into memory; KEPT_BYTES of them are kept, because panels and experts ask for the same. Where headers.json does not fit what comes,

@@ -54,9 +54,9 @@ def recognize(tensors: Mapping[str, TensorInfo], shard_of: Mapping[str, str], co
             raise UserError(f"{shard_of[name]}: {name} {info.dtype} {list(info.shape)} says that weights here are not what their tensors "
                             "hold (GPTQ, AWQ, bitsandbytes, rotations, adapters), which is not read; get the unquantized checkpoint")
         if claimed is None:
-            raise UserError(f"{shard_of[name]}: {_unknown(name, info, tensors)}")
+            raise UserError(f"{shard_of[name]}: {_unread_message(name, info, tensors)}")
         if claimed.dialect == plain.NAME and SCALE.fullmatch(name):
-            raise UserError(f"{shard_of[name]}: {_lone(name, info, tensors)}")
+            raise UserError(f"{shard_of[name]}: {_unpaired_message(name, info, tensors)}")
     if declared(config).get("quant_method") == "fp8" and not any("fp8" in (by_name(claimed.dialect).METHODS or ()) for claimed in claims.values()):
         raise UserError("config.json declares quant_method 'fp8', but no shard holds an FP8 tensor; shards are missing "
                         "or config.json is of another checkpoint")
@@ -79,37 +79,37 @@ def _check_section(section: Mapping, found: set[str]) -> None:
                         "checkpoint without it")
 
 
-def _unknown(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:
-    """Why a tensor that no dialect claims cannot be read."""
+def _unread_message(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:
+    """What to say of a tensor that no dialect claims."""
     if SCALE.fullmatch(name) or info.dtype == "F8_E8M0":
-        return _lone(name, info, tensors)
+        return _unpaired_message(name, info, tensors)
     if info.dtype == "F8_E4M3":
         if found := next((scale for scale in block_fp8.scale_of(name) if scale in tensors), None):
-            return _apart(name, found, tensors)
+            return _unread_pair_message(name, found, tensors)
         return (f"FP8 tensor {name} has no scale {name}_scale_inv in any shard; without it its values are unknown, get the complete "
                 "checkpoint")
     return (f"tensor {name} has dtype {info.dtype} and shape {list(info.shape)}, which no dialect here reads "
             f"({', '.join(_BY_NAME)}); it would be converted wrongly")
 
 
-def _lone(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:
-    """Why a scale or a packed weight that belongs to nothing cannot be read."""
+def _unpaired_message(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:
+    """What to say of a scale or a packed weight without its counterpart."""
     weight = re.sub(r"(_scale_inv|_scale_2|_global_scale|_scale|_scales|_zero_point|_shape|_packed|_blocks|_g_idx)$", "", name)
     weight = re.sub(r"(?<=\.)(input|output|bias|act|activation)$", "weight", weight)
     if name.endswith(("_packed", "_blocks")):
         scale = re.sub("packed$", "scale", re.sub("blocks$", "scales", name))
         if scale in tensors:
-            return _apart(name, scale, tensors)
+            return _unread_pair_message(name, scale, tensors)
         return f"packed weight {name} has no scale in any shard; the checkpoint is incomplete, download it again"
     found = next((other for other in (weight, f"{weight}_packed", f"{weight}_blocks", re.sub(r"scale$", "weight", name))
                   if other in tensors and other != name), None)
     if found is None:
         return f"scale {name} has no weight {weight} in any shard; the checkpoint is incomplete, download it again"
-    return _apart(found, name, tensors)
+    return _unread_pair_message(found, name, tensors)
 
 
-def _apart(weight: str, scale: str, tensors: Mapping[str, TensorInfo]) -> str:
-    """That a weight and its scale are both there, but in no form that is read."""
+def _unread_pair_message(weight: str, scale: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """What to say of a weight and its scale that are both there, but with dtypes or shapes that no dialect reads."""
     shown = (f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}" for name in (weight, scale))
     return f"{' and '.join(shown)}, which together no dialect here reads ({', '.join(_BY_NAME)}); get the checkpoint in BF16 or FP8"
 

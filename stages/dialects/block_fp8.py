@@ -67,8 +67,9 @@ def scale_of(name: str) -> list[str]:
     return [f"{name}_scale_inv", f"{name}_scale", *([f"{name.removesuffix('weight')}scale"] if name.endswith(".weight") else [])]
 
 
-def coarse(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> str | None:
-    """`channel` or `tensor` where a scale of that shape is one of each row of a weight, or of all of it; None where it is neither."""
+def granularity(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> str | None:
+    """`channel` where a scale of that shape has one number per output channel (row) of the weight, `tensor` where it has one for the whole weight;
+    None where it is neither."""
     if len(shape) < 2:
         return None
     if scale_shape == (*shape[:-1], 1):
@@ -79,7 +80,7 @@ def coarse(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> str | None:
 
 
 def is_microscaled(shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> bool:
-    """Whether a scale of that shape is one for each 32 inputs, as MXFP8 has it."""
+    """Whether a scale of that shape has one number per 32 inputs, as MXFP8's."""
     return len(shape) > 1 and scale_shape == (*shape[:-1], -(-shape[-1] // MICROSCALED[1]))
 
 
@@ -93,36 +94,36 @@ def claim(name, info, tensors, shard_of, config):
     if len(found) > 1:
         raise UserError(f"{shard_of[name]}: {name} has two scales, {' and '.join(found)}; remove the one that is not its own")
     scale_name = found[0]
-    scale, said = tensors[scale_name], declared_tile(config)
-    tile = said or DEFAULT_TILE
+    scale, config_tile = tensors[scale_name], declared_tile(config)
+    tile = config_tile or DEFAULT_TILE
     expected = (*info.shape[:-2], *(-(-size // edge) for size, edge in zip(info.shape[-2:], tile)))
     fits = len(info.shape) > 1 and scale.shape == expected
-    if scale_name.endswith("weight_scale") and said is None:
+    if scale_name.endswith("weight_scale") and config_tile is None:
         return None  # scales per channel or tensor, or MXFP8
-    if scale.dtype == "U8" and (not fits or said in (None, MICROSCALED)):
+    if scale.dtype == "U8" and (not fits or config_tile in (None, MICROSCALED)):
         return None  # MXFP8; E8M0 of declared tiles otherwise
     if scale.dtype not in SCALE_DTYPES:
         raise UserError(f"{shard_of[scale_name]}: scale {scale_name} has dtype {scale.dtype}, expected one of "
                         f"{', '.join(SCALE_DTYPES)}; this is another dialect than block FP8 and is not read yet")
     if scale.dtype == "F8_E8M0" and is_microscaled(info.shape, scale.shape) and (not fits or declared(config).get("quant_method") not in METHODS):
         return None
-    if merged := _split_again(name, tensors, config, tile):
+    if merged := _merged_tiles(name, tensors, config, tile):
         return Claim(NAME, scale_name, merged[0], info.shape, static_scale(name, tensors), scales=merged[1])
     if not fits:
-        kind = coarse(info.shape, scale.shape)
-        if kind and (scale_name.endswith("weight_scale") or (kind == "tensor" and said is None)):
+        kind = granularity(info.shape, scale.shape)
+        if kind and (scale_name.endswith("weight_scale") or (kind == "tensor" and config_tile is None)):
             return None  # another group of the same checkpoint, per channel or tensor
-        source = "by config.json" if said else "the usual ones, config.json declares none"
+        source = "by config.json" if config_tile else "the usual ones, config.json declares none"
         raise UserError(f"{shard_of[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, but tiles of "
                         f"{list(tile)} ({source}) cut {name} of shape {list(info.shape)} into {list(expected)}; the "
                         "scale or config.json is of another checkpoint")
     return Claim(NAME, scale_name, tile, info.shape, static_scale(name, tensors))
 
 
-def _split_again(name, tensors, config, tile) -> tuple[tuple[int, int], tuple[tuple[str, int], ...]] | None:
-    """(tile, place of the scales of each row of tiles) of k or v that was quantized merged, where its own tiles would be others; None elsewhere.
+def _merged_tiles(name, tensors, config, tile) -> tuple[tuple[int, int], tuple[tuple[str, int], ...]] | None:
+    """(tile, (tensor, row) of the scales of each row of tiles) of k or v quantized merged and split within a tile; None for other weights.
 
-    The tile is cut so that none has rows of both.
+    The tile's height is reduced so that no tile has rows of both k and v.
     """
     found = re.fullmatch(r"(.*\.)([kv])_proj\.weight", name)
     if found is None or MERGED not in (config.get("architectures") or []):

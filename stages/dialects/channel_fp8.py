@@ -26,7 +26,7 @@ def claim(name, info, tensors, shard_of, config):
     scale = tensors.get(scale_name)
     if info.dtype != "F8_E4M3" or scale is None or scale.dtype not in FLOATS:
         return None
-    found = block_fp8.coarse(info.shape, scale.shape)
+    found = block_fp8.granularity(info.shape, scale.shape)
     if found is None:
         raise UserError(f"{shard_of[scale_name]}: scale {scale_name} has shape {list(scale.shape)}; for {name} of shape "
                         f"{list(info.shape)} one scale per channel is {[*info.shape[:-1], 1]} and one per tensor [1]; the scale "

@@ -17,8 +17,8 @@ SLAB_WEIGHTS = 128 << 10  # of a tensor that is stored transposed: read at once,
 
 
 class Tensors:
-    """Stored tensors by name, wherever each of them lies: `place(name)` gives a ShardReader, or what has its methods `info`, `array`
-    and `matrix_array`."""
+    """Stored tensors by name, in whichever shard: `place(name)` gives its ShardReader, or an object with that one's methods `info`, `array` and
+    `matrix_array`."""
 
     def __init__(self, place: Callable[[str], object]):
         self._place = place
@@ -46,7 +46,7 @@ def stored_rows(tensors: Tensors, name: str, claim: Claim, expert: int | None, b
 
     Float rows are the values themselves. FP8 codes come with the scales of their tiles, so that kernels can decode them as
     they go; `begin` then lies on a tile's edge. With `buffer` the rows may lie in it until it is used again.
-    Raises kernels.errors.NonFiniteError, whose index counts from `begin`, for what is no number.
+    Raises kernels.errors.NonFiniteError, whose index counts from `begin`, for NaN, infinity or an unusable scale.
     """
     read = _transposed_rows if claim.transposed else by_name(claim.dialect).rows
     return read(tensors, name, claim, expert, begin, end, buffer)

@@ -35,7 +35,7 @@ class Scheme(Protocol):
     def quantize(weight: np.ndarray, tile_scale: np.ndarray | None, tile: tuple[int, int], rule: str, backend: str,
                  memory: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, list[float]]:
         """Rows in float [rows, in], or FP8 codes and float32 scales of their tiles, in the form of kernels/arrays.py -> (codes, scale, sums of
-        squares of signal, error and what was decoded). kernels.errors.NonFiniteError for what is no number.
+        squares of signal, error and what was decoded). kernels.errors.NonFiniteError for NaN, infinity or an unusable scale.
 
         In `memory`, flat uint8 and large enough, the codes may lie until it is used again. A scheme with one exponent rule ignores `rule`.
         """
