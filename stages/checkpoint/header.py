@@ -13,13 +13,15 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from stages.errors import UserError
 
-# bytes per element, listed as the format's own writer ranks dtypes: it lays tensors out from the last row to the first
 FLOATS = ("F32", "BF16", "F16")  # of weights that are not quantized, and of scales
+# bytes per element, listed as the format's own writer ranks dtypes: it lays tensors out from the last to the first
 DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
                "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8}
 DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BYTES)}
@@ -72,7 +74,8 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
-    """Length of the JSON from a file's first bytes (at least 8 of them where the file has so many)."""
+    """Length in bytes of the JSON, from a file's first bytes (at least 8 of them where the file has so many); UserError that begins with `where` for
+    what is no safetensors file, or not all of one."""
     if prefix.startswith(LFS_POINTER):
         raise UserError(f"{where}: is a Git LFS pointer, not the data; run git lfs pull or download the file itself")
     if file_size < 8 or len(prefix) < 8:
@@ -93,7 +96,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     Raises UserError, one line that begins with `where`, for anything irregular: the JSON comes from a stranger, and what is
     accepted here is later used as offsets, file names and report text without another look.
     """
-    def fail(what: str, remedy: str = "the file is damaged, download it again"):
+    def fail(what: str, remedy: str = "the file is damaged, download it again") -> NoReturn:
         raise UserError(f"{where}: {what}; {remedy}")
 
     try:
@@ -107,36 +110,44 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
                                      and all(isinstance(text, str) and _storable(text)
                                              for item in metadata.items() for text in item)):
         fail("__metadata__ holds something else than strings")
-    tensors: dict[str, TensorInfo] = {}
-    for name, entry in table.items():
-        if "\0" in name or not _storable(name):
-            fail(f"tensor name {name[:80]!r} holds a NUL or half a surrogate pair")
-        shown = name[:200] if name[:200].isprintable() else repr(name[:200])  # a message stays one readable line
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            fail(f"the entry of tensor {shown} has not exactly dtype, shape and data_offsets")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-            fail(f"tensor {shown} has dtype {str(dtype)[:40]!r}, which is not known", f"known are {', '.join(DTYPE_BYTES)}")
-        whole = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
-        if (len(whole) == 1 or len(offsets) != 2 or len(shape) > MAXIMUM_RANK
-                or not all(type(number) is int and 0 <= number < 2**63 for number in whole)):
-            fail(f"tensor {shown} has shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}")
-        begin, end = offsets
-        if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-            fail(f"tensor {shown} takes {end - begin} bytes, but {dtype} {shape} needs "
-                 f"{math.prod(shape) * DTYPE_BYTES[dtype]}")
-        tensors[name] = TensorInfo(dtype, tuple(shape), begin, end)
+    header = Header({name: _checked_entry(name, entry, fail) for name, entry in table.items()}, metadata, 8 + len(raw), file_size)
+    _check_layout(header, fail)
+    return header
+
+
+def _checked_entry(name: str, entry: object, fail: Callable[..., NoReturn]) -> TensorInfo:
+    """A tensor's entry of the JSON; calls `fail` where its name, dtype, shape or offsets are not what the format allows."""
+    if "\0" in name or not _storable(name):
+        fail(f"tensor name {name[:80]!r} holds a NUL or half a surrogate pair")
+    shown = name[:200] if name[:200].isprintable() else repr(name[:200])  # a message stays one readable line
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        fail(f"the entry of tensor {shown} has not exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        fail(f"tensor {shown} has dtype {str(dtype)[:40]!r}, which is not known", f"known are {', '.join(DTYPE_BYTES)}")
+    whole = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
+    if (len(whole) == 1 or len(offsets) != 2 or len(shape) > MAXIMUM_RANK
+            or not all(type(number) is int and 0 <= number < 2**63 for number in whole)):
+        fail(f"tensor {shown} has shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}")
+    begin, end = offsets
+    needed = math.prod(shape) * DTYPE_BYTES[dtype]
+    if end - begin != needed:
+        fail(f"tensor {shown} takes {end - begin} bytes, but {dtype} {shape} needs {needed}")
+    return TensorInfo(dtype, tuple(shape), begin, end)
+
+
+def _check_layout(header: Header, fail: Callable[..., NoReturn]) -> None:
+    """Calls `fail` unless the tensors fill the data section one behind the other, without holes or overlaps, to the end of the file."""
     position = 0
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+    for name, info in sorted(header.tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
             kind = "overlaps the tensor before it" if info.begin < position else "leaves a hole before it"
             fail(f"tensor {name[:200]!r} begins at {info.begin} and {kind}, which ends at {position}")
         position = info.end
-    data_start = 8 + len(raw)
-    if data_start + position != file_size:
-        what = "is truncated" if file_size < data_start + position else "has bytes after the last tensor"
-        fail(f"{what}: {file_size} bytes, its header describes {data_start + position}")
-    return Header(tensors, metadata, data_start, file_size)
+    described = header.data_start + position
+    if described != header.file_size:
+        what = "is truncated" if header.file_size < described else "has bytes after the last tensor"
+        fail(f"{what}: {header.file_size} bytes, its header describes {described}")
 
 
 def read_header(path: Path) -> Header:
