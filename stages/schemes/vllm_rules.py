@@ -194,6 +194,34 @@ class Entries:
         return [entry for entry in (*formats_of(section), *(section.get("ignore") or [])) if config_name(entry, self._row) not in self.used]
 
 
+def _module_fault(module: RuntimeModule, stored: Mapping[str, str], entries: Entries) -> str | None:
+    """How a module is stored otherwise than vLLM will expect by a config's entries; None where both agree. stored: as in `coverage_faults`."""
+    kinds = {stored.get(member) for member in module.members}
+    if len(kinds) > 1:
+        odd = next(m for m in module.members if stored.get(m) != stored.get(module.members[0]))
+        return (f"one format is needed for all its parts, but {odd} is "
+                + (f"{stored[odd]}, {module.members[0]} is not" if odd in stored else "not quantized"))
+    kind = kinds.pop()
+    try:
+        target = scheme_target(module, entries.targets, entries.ignore)
+    except ValueError as error:
+        return str(error)
+    form = entries.formats.get(target, entries.formats.get("Linear")) if target else None
+    if module.expanded and (kind is None or kind.startswith("fp8")):
+        return None
+    if kind is None:
+        return None if target is None else f"stored unquantized, but target {target} claims it; vLLM would expect {form}"
+    if module.class_name is None:
+        return f"stored as {kind}, but vLLM never reads it quantized"
+    if target is None:
+        return f"stored as {kind}, but no target claims it; vLLM would leave it uninitialized"
+    if form.endswith(WEIGHT_ONLY) and module.class_name == ROUTED_EXPERTS:
+        return f"its group says {form}, but vLLM has no FP8 experts whose activations are not quantized"
+    if kind not in (form, form.removesuffix(WEIGHT_ONLY)):  # tensors alone do not tell the two apart
+        return f"stored as {kind}, but its group says {form}"
+    return None
+
+
 def coverage_faults(modules: Iterable[RuntimeModule], section: Mapping, stored: Mapping[str, str], row: Architecture) -> list[str]:
     """Every disagreement between what is stored and what vLLM will expect; an empty list is the proof.
 
@@ -205,31 +233,8 @@ def coverage_faults(modules: Iterable[RuntimeModule], section: Mapping, stored: 
     for module in modules:
         entries = of_drafts if module.draft else of_model
         entries.note(module)
-        kinds = {stored.get(member) for member in module.members}
-        if len(kinds) > 1:
-            odd = next(m for m in module.members if stored.get(m) != stored.get(module.members[0]))
-            faults.append(f"{module.name}: one format is needed for all its parts, but {odd} is "
-                          + (f"{stored[odd]}, {module.members[0]} is not" if odd in stored else "not quantized"))
-            continue
-        kind = kinds.pop()
-        try:
-            target = scheme_target(module, entries.targets, entries.ignore)
-        except ValueError as error:
-            faults.append(f"{module.name}: {error}")
-            continue
-        form = entries.formats.get(target, entries.formats.get("Linear")) if target else None
-        if module.expanded and (kind is None or kind.startswith("fp8")):
-            continue
-        if kind and module.class_name is None:
-            faults.append(f"{module.name}: stored as {kind}, but vLLM never reads it quantized")
-        elif kind and target is None:
-            faults.append(f"{module.name}: stored as {kind}, but no target claims it; vLLM would leave it uninitialized")
-        elif kind is None and target is not None:
-            faults.append(f"{module.name}: stored unquantized, but target {target} claims it; vLLM would expect {form}")
-        elif kind and form.endswith(WEIGHT_ONLY) and module.class_name == ROUTED_EXPERTS:
-            faults.append(f"{module.name}: its group says {form}, but vLLM has no FP8 experts whose activations are not quantized")
-        elif kind and kind not in (form, form.removesuffix(WEIGHT_ONLY)):  # tensors alone do not tell the two apart
-            faults.append(f"{module.name}: stored as {kind}, but its group says {form}")
+        if fault := _module_fault(module, stored, entries):
+            faults.append(f"{module.name}: {fault}")
     in_drafts = set(of_drafts.unused(section))
     faults += [f"{entry}: matches no module of the model" for entry in of_model.unused(section) if entry in in_drafts]
     return faults
