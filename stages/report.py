@@ -72,6 +72,18 @@ def role_rows(plan: Plan) -> list[dict]:
     return sorted(rows, key=lambda row: -row["before"])
 
 
+def gemm_rows(gemm: dict) -> list[dict]:
+    """The least signal-to-noise ratios in gemm.json, in dB, per backend and path; `format_db` is None where the source was gone."""
+    result = []
+    for backend in gemm["backends"]:
+        for path in ("linear", "grouped_experts"):
+            rows = [row for row in gemm["rows"] if (row["backend"], row["path"]) == (backend, path)]
+            result.append({"backend": backend, "path": path.replace("_", " "), "tensors": len(rows),
+                           "arithmetic_db": min(row["arithmetic_db"] for row in rows),
+                           "format_db": min((row["format_db"] for row in rows if "format_db" in row), default=None)})
+    return result
+
+
 def _results(settings: Settings, receipts: dict[str, Receipt]) -> dict[str, dict]:
     """The results that are proof or figures, by name; UserError for one that is not of this release, and unless this release passed."""
     found = {name: read_json(settings.run_directory / name, stage) for name, stage in STAGES.items()}
@@ -94,19 +106,10 @@ def facts(settings: Settings) -> dict:
     plan = read_plan(settings)
     receipts = read_receipts(settings, plan)
     results = _results(settings, receipts)
-    gemm, serving = results["gemm.json"], results["serving.json"]
+    serving = results["serving.json"]
     seconds = sum(receipt["seconds"] for receipt in receipts.values())
     source_bytes = sum(receipt["source"]["bytes"] for receipt in receipts.values())
     release_bytes = sum(path.stat().st_size for path in (run_directory / "release").rglob("*") if path.is_file())
-    gemm_rows = []
-    for backend in gemm["backends"]:
-        for path in ("linear", "grouped_experts"):
-            rows = [row for row in gemm["rows"] if (row["backend"], row["path"]) == (backend, path)]
-            formats = [row["format_db"] for row in rows if "format_db" in row]
-            worst = min(row["arithmetic_db"] for row in rows)
-            gemm_rows.append({"backend": backend, "path": path.replace("_", " "), "tensors": len(rows),
-                              "arithmetic_db": worst,
-                              "format_db": min(formats, default=None)})
     config = read_json(run_directory / "release" / "config.json", "assemble_release")
     thoughts = thinks(run_directory / "release")
     zeros = [name for receipt in receipts.values() for name in receipt["zeros"]]
@@ -120,7 +123,8 @@ def facts(settings: Settings) -> dict:
         **({"conditions": conditions(serving), "generated": generated(serving)} if "levels" in serving else {}),
         "origin": settings.source.repository or settings.source.origin,
         "experts": any(entry["role"] == "routed_experts" for entry in plan["tensors"].values()),
-        "settings": settings, "plan": plan, "notes": notes, "where_it_runs": where_it_runs(plan), "roles": role_rows(plan), "gemm": gemm_rows,
+        "settings": settings, "plan": plan, "notes": notes, "where_it_runs": where_it_runs(plan), "roles": role_rows(plan),
+        "gemm": gemm_rows(results["gemm.json"]),
         "verify": results["verify.json"], "sqnr": results["sqnr.json"], "quality": results["perplexity.json"], "serving": serving,
         "scored_on": scored_on(results["perplexity.json"]),
         "receipts": receipts, "seconds": seconds, "source_bytes": source_bytes, "release_bytes": release_bytes,

@@ -29,6 +29,7 @@ from stages.serving.load import HEAD_TOKENS, ClosedLoop, pieces, text_ids, token
 from stages.serving.secrets import settings_shown
 from stages.serving.statistics import figures, recompute, save
 from stages.settings import Settings, load, stage_parser, text_file
+from stages.settings.schema import ServingSettings
 
 REPORT_SECONDS = 10.0  # between progress lines where the output is no terminal
 
@@ -102,13 +103,32 @@ def measure(settings: Settings, running, streams: int, vocabulary: Sequence[int]
     return result
 
 
+def _not_measured(serving: ServingSettings) -> str | None:
+    """Why these settings start no server; None where they do, or name one."""
+    if serving.kind == "none":
+        return "no server was started in this run"
+    return f"{serving.environment} has not been made; `make serve-env` makes it" if serving.if_installed and not marker_inputs(serving) else None
+
+
+def _print_level(level: dict, serving: ServingSettings) -> None:
+    """The figures of a concurrency level in a line, and a line for each warning."""
+    line = (f"{level['streams']} streams: {level['tokens_per_second']['mean']:.1f} tokens/s over {serving.windows} x "
+            f"{serving.window_seconds:g} s")
+    window = level["windows"][0]
+    if window.get("client_over_server") is not None:
+        line += f", client / server count {window['client_over_server']:.4f}"
+    if "drafting" in level:
+        line += f", {100 * level['drafting']['acceptance_rate']:.1f} % of drafted tokens accepted"
+    print(line, flush=True)
+    for warning in level["warnings"]:
+        print(f"note: {warning}", flush=True)
+
+
 def run(settings: Settings) -> dict:
     """Writes serving.json. A failure leaves serving.partial.json with the levels that were measured, and raises UserError; Ctrl-C leaves it, too."""
     serving, target = settings.serving, settings.run_directory / "serving.json"
     partial = target.with_name("serving.partial.json")
-    if serving.kind == "none" or (serving.if_installed and not marker_inputs(serving)):
-        why = ("no server was started in this run" if serving.kind == "none" else
-               f"{serving.environment} has not been made; `make serve-env` makes it")
+    if why := _not_measured(serving):
         result = {"server": serving.name, "not_measured": f"serving={serving.name}: {why}"}
         write_json(target, result)
         print(result["not_measured"])
@@ -130,16 +150,7 @@ def run(settings: Settings) -> dict:
                 level = measure(settings, running, streams, drawn, text)
                 result["levels"].append(level)
                 running.facts["end_utc"] = now_utc()
-                line = (f"{streams} streams: {level['tokens_per_second']['mean']:.1f} tokens/s over {serving.windows} x "
-                        f"{serving.window_seconds:g} s")
-                window = level["windows"][0]
-                if window.get("client_over_server") is not None:
-                    line += f", client / server count {window['client_over_server']:.4f}"
-                if "drafting" in level:
-                    line += f", {100 * level['drafting']['acceptance_rate']:.1f} % of drafted tokens accepted"
-                print(line, flush=True)
-                for warning in level["warnings"]:
-                    print(f"note: {warning}", flush=True)
+                _print_level(level, serving)
     except BaseException as error:
         write_json(partial, result | {"failed": str(error) or type(error).__name__})
         if not isinstance(error, UserError):
