@@ -145,6 +145,7 @@ class Scorer:
 
 
 def _perplexity(values: list[torch.Tensor]) -> dict:
+    """Perplexity and its standard error from pieces of the scored tokens' log-probabilities, in nats."""
     loss = -torch.cat(values).double()
     mean = loss.mean().item()
     return {"perplexity": math.exp(mean), "standard_error": math.exp(mean) * _standard_error(loss), "nats_per_token": mean,
@@ -152,7 +153,7 @@ def _perplexity(values: list[torch.Tensor]) -> dict:
 
 
 def _standard_error(values: torch.Tensor) -> float:
-    """Of their mean; 0 for a single one."""
+    """Standard error of the mean of values [n]; 0 for a single one."""
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
@@ -222,23 +223,30 @@ def measure_served(settings: Settings, tokens: torch.Tensor) -> dict:
     return found
 
 
+def _not_measured(settings: Settings, plan: Plan) -> str | None:
+    """Why perplexity cannot be measured with these settings; None where it can."""
+    evaluation, with_source = settings.evaluation, bool(settings.source.path)
+    weights = sum(math.prod(entry["matrix"] or entry["shape"]) for entry in plan["tensors"].values() if not entry["belongs_to"])
+    needed = weights * BYTES[evaluation.dtype] * (4 if with_source else 2)  # state beside model; two models at once
+    if evaluation.via == "process" and plan["architecture"] not in architecture_of(plan["architecture"]).in_process:
+        return f"{plan['architecture']} does not run in process here: measure perplexity through a server (evaluation.via=vllm)"
+    if evaluation.via == "process" and needed > evaluation.memory_gb * 1e9:
+        return (f"{'source and release' if with_source else 'the release'} in {evaluation.dtype} and what they are loaded from need about "
+                f"{human_bytes(needed)}, which exceed evaluation.memory_gb={evaluation.memory_gb:g}: measure perplexity through a server "
+                "(evaluation.via=vllm)")
+    if not (settings.run_directory / "release" / TOKENIZER).exists():
+        return f"the checkpoint has no {TOKENIZER}, by which a text becomes tokens"
+    return None
+
+
 def perplexity(settings: Settings, plan: Plan) -> dict:
     """The content of perplexity.json; reasons stand in place of figures that were not measured."""
     evaluation = settings.evaluation
-    weights = sum(math.prod(entry["matrix"] or entry["shape"]) for entry in plan["tensors"].values() if not entry["belongs_to"])
     result = {"settings": scoring(evaluation)}
+    if why := _not_measured(settings, plan):
+        return result | {"not_measured": why}
     source = Path(settings.source.path) if settings.source.path else None
-    need = weights * BYTES[evaluation.dtype] * (2 if source is None else 4)  # state beside model; two models at once
-    if evaluation.via == "process" and plan["architecture"] not in architecture_of(plan["architecture"]).in_process:
-        return result | {"not_measured": f"{plan['architecture']} does not run in process here: measure perplexity through a server "
-                         "(evaluation.via=vllm)"}
-    if evaluation.via == "process" and need > evaluation.memory_gb * 1e9:
-        return result | {"not_measured": f"{'the release' if source is None else 'source and release'} in {evaluation.dtype} and what they are "
-                         f"loaded from need about {human_bytes(need)}, which exceed evaluation.memory_gb={evaluation.memory_gb:g}: measure "
-                         "perplexity through a server (evaluation.via=vllm)"}
     release, path = settings.run_directory / "release", text_path(settings)
-    if not (release / TOKENIZER).exists():
-        return result | {"not_measured": f"the checkpoint has no {TOKENIZER}, by which a text becomes tokens"}
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -272,6 +280,12 @@ def run(settings: Settings) -> dict:
     quality = release | perplexity(settings, plan)
     write_json(settings.run_directory / "sqnr.json", noise)
     write_json(settings.run_directory / "perplexity.json", quality)
+    _print_results(noise, quality)
+    return quality
+
+
+def _print_results(noise: dict, quality: dict) -> None:
+    """sqnr.json and perplexity.json in a few lines."""
     print(f"SQNR {noise['overall_db']} dB over {noise['matrices']} matrices (worst {noise['worst_matrix_db']} dB)"
           if noise["overall_db"] is not None else f"{noise['matrices']} matrices are exact")
     if "not_measured" in quality:
@@ -289,7 +303,6 @@ def run(settings: Settings) -> dict:
             **quality["paired"]))
     if "divergence" in quality:
         print("divergence: mean KL {mean_kl_nats:.5f} +- {standard_error_nats:.5f} nats".format(**quality["divergence"]))
-    return quality
 
 
 @exit_with_one_line
