@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +25,11 @@ from stages.errors import UserError
 from stages.schemes.architectures import architecture_of
 from stages.schemes.draft_scales import NAME as DRAFT_SCALE
 from stages.schemes.modules import module_of
+
+if TYPE_CHECKING:
+    from transformers import Step3p7ForConditionalGeneration, Step3p7TextConfig
+
+    from stages.models.step37_drafts import Drafts
 
 PER_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+\.weight)")
 
@@ -69,7 +75,7 @@ def _published_name(name: str) -> str:
     return name.removeprefix("model.") if name.startswith(("model.vision_model.", "model.vit_large_projector")) else name
 
 
-def load(directory: Path, dtype: torch.dtype):
+def load(directory: Path, dtype: torch.dtype) -> tuple[Step3p7ForConditionalGeneration, Drafts | None, dict[str, int]]:
     """(model, drafts or None, loading report) of a Step-3.7 checkpoint or release, in evaluation mode.
 
     The report is {"missing": 0, "unexpected": 0}: counts over the text, vision and draft parameters, of which UserError names what is wrong
@@ -77,8 +83,6 @@ def load(directory: Path, dtype: torch.dtype):
     """
     from transformers import Step3p7Config, Step3p7ForConditionalGeneration
     from transformers.utils import logging
-
-    from stages.models.step37_drafts import Drafts, checkpoint_names
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its loading report is turned into the error below
@@ -103,17 +107,24 @@ def load(directory: Path, dtype: torch.dtype):
     mismatched = sorted(str(key[0]) for key in report["mismatched_keys"])  # refused below, not ignored
     drafts = None
     if config.text_config.num_nextn_predict_layers and draft_state:  # some copies are published without them
-        drafts = Drafts(config.text_config)
-        names = checkpoint_names(config.text_config)
-        missing += sorted(set(names.values()) - set(draft_state))
-        unexpected += sorted(set(draft_state) - set(names.values()))
-        if not set(names.values()) - set(draft_state):
-            drafts.load_state_dict({inner: draft_state[name] for inner, name in names.items()})
-        for parameter in drafts.parameters():  # not .to(dtype): the rotary frequencies stay float32
-            parameter.data = parameter.data.to(dtype)
-        drafts.eval()
+        drafts, missing_drafts, unexpected_drafts = _load_drafts(config.text_config, draft_state, dtype)
+        missing += missing_drafts
+        unexpected += unexpected_drafts
     if missing or unexpected or mismatched:
         raise UserError(f"{directory} does not fill the model: {len(missing)} tensors missing "
                         f"({', '.join(missing[:2])}), {len(unexpected)} unexpected ({', '.join(unexpected[:2])}), "
                         f"{len(mismatched)} of another shape ({', '.join(mismatched[:2])})")
     return model.eval(), drafts, {"missing": len(missing), "unexpected": len(unexpected)}
+
+
+def _load_drafts(text_config: Step3p7TextConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[Drafts, list[str], list[str]]:
+    """(draft layers in evaluation mode, names of tensors that they lack, names that they do not know), from tensors by their published names."""
+    from stages.models.step37_drafts import Drafts, checkpoint_names
+
+    drafts, names = Drafts(text_config), checkpoint_names(text_config)
+    missing, unexpected = sorted(set(names.values()) - set(state)), sorted(set(state) - set(names.values()))
+    if not missing:
+        drafts.load_state_dict({inner: state[name] for inner, name in names.items()})
+    for parameter in drafts.parameters():  # not .to(dtype): the rotary frequencies stay float32
+        parameter.data = parameter.data.to(dtype)
+    return drafts.eval(), missing, unexpected
