@@ -106,31 +106,11 @@ def quantize(
     Raises:
         NonFiniteError: names the first weight or tile scale that MXFP4 cannot represent. ValueError: anything else.
     """
-    import torch
-
-    from kernels.fp8 import check_tile_scale
-
     if rule not in RULES:
         raise ValueError(f"rule {rule!r}: expected one of {RULES}")
-    if weight.dim() not in (2, 3) or weight.shape[-1] % BLOCK:
-        raise ValueError(f"weight shape {tuple(weight.shape)}: expected [out, in] or [E, out, in] with in a multiple of {BLOCK}")
-    if weight.dtype == torch.float8_e4m3fn:
-        if tile_scale is None:
-            raise ValueError(f"weight {tuple(weight.shape)} is float8_e4m3fn: tile_scale is missing")
-        if min(tile) < 1:
-            raise ValueError(f"tile {tile}: expected positive sizes")
-        tile_scale = check_tile_scale(tile_scale, tuple(weight.shape), tile)
-    elif str(weight.dtype) not in FLOATS:
-        raise ValueError(f"weight dtype {weight.dtype}: expected float8_e4m3fn, float32, bfloat16 or float16")
-    elif tile_scale is not None:
-        raise ValueError(f"weight {tuple(weight.shape)} is {weight.dtype}: tile_scale belongs to float8_e4m3fn only")
+    tile_scale = _checked_tile_scale(weight, tile_scale, tile)
     if importance is not None:
-        if rule != "mse":
-            raise ValueError(f"importance has no meaning for rule {rule!r}: only mse measures an error")
-        if importance.dtype != torch.float32 or tuple(importance.shape) != (weight.shape[-1],):
-            raise ValueError(f"importance {importance.dtype} {tuple(importance.shape)}: expected float32 ({weight.shape[-1]},)")
-        if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
-            raise ValueError("importance has negative or non-finite elements")
+        _check_importance(importance, rule, weight.shape[-1])
     module = backend_module(backend, MODULES)
     weight, importance = weight.detach(), None if importance is None else importance.detach()
     flat = weight.unsqueeze(0) if weight.dim() == 2 else weight
@@ -142,6 +122,39 @@ def quantize(
             raise NonFiniteError(error.what, error.index[1:], error.value) from None
         raise
     return Quantized(*(t[0] for t in result)) if weight.dim() == 2 else result
+
+
+def _checked_tile_scale(weight: torch.Tensor, tile_scale: torch.Tensor | None, tile: tuple[int, int]) -> torch.Tensor | None:
+    """`tile_scale` as float32, None where the weight has none; raises what `quantize` does for a weight, its scales and their tile."""
+    import torch
+
+    from kernels.fp8 import check_tile_scale
+
+    if weight.dim() not in (2, 3) or weight.shape[-1] % BLOCK:
+        raise ValueError(f"weight shape {tuple(weight.shape)}: expected [out, in] or [E, out, in] with in a multiple of {BLOCK}")
+    if weight.dtype == torch.float8_e4m3fn:
+        if tile_scale is None:
+            raise ValueError(f"weight {tuple(weight.shape)} is float8_e4m3fn: tile_scale is missing")
+        if min(tile) < 1:
+            raise ValueError(f"tile {tile}: expected positive sizes")
+        return check_tile_scale(tile_scale, tuple(weight.shape), tile)
+    if str(weight.dtype) not in FLOATS:
+        raise ValueError(f"weight dtype {weight.dtype}: expected float8_e4m3fn, float32, bfloat16 or float16")
+    if tile_scale is not None:
+        raise ValueError(f"weight {tuple(weight.shape)} is {weight.dtype}: tile_scale belongs to float8_e4m3fn only")
+    return None
+
+
+def _check_importance(importance: torch.Tensor, rule: str, columns: int) -> None:
+    """ValueError for an importance that `quantize` does not take."""
+    import torch
+
+    if rule != "mse":
+        raise ValueError(f"importance has no meaning for rule {rule!r}: only mse measures an error")
+    if importance.dtype != torch.float32 or tuple(importance.shape) != (columns,):
+        raise ValueError(f"importance {importance.dtype} {tuple(importance.shape)}: expected float32 ({columns},)")
+    if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
+        raise ValueError("importance has negative or non-finite elements")
 
 
 def dequantize(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype | None = None, *, backend: str = "cpu") -> torch.Tensor:
