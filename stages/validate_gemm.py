@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,13 +114,21 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
 
 
+def _products(x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor, path: str) -> torch.Tensor:
+    """What a path should compute, float64 [tokens, out]: x [tokens, in] times weights[0], or each expert's rows of x times its matrix of `weights`
+    [experts, out, in]."""
+    if path == "linear":
+        return x.double() @ weights[0].T
+    bounds = offsets.tolist()
+    return torch.cat([x[begin:end].double() @ weights[expert].T for expert, (begin, end) in enumerate(pairwise(bounds))])
+
+
 def check_tensor(settings: Settings, plan: Plan, shard: str, group: str, members: list[Member], backends: list[str]) -> list[dict]:
     """Rows of gemm.json for one quantized tensor: one per path and backend."""
     from kernels import gemm, mxfp4
 
     with ShardReader(settings.run_directory / "shards" / shard) as reader:
         packed, scale = _quantized_experts(reader, members)
-    interpreted = _interpreted()
     experts, tokens = len(packed), settings.evaluation.gemm_tokens
     source = _source_experts(settings, plan, members, experts)
     generator = torch.Generator().manual_seed(0)
@@ -127,31 +136,24 @@ def check_tensor(settings: Settings, plan: Plan, shard: str, group: str, members
     offsets = _offsets(experts, tokens)
     rows = []
     for backend in backends:
+        interpreted = backend == "cuda" and _interpreted()
         height, width = packed.shape[1], packed.shape[2] * 2
-        if backend == "cuda" and interpreted:
+        if interpreted:
             height, width = min(height, INTERPRETER_ROWS), min(width, INTERPRETER_COLUMNS)
         p, s, x = packed[:, :height, :width // 2].contiguous(), scale[:, :height, :width // 32].contiguous(), inputs[:, :width].contiguous()
-        device = "cuda" if backend == "cuda" and not interpreted else "cpu"
         decoded = mxfp4.dequantize(p, s, torch.float32).double()
         truths = {"arithmetic": decoded} | ({} if source is None else {"format": source[:, :height, :width]})
-
-        def place(tensor):
-            return tensor.to(device)
-
+        device = "cuda" if backend == "cuda" and not interpreted else "cpu"
+        there = [tensor.to(device) for tensor in (x, p, s, offsets)]
         made = {
-            "linear": gemm.linear(place(x), place(p[0]), place(s[0]), backend=backend),
-            "grouped_experts": gemm.grouped_linear(place(x), place(p), place(s), place(offsets), backend=backend),
+            "linear": gemm.linear(there[0], there[1][0], there[2][0], backend=backend),
+            "grouped_experts": gemm.grouped_linear(*there, backend=backend),
         }
         for path, y in made.items():
-            row = {"shard": shard, "tensor": group, "path": path,
-                   "backend": "triton-interpreter" if backend == "cuda" and interpreted else backend,
-                   "experts": experts if path != "linear" else 1, "tokens": tokens, "shape": [p.shape[1], x.shape[1]]}
+            row = {"shard": shard, "tensor": group, "path": path, "backend": "triton-interpreter" if interpreted else backend,
+                   "experts": experts if path != "linear" else 1, "tokens": tokens, "shape": [height, width]}
             for question, weights in truths.items():
-                if path == "linear":
-                    truth = x.double() @ weights[0].T
-                else:
-                    truth = torch.cat([x[a:b].double() @ weights[e].T
-                                       for e, (a, b) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist()))])
+                truth = _products(x, weights, offsets, path)
                 row[f"{question}_db"] = round(signal_to_noise_db(y.cpu()[:, :truth.shape[1]], truth), 3)
             rows.append(row)
     return rows
@@ -163,6 +165,20 @@ def _is_wrong(row: dict) -> bool:
 
 def _is_foreign(row: dict) -> bool:
     return not row.get("format_db", MINIMUM_FORMAT_DB) >= MINIMUM_FORMAT_DB
+
+
+def _print_worst(result: dict) -> None:
+    """A line for each backend and path of gemm.json."""
+    if not result["rows"]:
+        print("no weight is MXFP4: there is no GEMM to check")
+    for backend in result["backends"]:
+        for path in ("linear", "grouped_experts"):
+            rows = [row for row in result["rows"] if (row["backend"], row["path"]) == (backend, path)]
+            line = f"{backend}, {path}: {len(rows)} tensors, worst {min(row['arithmetic_db'] for row in rows):.1f} dB"
+            line += " against float64 of the decoded weights"
+            if "format_db" in rows[0]:
+                line += f", {min(row['format_db'] for row in rows):.2f} dB against the source's weights"
+            print(line)
 
 
 def run(settings: Settings) -> dict:
@@ -180,19 +196,11 @@ def run(settings: Settings) -> dict:
             skipped = {"cuda"} if _interpreted() and shape in shapes else set()
             rows += check_tensor(settings, plan, shard, group, members, [backend for backend in backends if backend not in skipped])
             shapes.add(shape)
-    result = {"shards_sha256": shards_sha256(receipts), "sizes": gemm_sizes(settings.evaluation), "minimum_arithmetic_db": MINIMUM_ARITHMETIC_DB, "minimum_format_db": MINIMUM_FORMAT_DB,
+    result = {"shards_sha256": shards_sha256(receipts), "sizes": gemm_sizes(settings.evaluation),
+              "minimum_arithmetic_db": MINIMUM_ARITHMETIC_DB, "minimum_format_db": MINIMUM_FORMAT_DB,
               "backends": sorted({row["backend"] for row in rows}),
               "passed": not any(_is_wrong(row) or _is_foreign(row) for row in rows) if rows else None, "rows": rows}
-    if not rows:
-        print("no weight is MXFP4: there is no GEMM to check")
-    for backend in result["backends"]:
-        for path in ("linear", "grouped_experts"):
-            part = [row for row in rows if (row["backend"], row["path"]) == (backend, path)]
-            line = f"{backend}, {path}: {len(part)} tensors, worst {min(row['arithmetic_db'] for row in part):.1f} dB"
-            line += " against float64 of the decoded weights"
-            if "format_db" in part[0]:
-                line += f", {min(row['format_db'] for row in part):.2f} dB against the source's weights"
-            print(line)
+    _print_worst(result)
     bad = next(filter(_is_wrong, rows), None)
     if bad:
         raise UserError(f"{bad['shard']}: {bad['tensor']}: {bad['path']} on {bad['backend']} has {bad['arithmetic_db']} dB "
