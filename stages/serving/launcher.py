@@ -183,14 +183,9 @@ def _not_ready(server: Server, client: httpx.Client) -> str | None:
         answer = client.post(f"{server.base_url}/v1/completions", timeout=120.0,
                              json={"model": server.model, "prompt": [0, 1, 2], "max_tokens": 1, "temperature": 0})
     except httpx.TransportError as error:
-        what = f"{type(error).__name__} {error}".rstrip()
         if ours or isinstance(error, httpx.ReadTimeout):
-            return what
-        if "CERTIFICATE" in what:
-            what += "; name the certificates that vouch for it in the environment variable SSL_CERT_FILE"
-        elif isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-            what = f"nothing answers there ({what}); start the server or fix the address"
-        raise UserError(f"serving.url, {server.base_url}: {what}") from None
+            return _named(error)
+        raise _unreachable(server, error) from None
     except httpx.InvalidURL as error:
         raise UserError(f"serving.url, {server.base_url}: {error}; correct the address in serving.url") from None
     if answer.status_code == 200:
@@ -198,13 +193,32 @@ def _not_ready(server: Server, client: httpx.Client) -> str | None:
     if not ours and answer.status_code in LOADING:
         return _said(answer)
     server.check()
-    cure = ""
+    raise _refused(server, answer)
+
+
+def _named(error: httpx.TransportError) -> str:
+    return f"{type(error).__name__} {error}".rstrip()
+
+
+def _unreachable(server: Server, error: httpx.TransportError) -> UserError:
+    """That an endpoint cannot be reached, and what to do."""
+    what = _named(error)
+    if "CERTIFICATE" in what:
+        what += "; name the certificates that vouch for it in the environment variable SSL_CERT_FILE"
+    elif isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        what = f"nothing answers there ({what}); start the server or fix the address"
+    return UserError(f"serving.url, {server.base_url}: {what}")
+
+
+def _refused(server: Server, answer: httpx.Response) -> UserError:
+    """That a server answers a completion with an error, and what to do about a wrong key or model."""
+    remedy = ""
     if answer.status_code in (401, 403):
-        cure = f"; the environment variable {KEY} " + ("holds another key than its" if os.environ.get(KEY) else "must hold its key")
+        remedy = f"; the environment variable {KEY} " + ("holds another key than its" if os.environ.get(KEY) else "must hold its key")
     elif answer.status_code == 404 and (names := [row["id"] for row in offered(server)]):
-        cure = f"; it offers {', '.join(names[:10])}, serving.model is {server.model}"
-    raise UserError(f"the server at {server.base_url} is up but answers a completion with {answer.status_code}: "
-                    f"{without_key(answer.text)[:200]}{cure}" + (f"; see {server.log}" if server.log else ""))
+        remedy = f"; it offers {', '.join(names[:10])}, serving.model is {server.model}"
+    return UserError(f"the server at {server.base_url} is up but answers a completion with {answer.status_code}: "
+                     f"{without_key(answer.text)[:200]}{remedy}" + (f"; see {server.log}" if server.log else ""))
 
 
 def _wait(server: Server, seconds: float) -> None:
@@ -337,7 +351,6 @@ def server(settings: Settings, directory: Path | None = None) -> Iterator[Server
     UserError when it cannot be started, ends, answers with an error, or does not answer in time.
     """
     serving = settings.serving
-    directory = Path(directory or settings.run_directory / "release")
     if serving.kind == "endpoint":
         found = Server(serving.url.rstrip("/").removesuffix("/v1").rstrip("/"), serving.model, {"engine": "endpoint"})
         _wait(found, serving.startup_seconds)
@@ -346,6 +359,14 @@ def server(settings: Settings, directory: Path | None = None) -> Iterator[Server
         return
     if serving.kind != "vllm":
         raise UserError(f"serving={serving.name} starts no server; choose serving=vllm_cpu, vllm_cuda or endpoint")
+    with _started(settings, Path(directory or settings.run_directory / "release")) as running:
+        yield running
+
+
+@contextmanager
+def _started(settings: Settings, directory: Path) -> Iterator[Server]:
+    """`server` by `vllm serve`, which is stopped at the end."""
+    serving = settings.serving
     program, port = executable(settings), free_port()
     command = command_line(settings, directory.absolute(), port, program)
     log = settings.run_directory / "logs" / f"server-{directory.name}.log"
