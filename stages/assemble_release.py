@@ -19,7 +19,7 @@ from stages.errors import UserError, exit_with_one_line
 from stages.planning.outputs import SHARD_METADATA, config_json, index_json, release_outputs, weight_map
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts
-from stages.records import Plan, Receipt
+from stages.records import FileHash, Plan, Receipt
 from stages.release import REPORTS, auxiliary_files, bundled_files, manifest_of
 from stages.schemes import draft_scales
 from stages.serving.plugin import PLUGIN
@@ -33,7 +33,7 @@ def run(settings: Settings) -> dict:
         return _assemble(settings)
 
 
-def _entry(path: Path) -> dict:
+def _entry(path: Path) -> FileHash:
     """A file as the manifest lists it."""
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
@@ -48,7 +48,7 @@ def _link_shards(settings: Settings, receipts: dict[str, Receipt], building: Pat
         hard_link(made, building / shard)
 
 
-def _copy_auxiliary(settings: Settings, building: Path) -> dict[str, dict]:
+def _copy_auxiliary(settings: Settings, building: Path) -> dict[str, FileHash]:
     """The source's files that go along unchanged; name -> entry of the manifest."""
     listing, files = read_listing(settings), {}
     for name in auxiliary_files(settings):
@@ -61,7 +61,7 @@ def _copy_auxiliary(settings: Settings, building: Path) -> dict[str, dict]:
     return files
 
 
-def _copy_plugin(plan: Plan, building: Path) -> dict[str, dict]:
+def _copy_plugin(plan: Plan, building: Path) -> dict[str, FileHash]:
     """The plugin, where the architecture needs it; name -> entry of the manifest."""
     files = {}
     for path in bundled_files(plan):
@@ -72,7 +72,7 @@ def _copy_plugin(plan: Plan, building: Path) -> dict[str, dict]:
     return files
 
 
-def _write_draft_scales(plan: Plan, building: Path) -> dict[str, dict]:
+def _write_draft_scales(plan: Plan, building: Path) -> dict[str, FileHash]:
     """The shard of inert scales, where the settings ask for it; name -> entry of the manifest."""
     if not plan["draft_scales"]:
         return {}

@@ -16,7 +16,7 @@ from stages.checkpoint.files import read_json
 from stages.dialects import Claim
 from stages.errors import UserError
 from stages.provenance import RESULTS_FORMAT
-from stages.records import MatrixSums, Plan, PlannedTensor, Receipt, fault
+from stages.records import FileHash, ListedFile, MatrixSums, Plan, PlannedTensor, Receipt, fault
 from stages.settings import Settings
 from stages.sources.listing import read_listing
 
@@ -76,7 +76,7 @@ def _is_whole(receipt: Receipt, passed: int, plan: Plan) -> bool:
         isinstance(entry, list) and len(entry) == 4 and all(isinstance(number, int | float) for number in entry[1:]) for entry in sums)
 
 
-def _is_of(converted: dict, listed: dict) -> bool:
+def _is_of(converted: FileHash, listed: ListedFile) -> bool:
     """Whether what was converted is the file that was listed, by all that the listing says of it: the sha256 that a hub gives, the time of the
     last change of a local file."""
     return "bytes" in listed and all(converted.get(key) == listed[key] for key in ("bytes", "sha256", "mtime_ns") if listed.get(key) is not None)

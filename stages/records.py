@@ -38,6 +38,15 @@ class PlannedTensor(CensusTensor):
     reason: str
 
 
+class ListedFile(TypedDict):
+    """A file of the source in listing.json, by its name."""
+
+    bytes: int
+    sha256: str | None  # of what a hub lists with one, and of every copied file; None for a local shard
+    kind: str  # of SourceFile (stages/sources/files.py)
+    mtime_ns: NotRequired[int | None]  # last change of a local file; older listings lack it
+
+
 class SourceShard(TypedDict):
     """A file of the source, from its header."""
 
@@ -137,8 +146,8 @@ class MatrixSums(NamedTuple):
     decoded: float  # of the release's weights
 
 
-class ConvertedFile(TypedDict):
-    """A shard, of the source or of the release."""
+class FileHash(TypedDict):
+    """Size and hash of a file of the source or of the release, in receipts and in manifest.json."""
 
     bytes: int
     sha256: str
@@ -150,8 +159,8 @@ class Receipt(TypedDict):
 
     shard: str
     plan_sha256: str  # of what in the plan determines its bytes
-    source: ConvertedFile
-    output: ConvertedFile
+    source: FileHash
+    output: FileHash
     tensors: dict[str, str]  # that passed through -> sha256
     borrowed: dict[str, str]  # scales that it read from other shards -> sha256
     lent: dict[str, str]  # scales that other shards read from it -> sha256

@@ -13,7 +13,7 @@ from stages.checkpoint.header import INDEX
 from stages.dialects.config import MODELOPT
 from stages.errors import UserError
 from stages.planning.outputs import release_outputs
-from stages.records import Plan, Receipt
+from stages.records import FileHash, Plan, Receipt
 from stages.schemes.architectures import architecture_of
 from stages.serving.plugin import PLUGIN, plugin_files
 from stages.settings import Settings
@@ -48,7 +48,7 @@ def source_identity(settings: Settings, receipts: dict[str, Receipt]) -> dict:
             "shards": {shard: receipt["source"]["sha256"] for shard, receipt in sorted(receipts.items())}}
 
 
-def manifest_of(settings: Settings, plan: Plan, receipts: dict[str, Receipt], files: dict[str, dict]) -> dict:
+def manifest_of(settings: Settings, plan: Plan, receipts: dict[str, Receipt], files: dict[str, FileHash]) -> dict:
     """manifest.json for these files: everything but the hashes of what is no shard follows from plan and receipts."""
     tensors = {output.name: receipts[shard]["tensors"][output.name]
                for shard, outputs in release_outputs(plan).items() for output in outputs if output.part == "weight"}
@@ -78,8 +78,8 @@ def measured_release(settings: Settings) -> str:
     return digest
 
 
-def _listed_files(release: Path) -> dict[str, dict]:
-    """The files of a release as its manifest.json lists them: name -> {"bytes", "sha256"}."""
+def _listed_files(release: Path) -> dict[str, FileHash]:
+    """The files of a release as its manifest.json lists them, by name."""
     files = read_json(release / "manifest.json", "assemble_release").get("files")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise UserError(f"{release / 'manifest.json'} is damaged (it lists no files): remove {release} and run again")
@@ -92,12 +92,12 @@ def _is_linked(settings: Settings, name: str) -> bool:
     return made.exists() and made.samefile(settings.run_directory / "release" / name)
 
 
-def _link_shards_again(settings: Settings, files: dict[str, dict]) -> None:
-    """Makes shards in shards/ hard links to the release's files again, where DVC has put files of its cache with the same bytes into the release: those
-    bytes would be on the disk twice, and every stage would read them to see that they are the same.
+def _link_shards_again(settings: Settings, files: dict[str, FileHash]) -> None:
+    """Makes shards in shards/ hard links to the release's files again, where DVC has put files of its cache with the same bytes into the
+    release: those bytes would be on the disk twice, and every stage would read them to see that they are the same.
 
-    files: what the manifest lists, already compared with what is there. DVC's files are told by their write protection. A shard keeps the time of its last change, by which Snakemake goes. Nothing is done where the
-    receipt is of other bytes, or the system refuses.
+    files: what the manifest lists, already compared with what is there. DVC's files are told by their write protection. A shard keeps the time of
+    its last change, by which Snakemake goes. Nothing is done where the receipt is of other bytes, or the system refuses.
     """
     release = settings.run_directory / "release"
     for name, entry in files.items():

@@ -8,7 +8,7 @@ from stages.checkpoint.files import read_json
 from stages.checkpoint.header import Header, TensorInfo
 from stages.dialects.config import read_source_config
 from stages.errors import UserError
-from stages.records import SourceShard
+from stages.records import ListedFile, SourceShard
 from stages.settings import Settings, SourceSettings
 from stages.sources.hub import Hub
 from stages.sources.local import check_file, list_directory
@@ -49,7 +49,7 @@ def _whole_listing(settings: Settings) -> dict:
     return listing
 
 
-def read_listing(settings: Settings) -> dict[str, dict]:
+def read_listing(settings: Settings) -> dict[str, ListedFile]:
     """The files of the source as `fetch_metadata` listed them; UserError as for `_whole_listing`."""
     return _whole_listing(settings)["files"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from stages.checkpoint.files import from_here
 from stages.errors import UserError
+from stages.records import ListedFile
 from stages.settings import SourceSettings
 from stages.sources.files import SourceFile, is_plain, kind_of, safe_name
 
@@ -60,7 +60,7 @@ def list_directory(source: SourceSettings) -> list[SourceFile]:
     return files
 
 
-def check_file(source: SourceSettings, name: str, entry: Mapping) -> None:
+def check_file(source: SourceSettings, name: str, entry: ListedFile) -> None:
     """UserError unless a local source's file is still the one that `fetch_metadata` listed, in listing.json's `entry`."""
     path = Path(source.path).resolve() / name
     if not path.exists():
