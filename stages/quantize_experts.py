@@ -96,20 +96,25 @@ class Original:
         return digest
 
 
+def _pass_through(plan: Plan, output: Output, reader: ShardReader, writer: ShardWriter, progress: ProgressReport) -> bool:
+    """Copies a tensor byte for byte, in chunks; whether it is a matrix of nothing but zeros."""
+    entry, done, zeros = plan["tensors"][output.source], 0, len(output.shape) > 1
+    for chunk in reader.chunks(output.source):
+        check_numbers(output.source, entry, chunk, done)
+        writer.write(output.name, chunk)
+        progress.advance(len(chunk))
+        done += len(chunk)
+        zeros = zeros and not np.frombuffer(chunk, np.uint8).any()
+    return zeros
+
+
 def _write(plan: Plan, outputs: list[Output], reader: ShardReader, quantizer: Quantizer, writer: ShardWriter, progress: ProgressReport) -> list[str]:
     """Streams all tensors of the output file, in its order; names those that hold nothing but zeros."""
     pending: dict[Matrix, list] = {}  # scale bytes wait until their codes are written
     empty = []
     for output in outputs:
         if output.part == "weight":
-            entry, done, zeros = plan["tensors"][output.source], 0, len(output.shape) > 1
-            for chunk in reader.chunks(output.source):
-                check_numbers(output.source, entry, chunk, done)
-                writer.write(output.name, chunk)
-                progress.advance(len(chunk))
-                done += len(chunk)
-                zeros = zeros and not np.frombuffer(chunk, np.uint8).any()
-            if zeros:
+            if _pass_through(plan, output, reader, writer, progress):
                 empty.append(output.source)
         elif output.part == "codes":
             for expert in range(output.shape[0]) if len(output.shape) == 3 else [output.matrix.index]:

@@ -93,7 +93,7 @@ def _is_linked(settings: Settings, name: str) -> bool:
 
 
 def _link_shards_again(settings: Settings, files: dict[str, FileHash]) -> None:
-    """Makes shards in shards/ hard links to the release's files again, where DVC has put files of its cache with the same bytes into the
+    """Makes the shards in shards/ hard links to the release's files again, where DVC has put files of its cache with the same bytes into the
     release: those bytes would be on the disk twice, and every stage would read them to see that they are the same.
 
     files: what the manifest lists, already compared with what is there. DVC's files are told by their write protection. A shard keeps the time of

@@ -81,7 +81,7 @@ class Places:
                 raise UserError(f"{stored['shard']}: {name} changed while {self._shard} was converted; {INSPECT}")
         return self._kept[name]
 
-    def _fetched(self, name: str, stored: dict) -> TensorInMemory:
+    def _fetched(self, name: str, stored: CensusTensor) -> TensorInMemory:
         info = TensorInfo(stored["dtype"], tuple(stored["shape"]), 0, stored["bytes"])
         if self._settings.source.path:
             with ShardReader(Path(self._settings.source.path) / stored["shard"]) as other:

@@ -63,8 +63,8 @@ def quantization_config(modules: Iterable[RuntimeModule], stored: Mapping[str, s
         if not form and (tower or (match is None and module.class_name in (None, EMBEDDING))):
             continue
         for leaf in leaves:
-            where = (match[1], match[3], leaf) if match else (prefix, "", leaf)
-            found[where][form] |= {int(match[2])} if match else set()
+            place = (match[1], match[3], leaf) if match else (prefix, "", leaf)
+            found[place][form] |= {int(match[2])} if match else set()
     grouped: dict[tuple, list[str]] = defaultdict(list)
     for (root, tail, leaf), forms in found.items():
         every = frozenset(set.union(*forms.values()))
