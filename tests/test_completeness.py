@@ -60,7 +60,7 @@ def small(tmp_path_factory):
     (r"vit_large_projector", "projector"), (r"lm_head", "output head"), (r"layers\.7\.self_attn\.v_proj", "layer 7"),
     (r"layers\.7\.eh_proj", "layer 7"),
 ])
-def test_a_part_of_the_tiny_model_that_is_gone_is_missed(checkpoint, tmp_path, pattern, named):
+def test_a_part_that_is_gone_from_the_tiny_model_is_noticed(checkpoint, tmp_path, pattern, named):
     refused(without(checkpoint, pattern), tmp_path / "results", named)
 
 
@@ -71,7 +71,7 @@ def test_a_part_of_the_tiny_model_that_is_gone_is_missed(checkpoint, tmp_path, p
     ("qwen3_5_moe", True, r"layers\.3\.self_attn\.o_proj", "layer 3"), ("qwen3_5_moe", True, r"mtp\.layers\.0\.mlp\.experts\.5", r"experts\.5"),
     ("qwen3_5_moe", True, r"mtp\.layers\.0\.self_attn\.", "layer 4"),
 ])
-def test_a_part_of_another_family_that_is_gone_is_missed(small, tmp_path, family, fp8, pattern, named):
+def test_a_part_that_is_gone_from_another_family_is_noticed(small, tmp_path, family, fp8, pattern, named):
     directory = without(small(family, fp8, tmp_path), pattern)
     if "lm_head" in pattern:  # where config.json does not say that it is the embedding, it is not
         text = (directory / "config.json").read_text()
@@ -79,7 +79,7 @@ def test_a_part_of_another_family_that_is_gone_is_missed(small, tmp_path, family
     refused(directory, tmp_path / "results", named)
 
 
-def test_a_model_that_has_lost_all_its_experts_is_missed(small, tmp_path):
+def test_a_model_that_has_lost_all_its_experts_is_noticed(small, tmp_path):
     directory = without(small("qwen3_moe", False, tmp_path), r"\.mlp\.")
     with pytest.raises(UserError, match="MLP"):
         plan_of(directory, tmp_path / "results", "mxfp4_all_linear")
@@ -89,7 +89,7 @@ def test_a_model_that_has_lost_all_its_experts_is_missed(small, tmp_path):
     (r"layers\.4\.moe\.experts\.", "layer 4"), (r"layers\.4\.self_attn\.", "layer 4"), (r"layers\.0\.mlp\.down_proj", "layer 0"),
     (r"vit_large_projector", "projector"), (r"lm_head", "output head"), (r"layers\.7\.eh_proj", "layer 7"), (r"experts\.\d+\.up_proj", "up projection"),
 ])
-def test_verify_misses_it_in_a_release(converted, tmp_path, pattern, named):
+def test_verify_notices_a_part_that_is_gone_from_a_release(converted, tmp_path, pattern, named):
     release = shutil.copytree(converted.run_directory / "release", tmp_path / "release")
     (release / "manifest.json").unlink()
     without(release, pattern)
@@ -127,7 +127,7 @@ def faults_of(release):
     return [fault for row in checkup.check(release, None, False)["checks"] for fault in row["faults"]]
 
 
-def test_stacked_experts_that_a_target_claims_though_they_are_plain(small, tmp_path):
+def test_stacked_experts_that_a_target_claims_though_they_are_plain_are_found(small, tmp_path):
     """They have no `.weight` in their names, and vLLM takes a target Linear for experts, too."""
     directory = small("qwen3_5_moe", False, tmp_path)
     release = convert("source=local", f"source.path={directory}", f"results={tmp_path / 'results'}", "recipe.name=attention",

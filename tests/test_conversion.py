@@ -471,7 +471,7 @@ def test_draft_layers_that_cannot_be_split_are_left_out_of_the_commands(converte
     assert "tensor parallel 8 without drafting only: a share of 64" in where_it_runs(made)
 
 
-def test_fewer_stacked_experts_than_the_gemm_check_samples(tmp_path):
+def test_the_gemm_check_reads_no_more_stacked_experts_than_there_are(tmp_path):
     """It would read into the next tensor."""
     source = tmp_path / "model"
     source.mkdir()

@@ -556,7 +556,7 @@ def test_a_local_file_with_a_hostile_name_is_refused(checkpoint, local):
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000, '"\xff"'])
-def test_an_index_that_is_none_is_one_line(checkpoint, local, text):
+def test_a_damaged_index_is_refused_in_one_line(checkpoint, local, text):
     (checkpoint / INDEX).write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"model.safetensors.index.json (is not valid JSON|has no weight_map).*restore"):
         download.fetch_metadata(load(local))

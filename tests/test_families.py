@@ -67,7 +67,7 @@ def few_experts(family):
     return dataclasses.replace(family, tensors=tensors, config=config)
 
 
-def test_without_a_count_in_the_config_the_last_expert_of_a_layer_is_still_missed(tmp_path):
+def test_without_a_count_in_the_config_a_missing_last_expert_is_still_noticed(tmp_path):
     family = few_experts(FAMILIES["qwen3_moe_fp8"])
     config = {key: value for key, value in family.config.items() if key not in EXPERT_COUNTS}
     gone = [name for name in family.tensors() if ".layers.1.mlp.experts.7." in name]
@@ -188,7 +188,7 @@ def test_mimo_whose_attention_no_engine_reads_as_it_is_stored_becomes_mxfp8(tmp_
 
 
 @pytest.mark.parametrize("name", ["k_exaone", "trinity_large", "hy3"])
-def test_a_bias_of_the_router_that_vllm_would_not_miss_is_missed(tmp_path, name):
+def test_a_missing_router_bias_of_which_vllm_would_say_nothing_is_refused(tmp_path, name):
     family, bias = few_experts(FAMILIES[name]), architecture_of(FAMILIES[name].config["architectures"][0]).needed
     tensors = {tensor.replace(bias, "mlp.gate.e_score_correction_bias"): entry for tensor, entry in family.tensors().items()}
     with pytest.raises(UserError, match=rf"layer \d: there is no {re.escape(bias)}, by which vLLM routes"):
@@ -433,7 +433,7 @@ def test_transposed_experts_mean_what_transformers_reads(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("tensor", "place", "value"), [
     ("gate_up_proj", (3, 17, 200), float("nan")), ("down_proj_scale_inv", (2, 0, 1), -1.0)])
-def test_what_is_no_number_is_named_where_it_is_stored(tmp_path, monkeypatch, tensor, place, value):
+def test_nan_and_bad_scales_of_transposed_experts_are_named_by_their_stored_index(tmp_path, monkeypatch, tensor, place, value):
     tensors = qwen3_vl(tmp_path / "model", monkeypatch, fp8="scale" in tensor)
     name = f"model.language_model.layers.1.mlp.experts.{tensor}"
     tensors[name][place] = value

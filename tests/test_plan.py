@@ -63,7 +63,7 @@ def test_rest_is_what_no_other_role_or_pattern_names(tmp_path):
     ("self_attn.o_proj", "fp8 per channel", 4096, 1024, 16, None), ("mlp.down_proj", "mxfp8", 4096, 1056, 2, "whole blocks of 32"),
     ("mlp.up_proj", "mxfp8", 1001, 4096, 2, "do not divide by 2"),
 ])
-def test_what_a_rank_must_get_of_a_weight(projection, stored, rows, inputs, ranks, kind):
+def test_a_weight_is_split_only_over_ranks_whose_share_of_it_engines_take(projection, stored, rows, inputs, ranks, kind):
     role = "routed_experts" if "experts" in projection else "attention" if "attn" in projection else "dense_mlp"
     entry = {"role": role, "stored": stored, "matrix": [rows, inputs]}
     row = next(row for row in tensor_parallel.notes({f"model.layers.3.{projection}.weight": entry}, queries=None, heads=8) if row["tensor_parallel"] == ranks)

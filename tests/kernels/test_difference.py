@@ -38,7 +38,7 @@ def test_sums_are_those_of_the_decoded_values(scheme, form):
     assert difference(stored, tiles, tile, packed.numpy(), made.scale.numpy(), scheme)[1] > error
 
 
-def test_what_is_no_number_makes_none():
+def test_nan_gives_nan_and_a_bad_tile_scale_is_refused():
     weight, codes, scale = np.ones((1, 32), np.float32), np.zeros((1, 16), np.uint8), np.full((1, 1), 127, np.uint8)
     assert difference(weight, None, None, codes, scale, "mxfp4") == (32.0, 32.0)
     assert np.isnan(difference(weight * np.nan, None, None, codes, scale, "mxfp4")).all()

@@ -24,7 +24,7 @@ def truth(codes: np.ndarray, scale: np.ndarray, scheme: str) -> float:
 @pytest.mark.parametrize("scheme, size", [("mxfp4", 16), ("mxfp8", 32)])
 @given(least=st.integers(12, 236), seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 5), blocks=st.integers(1, 6))
 @settings(max_examples=60, deadline=None)
-def test_it_is_that_of_the_decoded_weights(scheme, size, least, seed, rows, blocks):
+def test_energy_is_that_of_the_decoded_weights(scheme, size, least, seed, rows, blocks):
     random = np.random.default_rng(seed)
     codes = random.integers(0, 256, (rows, blocks * size), dtype=np.uint8)
     if scheme == "mxfp8":
@@ -47,10 +47,10 @@ def test_every_byte_counts(scheme, size):
         assert energy(codes, changed, scheme) == pytest.approx(before * 2.5, rel=1e-15)
 
 
-def test_what_means_nan_gives_nan():
+def test_codes_and_scales_that_mean_nan_give_nan():
     assert math.isnan(energy(np.zeros((1, 16), np.uint8), np.array([[255]], np.uint8), "mxfp4"))
     assert math.isnan(energy(np.full((1, 32), 0xFF, np.uint8), np.array([[127]], np.uint8), "mxfp8"))
 
 
-def test_no_bytes_are_zero():
+def test_the_energy_of_no_bytes_is_zero():
     assert energy(np.zeros((0, 16), np.uint8), np.zeros((0, 1), np.uint8), "mxfp4") == 0.0

@@ -48,7 +48,7 @@ def test_padding_is_right_at_every_length(length):
 
 @needs_instructions
 @pytest.mark.parametrize("streams", [1, 2, 3, 4])
-def test_long_streams_from_unaligned_memory(streams):
+def test_long_streams_from_unaligned_memory_are_hashed_right(streams):
     """Many blocks in one call, at addresses that are multiples of nothing, read-only ones among them."""
     memory = np.random.default_rng(streams).integers(0, 256, 4 << 20, dtype=np.uint8)
     memory.flags.writeable = False

@@ -71,7 +71,7 @@ def test_prompts_are_drawn_from_ids_that_stand_for_text(tmp_path, vocabulary, ad
     assert list(text_ids(tokenizer(tmp_path, vocabulary, added), known)) == list(expected)
 
 
-def test_a_checkpoint_without_a_tokenizer_or_with_a_damaged_one(tmp_path):
+def test_without_a_tokenizer_prompts_leave_out_the_lowest_ids_and_a_damaged_one_is_refused(tmp_path):
     assert list(text_ids(tmp_path, 64)) == list(range(16, 64)) and list(text_ids(tmp_path, 1)) == [0]
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(UserError, match="tokenizer.json is damaged .*: restore the original"):
