@@ -135,19 +135,22 @@ def test_other_recipes_make_proven_releases_that_load(tmp_path, overrides):
     assert loading == {"missing": 0, "unexpected": 0}
 
 
+def expand(release: Path, directory: Path, dtype: torch.dtype) -> None:
+    """Saves a release's values as an unquantized checkpoint."""
+    save_file({name: tensor.contiguous() for name, tensor in step37.expanded_tensors(release, dtype)}, directory / "model.safetensors",
+              metadata={"format": "pt"})
+    config = json.loads((release / "config.json").read_text())
+    config.pop("quantization_config")
+    (directory / "config.json").write_text(json.dumps(config))
+
+
 def test_release_scores_bit_for_bit_like_the_same_values_expanded_to_bf16(converted, tmp_path):
     """The engine-side claim: nothing about the packed layout changes a single log-probability."""
     release = converted.run_directory / "release"
-    expanded = tmp_path / "expanded"
-    expanded.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in step37.expanded_tensors(release, torch.bfloat16)},
-              expanded / "model.safetensors")
-    config = json.loads((release / "config.json").read_text())
-    config.pop("quantization_config")
-    (expanded / "config.json").write_text(json.dumps(config))
+    expand(release, tmp_path, torch.bfloat16)
     tokens = evaluate.tokens_of((PROJECT / "tests/tiny/held_out.txt").read_text(), release, 120)
     for dtype in ("bfloat16", "float32"):
-        (packed, packed_drafts), (plain, plain_drafts) = (evaluate.Scorer(path, dtype)(tokens) for path in (release, expanded))
+        (packed, packed_drafts), (plain, plain_drafts) = (evaluate.Scorer(path, dtype)(tokens) for path in (release, tmp_path))
         assert torch.equal(packed, plain)
         assert all(torch.equal(a, b) for a, b in zip(packed_drafts, plain_drafts))
 
@@ -157,11 +160,7 @@ def test_transformers_itself_loads_the_expanded_checkpoint_without_a_missing_key
     from transformers import Step3p7ForConditionalGeneration
 
     release = converted.run_directory / "release"
-    save_file({name: tensor.contiguous() for name, tensor in step37.expanded_tensors(release, torch.float32)},
-              tmp_path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((release / "config.json").read_text())
-    config.pop("quantization_config")
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    expand(release, tmp_path, torch.float32)
     model, info = Step3p7ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokens = evaluate.tokens_of("The river rises in the hills.", release, None)
@@ -214,9 +213,6 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
         assert all(words in text for words in ("tokens of held_out.txt", "sha256 43054d46c20b", "windows of 256 tokens, 128 of them new",
                                                "in process in float32", "BOS token before its first"))
     assert "A Step-3.7 model small enough for a repository" in card  # the source's own card, below
-    (converted.run_directory / "gemm.json").write_text(json.dumps({"shards_sha256": gemm["shards_sha256"]}))
-    with pytest.raises(UserError, match="one of its results is damaged"):
-        report.run(converted)
     for text in (page, card):
         assert "index.json omits 15 tensors" in text and "not tensor parallel 8, 16" in text and "transformers: no" in text
 
@@ -284,6 +280,15 @@ def test_a_report_holds_no_result_of_another_release_and_none_that_did_not_pass(
         report.run(proven)
     path.write_text(text)
     report.run(proven)
+
+
+def test_a_result_that_lacks_its_figures_is_no_traceback_of_the_report(proven):
+    path = proven.run_directory / "gemm.json"
+    text = path.read_text()
+    path.write_text(json.dumps({"shards_sha256": json.loads(text)["shards_sha256"]}))
+    with pytest.raises(UserError, match="one of its results is damaged"):
+        report.run(proven)
+    path.write_text(text)
 
 
 @pytest.mark.parametrize("name", ["model-00003.safetensors", "config.json"])

@@ -27,14 +27,20 @@ TENSORS = {"b": torch.arange(6, dtype=torch.float32).view(2, 3).bfloat16(), "a":
            "fp8": torch.ones(4, 4).to(torch.float8_e4m3fn), "ünïcode": torch.zeros(3, dtype=torch.float16)}
 
 
+def split(raw: bytes) -> tuple[bytes, bytes]:
+    """(length and JSON, the JSON alone) of a whole file's bytes."""
+    end = 8 + struct.unpack("<Q", raw[:8])[0]
+    return raw[:end], raw[8:end]
+
+
 @pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}, {"a": "ü \" \\ \n"}])
 def test_rendered_headers_are_byte_identical_to_the_librarys(metadata):
     """A predicted file size is only right when every byte of the header is; the order is ours, not read off the file."""
     raw = save(TENSORS, metadata)
-    length = struct.unpack("<Q", raw[:8])[0]
-    header = parse_header(raw[8:8 + length], len(raw), "x")
+    head, text = split(raw)
+    header = parse_header(text, len(raw), "x")
     specs = sorted_specs([(name, info.dtype, info.shape) for name, info in header.tensors.items()])
-    assert render_header(specs, metadata) == raw[:8 + length]
+    assert render_header(specs, metadata) == head
 
 
 def test_tensors_of_every_dtype_come_in_the_librarys_order():
@@ -42,8 +48,7 @@ def test_tensors_of_every_dtype_come_in_the_librarys_order():
     tensors = {f"{number}.{name}": torch.zeros(8, dtype=torch.uint8).view(dtype)
                for number, (name, dtype) in enumerate([(n, d) for d in reversed([getattr(torch, name) for _, name in DTYPES.values()]) for n in "ba"])}
     raw = save(tensors)
-    length = struct.unpack("<Q", raw[:8])[0]
-    header = parse_header(raw[8:8 + length], len(raw), "x")
+    header = parse_header(split(raw)[1], len(raw), "x")
     assert {info.dtype for info in header.tensors.values()} == set(DTYPES)
     in_file = sorted(header.tensors, key=lambda name: header.tensors[name].begin)
     assert [name for name, _, _ in sorted_specs([(n, header.tensors[n].dtype, (1,)) for n in tensors])] == in_file
@@ -65,10 +70,10 @@ def test_whatever_is_rendered_is_read_back(specs):
 def test_no_damage_to_a_header_ends_in_a_traceback(noise, position, byte):
     """Either the header is still a legal one or there is one line: never another exception, never a wrong size."""
     whole = save({"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.uint8)}, {"format": "pt"})
-    length = struct.unpack("<Q", whole[:8])[0]
-    damaged = bytearray(whole[8:8 + length])
-    damaged[position % length] = byte
-    for raw in (noise, bytes(damaged), bytes(damaged[:position % length]) + noise):
+    damaged = bytearray(split(whole)[1])
+    place = position % len(damaged)
+    damaged[place] = byte
+    for raw in (noise, bytes(damaged), bytes(damaged[:place]) + noise):
         try:
             header = parse_header(raw, len(whole), "x")
         except UserError as error:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from stages import serve_bench
 from stages.checkpoint.files import sha256_file
 from stages.errors import UserError
-from stages.serving.load import ClosedLoop, parse_metrics
+from stages.serving.load import ClosedLoop, Events, parse_metrics
 from stages.serving.statistics import drafting, figures, mean_and_interval, recompute, save, summary
 from stages.settings import load
 from tests.conftest import TINY
@@ -117,7 +117,6 @@ def test_every_figure_can_be_recomputed_from_the_saved_events(tmp_path):
 
 
 def test_latencies_are_those_of_the_definitions():
-    from stages.serving.load import Events
     rows = [("send", 0.0, 0, 1, 8), ("tokens", 0.5, 0, 1, 6), ("end", 0.5, 0, 1, 6),
             ("send", 1.0, 0, 2, 8), ("tokens", 1.5, 0, 2, 2), ("tokens", 2.0, 0, 2, 4), ("tokens", 2.5, 0, 2, 6),
             ("end", 2.5, 0, 2, 6)]
@@ -147,7 +146,6 @@ def burst(streams, burst_seconds, ttft, per_token, output_tokens, horizon):
 
 def test_the_burst_at_the_start_is_in_no_latency():
     """Windows begin before the first requests have ended, as they do with completions longer than the ramp."""
-    from stages.serving.load import Events
     rows = burst(streams=4, burst_seconds=5.0, ttft=0.2, per_token=0.1, output_tokens=64, horizon=60)
     window = (6.0, 36.0)
     found = figures(Events(rows, [], [window]), streams=4, output_tokens=64, goodput_limits={"ttft": 300})
@@ -162,7 +160,6 @@ def test_the_burst_at_the_start_is_in_no_latency():
 
 @pytest.mark.parametrize("window", [(6.0, 7.0), (6.0, 11.5)])  # in which none ends, and the first of each stream only
 def test_a_window_without_a_request_to_take_latencies_from_is_warned_of(window):
-    from stages.serving.load import Events
     rows = burst(streams=4, burst_seconds=5.0, ttft=0.2, per_token=0.1, output_tokens=64, horizon=60)
     found = figures(Events(rows, [{}] * 4, [(20.0, 40.0), window]), streams=4, output_tokens=64)
     assert [row["requests"] > 0 for row in found["windows"]] == [True, False]
@@ -271,7 +268,7 @@ def test_a_window_in_which_the_server_stands_still_is_measured_and_warned_of(tmp
     ("short", "ended a stream after"), ("die", "while 4 streams were running"), ("backwards", "counts backwards"),
     ("hang", "while 4 streams were running"),
 ])
-def test_a_server_that_fails_ends_the_run_with_one_line_and_keeps_what_was_measured(tmp_path, fault, words):
+def test_a_server_that_fails_ends_the_run_with_one_line_and_keeps_what_was_measured(tmp_path, monkeypatch, fault, words):
     with PacedServer(rate=400.0, fault=fault) as server:
         settings = settings_for(server, tmp_path, timeout_seconds=1.5)
         server.fault = None
@@ -281,12 +278,9 @@ def test_a_server_that_fails_ends_the_run_with_one_line_and_keeps_what_was_measu
                 server.fault = fault
             return measure(*arguments, **keywords)
 
-        original, serve_bench.measure = serve_bench.measure, failing
-        try:
-            with pytest.raises(UserError, match=words) as caught:
-                serve_bench.run(settings)
-        finally:
-            serve_bench.measure = original
+        monkeypatch.setattr(serve_bench, "measure", failing)
+        with pytest.raises(UserError, match=words) as caught:
+            serve_bench.run(settings)
     assert "\n" not in str(caught.value) and "1 of 2 levels" in str(caught.value)
     assert not (settings.run_directory / "serving.json").exists()
     partial = json.loads((settings.run_directory / "serving.partial.json").read_text())
