@@ -48,10 +48,29 @@ def convert(*overrides: str):
     return settings
 
 
+def copy_of(converted, *overrides: str):
+    """Settings with these overrides, and under their `results=` a copy of all that was made of the converted tiny model."""
+    from stages.settings import load
+
+    settings = load([f"source.path={TINY}", *overrides])
+    shutil.copytree(converted.source_directory, settings.source_directory)
+    shutil.copytree(converted.run_directory, settings.run_directory)
+    return settings
+
+
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
     """The tiny model under the default recipe: verified release and all results before evaluation."""
     return convert(f"results={tmp_path_factory.mktemp('results')}", f"source.path={TINY}", "serving=none")
+
+
+@pytest.fixture
+def release(converted, tmp_path) -> Path:
+    """A private copy of the tiny release without its manifest, to be damaged: a wrong tool would have written a fitting one."""
+    copy = tmp_path / "release"
+    shutil.copytree(converted.run_directory / "release", copy)
+    (copy / "manifest.json").unlink()
+    return copy
 
 
 @pytest.fixture

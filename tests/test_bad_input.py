@@ -25,7 +25,7 @@ from stages.serving import environment
 from stages.settings import gemm_sizes, load, scoring, text_path
 from stages.stale_results import of_other_settings, refuse_damaged
 from stages.verify_release import run as verify
-from tests.conftest import PROJECT, TINY, convert
+from tests.conftest import PROJECT, convert, copy_of
 
 METADATA = {"format": "pt"}
 
@@ -374,10 +374,7 @@ def test_every_stage_explains_itself(name):
 @pytest.fixture
 def finished(converted, tmp_path):
     """A private copy of the converted tiny model, shards as files of their own."""
-    settings = load([f"results={tmp_path / 'copy'}", f"source.path={TINY}"])
-    shutil.copytree(converted.source_directory, settings.source_directory, symlinks=True)
-    shutil.copytree(converted.run_directory, settings.run_directory)
-    return settings
+    return copy_of(converted, f"results={tmp_path / 'copy'}")
 
 
 def flip_passthrough_bit(release):

@@ -29,15 +29,6 @@ def mxforge(*arguments, **environment):
                           capture_output=True, env={**os.environ, **environment})
 
 
-@pytest.fixture
-def release(converted, tmp_path):
-    """A private copy of the release without its manifest, to be damaged: a wrong tool would have written a fitting one."""
-    copy = tmp_path / "release"
-    shutil.copytree(converted.run_directory / "release", copy)
-    (copy / "manifest.json").unlink()
-    return copy
-
-
 def faults(directory, *, source=None, quick=False) -> dict[str, list[str]]:
     return {row["check"]: row["faults"] for row in checkup.check(directory, source, quick)["checks"] if row["faults"]}
 

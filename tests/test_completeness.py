@@ -30,6 +30,10 @@ def without(directory, pattern):
     return directory
 
 
+def faults_of(release):
+    return [fault for row in checkup.check(release, None, False)["checks"] for fault in row["faults"]]
+
+
 def plan_of(directory, results, recipe="mxfp4_experts"):
     return planned("source=local", f"source.path={directory}", f"results={results}", f"recipe={recipe}")[1]
 
@@ -89,23 +93,18 @@ def test_a_model_that_has_lost_all_its_experts_is_noticed(small, tmp_path):
     (r"layers\.4\.moe\.experts\.", "layer 4"), (r"layers\.4\.self_attn\.", "layer 4"), (r"layers\.0\.mlp\.down_proj", "layer 0"),
     (r"vit_large_projector", "projector"), (r"lm_head", "output head"), (r"layers\.7\.eh_proj", "layer 7"), (r"experts\.\d+\.up_proj", "up projection"),
 ])
-def test_verify_notices_a_part_that_is_gone_from_a_release(converted, tmp_path, pattern, named):
-    release = shutil.copytree(converted.run_directory / "release", tmp_path / "release")
-    (release / "manifest.json").unlink()
-    without(release, pattern)
-    found = [fault for row in checkup.check(release, None, False)["checks"] for fault in row["faults"]]
+def test_verify_notices_a_part_that_is_gone_from_a_release(release, pattern, named):
+    found = faults_of(without(release, pattern))
     assert any(re.search(named, fault) for fault in found), found
 
 
-def test_experts_under_names_that_the_architecture_does_not_load_are_found(converted, tmp_path):
-    release = shutil.copytree(converted.run_directory / "release", tmp_path / "release")
-    (release / "manifest.json").unlink()
+def test_experts_under_names_that_the_architecture_does_not_load_are_found(release):
     for path in release.glob("*.safetensors"):
         tensors = {re.sub(r"(experts\.\d+\.)(gate|up|down)_proj", lambda m: m[1] + {"gate": "w1", "up": "w3", "down": "w2"}[m[2]], name): tensor
                    for name, tensor in load_file(path).items()}
         save_file(tensors, path, {"format": "pt"})
     (release / "model.safetensors.index.json").unlink()
-    found = [fault for row in checkup.check(release, None, False)["checks"] for fault in row["faults"]]
+    found = faults_of(release)
     assert any("loads experts" in fault for fault in found), found
 
 
@@ -121,10 +120,6 @@ def test_the_stacked_layout_is_for_architectures_whose_loader_reads_it(small, tm
     with pytest.raises(UserError, match="one by one only.*per_expert"):
         plan_of(directory, tmp_path / "results", "mxfp4_experts_stacked")
     assert plan_of(directory, tmp_path / "results")["engines"][0]["loads"] != "no"
-
-
-def faults_of(release):
-    return [fault for row in checkup.check(release, None, False)["checks"] for fault in row["faults"]]
 
 
 def test_stacked_experts_that_a_target_claims_though_they_are_plain_are_found(small, tmp_path):
@@ -158,8 +153,7 @@ def test_plain_names_in_a_config_are_mapped_as_vllm_maps_them(small, tmp_path):
     for names, wrong in ((plain, False), ([name for name in plain if not name.endswith("o_proj")], True)):
         section["ignore"] = [r"re:.*mtp.*", *names]
         (release / "config.json").write_text(json.dumps(config))
-        found = checkup.check(release, None, False)["checks"]
-        assert bool([fault for row in found for fault in row["faults"]]) == wrong
+        assert bool(faults_of(release)) == wrong
 
 
 @pytest.mark.parametrize(("family", "change", "named"), [

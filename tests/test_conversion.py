@@ -44,7 +44,7 @@ from stages.serving.load import Events
 from stages.serving.statistics import save as save_events
 from stages.settings import as_dict, load
 from stages.settings.schema import FEWEST_TOKENS
-from tests.conftest import PROJECT, TINY, convert, planned
+from tests.conftest import PROJECT, TINY, convert, copy_of, planned
 from tests.hub_server import HubServer
 from tests.small_models import save
 
@@ -220,10 +220,7 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
 @pytest.fixture(scope="module")
 def proven(converted, tmp_path_factory):
     """A copy of the converted tiny model with all results, the perplexity left out; its release is no longer hard links."""
-    settings = load([f"results={tmp_path_factory.mktemp('proven')}", f"source.path={TINY}", "serving=none", "evaluation.memory_gb=0",
-                     "evaluation.gemm_tensors=1"])
-    shutil.copytree(converted.source_directory, settings.source_directory)
-    shutil.copytree(converted.run_directory, settings.run_directory)
+    settings = copy_of(converted, f"results={tmp_path_factory.mktemp('proven')}", "serving=none", "evaluation.memory_gb=0", "evaluation.gemm_tensors=1")
     for stage in (evaluate, validate_gemm, serve_bench, report):
         stage.run(settings)
     return settings
@@ -505,9 +502,7 @@ def test_a_config_without_a_vocabulary_is_one_line_to_the_serving_benchmark(conv
 
 
 def test_a_model_too_large_for_this_machine_is_reported_as_not_measured(converted, tmp_path):
-    settings = load([f"results={tmp_path}", f"source.path={TINY}", "evaluation.memory_gb=0.01", "serving=none"])
-    shutil.copytree(converted.source_directory, settings.source_directory)
-    shutil.copytree(converted.run_directory, settings.run_directory)
+    settings = copy_of(converted, f"results={tmp_path}", "evaluation.memory_gb=0.01", "serving=none")
     assert "exceed evaluation.memory_gb=0.01" in evaluate.run(settings)["not_measured"]
     validate_gemm.run(settings)
     serve_bench.run(settings)
@@ -531,9 +526,7 @@ def test_a_text_is_scored_whole_whatever_the_tokenizers_file_says_of_truncation(
 
 def test_a_checkpoint_without_tokenizer_json_is_measured_as_far_as_that_goes(converted, tmp_path):
     """As Kimi's are published, for which a server is no remedy either."""
-    settings = load([f"results={tmp_path}", f"source.path={TINY}", "serving=none"])
-    shutil.copytree(converted.source_directory, settings.source_directory)
-    shutil.copytree(converted.run_directory, settings.run_directory)
+    settings = copy_of(converted, f"results={tmp_path}", "serving=none")
     manifest = settings.run_directory / "release" / "manifest.json"
     content = json.loads(manifest.read_text())
     del content["files"]["tokenizer.json"]
