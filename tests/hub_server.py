@@ -83,6 +83,14 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
 
+    @property
+    def _api(self) -> str:
+        return f"/api/models/{self.repository}"
+
+    @property
+    def _resolve(self) -> str:
+        return f"/{self.repository}/resolve/"
+
     def _names(self) -> list[str]:
         return sorted(p.relative_to(self.directory).as_posix() for p in self.directory.rglob("*") if p.is_file())
 
@@ -120,21 +128,32 @@ class HubServer:
         handler.send_header("Content-Length", "0")
         handler.end_headers()
 
-    def _answer(self, handler, body: bool) -> None:
-        path = unquote(urlsplit(handler.path).path)
+    def _refusal(self, path: str, authorization: str | None) -> tuple[int, str, str] | None:
+        """(status, code, message) of what this hub does not answer with data."""
         if self.unavailable and self.unavailable_path in path:
             self.unavailable -= 1
-            return self._error(handler, self.unavailable_status, "Unavailable", "try again")
-        if self.refuse_tokens and handler.headers.get("Authorization"):
-            return self._error(handler, 400, "InvalidArgument", "a token was sent to the storage")
-        if self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
-            return self._error(handler, 401, "RepoNotFound", "Invalid credentials")
+            return self.unavailable_status, "Unavailable", "try again"
+        if self.refuse_tokens and authorization:
+            return 400, "InvalidArgument", "a token was sent to the storage"
+        if self.token and authorization != f"Bearer {self.token}":
+            return 401, "RepoNotFound", "Invalid credentials"
         if self.gated:
-            return self._error(handler, 403, "GatedRepo", "Access to this model is restricted")
-        info, resolve = f"/api/models/{self.repository}", f"/{self.repository}/resolve/"
-        if path.startswith(info):
-            if path not in (info, f"{info}/revision/main", f"{info}/revision/{self.revision}"):
-                return self._error(handler, 404, "RevisionNotFound", "Invalid rev id")
+            return 403, "GatedRepo", "Access to this model is restricted"
+        if path.startswith(self._api):
+            known = path in (self._api, f"{self._api}/revision/main", f"{self._api}/revision/{self.revision}")
+            return None if known else (404, "RevisionNotFound", "Invalid rev id")
+        if not path.startswith(self._resolve):
+            return 404, "RepoNotFound", "Repository not found"
+        revision, _, name = path.removeprefix(self._resolve).partition("/")
+        if revision != self.revision:
+            return 404, "RevisionNotFound", "Invalid rev id"
+        return None if (self.directory / name).is_file() else (404, "EntryNotFound", "Entry not found")
+
+    def _answer(self, handler, body: bool) -> None:
+        path = unquote(urlsplit(handler.path).path)
+        if refusal := self._refusal(path, handler.headers.get("Authorization")):
+            self._error(handler, *refusal)
+        elif path.startswith(self._api):
             data = json.dumps(self._info()).encode()
             handler.send_response(200)
             handler.send_header("Content-Type", "application/json")
@@ -142,21 +161,15 @@ class HubServer:
             handler.end_headers()
             if body:
                 handler.wfile.write(data)
-            return None
-        if not path.startswith(resolve):
-            return self._error(handler, 404, "RepoNotFound", "Repository not found")
-        revision, _, name = path.removeprefix(resolve).partition("/")
-        if revision != self.revision:
-            return self._error(handler, 404, "RevisionNotFound", "Invalid rev id")
-        file = self.directory / name
-        if not file.is_file():
-            return self._error(handler, 404, "EntryNotFound", "Entry not found")
-        if self.storage:
+        elif self.storage:
             handler.send_response(302)
             handler.send_header("Location", self.storage + handler.path)
             handler.send_header("Content-Length", "0")
             handler.end_headers()
-            return None
+        else:
+            self._answer_with_file(handler, path.removeprefix(self._resolve).partition("/")[2], body)
+
+    def _answer_with_file(self, handler, name: str, body: bool) -> None:
         data, sha256 = self._file(name)
         if self.corrupt == name:
             data = data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 0xFF]) + data[len(data) // 2 + 1:]
@@ -177,8 +190,11 @@ class HubServer:
         handler.send_header("ETag", f'"{sha256}"')
         handler.send_header("X-Repo-Commit", self.revision)
         handler.end_headers()
-        if not body:
-            return None
+        if body:
+            self._send(handler, name, data, begin, end)
+
+    def _send(self, handler, name: str, data: bytes | Large, begin: int, end: int) -> None:
+        """Sends a file's bytes begin..end, or what the faults leave of them, and counts them."""
         if self.drop_after is not None and end - begin > self.drop_after:
             end, self.drop_after = begin + self.drop_after, self.drop_after if self.drop_always else None
             handler.close_connection = True
@@ -192,4 +208,3 @@ class HubServer:
                 self.sent[name] += len(piece)
         except (BrokenPipeError, ConnectionResetError):
             handler.close_connection = True
-        return None
