@@ -71,15 +71,10 @@ def block_edges(block: object) -> object:
 
 def checked(config: object, where: str = "config.json") -> dict:
     """The config, if its parts that are read here have the form that they must have; UserError for the first that has not."""
-    def need(value: object, kind: type, name: str, what: str):
-        if not isinstance(value, kind):
-            raise UserError(f"{where}{name}: is {_shown(value)}, expected {what}; restore the original")
-        return value
-
-    need(config, dict, "", "a JSON object")
+    _check_object(config, where)
     text = config.get("text_config")
     if text is not None:
-        need(text, dict, ": text_config", "a JSON object")
+        _check_object(text, f"{where}: text_config")
     for number in ("hidden_size", "num_hidden_layers"):
         value = (text if text is not None else config).get(number)
         if value is not None and type(value) is not int:
@@ -87,20 +82,30 @@ def checked(config: object, where: str = "config.json") -> dict:
     architectures = config.get("architectures")
     if architectures is not None and not (isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)):
         raise UserError(f"{where}: architectures is {_shown(architectures)}, expected a list of names; restore the original")
-    for part, name in ((config, ""), (text or {}, ": text_config")):
-        section = part.get("quantization_config")
-        if section is None:
-            continue
-        need(section, dict, f"{name}: quantization_config", "a JSON object")
-        groups = need({} if section.get("config_groups") is None else section["config_groups"], dict, f"{name}: config_groups", "a JSON object")
-        for key, group in groups.items():
-            need(group, dict, f"{name}: {key}", "a JSON object")
-            weights = need(group.get("weights") or {}, dict, f"{name}: {key}.weights", "a JSON object")
-            for number in ("num_bits", "group_size"):
-                if weights.get(number) is not None and type(weights[number]) is not int:
-                    raise UserError(f"{where}{name}: {key}.weights.{number} is {_shown(weights[number])}, expected a whole number; "
-                                    "restore the original")
+    for part, place in ((config, where), (text or {}, f"{where}: text_config")):
+        if part.get("quantization_config") is not None:
+            _check_section(part["quantization_config"], place)
     return config
+
+
+def _check_object(value: object, where: str) -> None:
+    """UserError unless a part of a config is a JSON object."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: is {_shown(value)}, expected a JSON object; restore the original")
+
+
+def _check_section(section: object, where: str) -> None:
+    """`checked` for a quantization_config that stands in `where`."""
+    _check_object(section, f"{where}: quantization_config")
+    groups = {} if section.get("config_groups") is None else section["config_groups"]
+    _check_object(groups, f"{where}: config_groups")
+    for key, group in groups.items():
+        _check_object(group, f"{where}: {key}")
+        weights = group.get("weights") or {}
+        _check_object(weights, f"{where}: {key}.weights")
+        for number in ("num_bits", "group_size"):
+            if weights.get(number) is not None and type(weights[number]) is not int:
+                raise UserError(f"{where}: {key}.weights.{number} is {_shown(weights[number])}, expected a whole number; restore the original")
 
 
 def changes_weights(section: dict) -> list[str]:
