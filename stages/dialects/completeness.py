@@ -122,6 +122,14 @@ def check_layers(entries: Mapping[str, Mapping], layers: int, drafts: int, apart
                         f"{'draft layers' if layer >= layers else 'other layers of its kind'} have; {incomplete}")
 
 
+def _unjoined(drafts: Mapping[int, set[str]]) -> list[int]:
+    """Draft layers that lack what joins them to the model: each has its own eh_proj, or the first has it for all of them."""
+    joined = [layer for layer, tails in drafts.items() if "eh_proj.weight" in tails]
+    if not joined:
+        return sorted(drafts)[:1]
+    return [layer for layer in drafts if layer not in joined] if len(joined) > 1 else []
+
+
 def lacking_layers(held: Mapping[int, set[str]], layers: int, apart: Container[int], shared_experts: bool) -> Iterator[tuple[int, list[str]]]:
     """(layer, what it lacks): of its kind's tensors, of the parts that every layer has, of what joins a draft layer to the model."""
     text = {layer: tails for layer, tails in held.items() if layer < layers}
@@ -131,8 +139,7 @@ def lacking_layers(held: Mapping[int, set[str]], layers: int, apart: Container[i
         for part, members in parts_of(tails).items():
             usual[part] = usual.get(part, members) & members
     drafts = {layer: tails for layer, tails in held.items() if layer >= layers}
-    joined = [layer for layer, tails in drafts.items() if "eh_proj.weight" in tails]
-    for layer in [layer for layer in drafts if layer not in joined] if len(joined) > 1 else sorted(drafts)[:1] if not joined else []:
+    for layer in _unjoined(drafts):
         yield layer, ["eh_proj, or what else joins it to the model"]
     for layer, tails in held.items():
         if lost := lost_parts(tails, shared_experts):
