@@ -1,7 +1,9 @@
-# make        set up .venv and run the main job: convert, prove and measure the bundled tiny Step-3.7 model
-# make test   set up and pass the tests
+# make             set up .venv and run the main job: convert, prove and measure the bundled tiny Step-3.7 model
+# make test        set up and pass the tests
 # make serve-env   set up .venv-serve with vLLM for the CPU (3.5 GB), which `make` then serves the release with
-# make bench  what the README claims, measured on this machine; vLLM's part where `make serve-env` was run before
+# make bench       the README's speeds, measured on this machine (not llm-compressor's: benchmarks/convert_peers.py); vLLM's where `make serve-env` was run
+# make clean       remove all results, releases among them
+# make help        these lines
 # The released torch wheel brings CUDA along; TORCH="torch==2.13.0 --index-url URL" takes another build.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -38,7 +40,10 @@ bench: setup
 serve-env: setup
 	@TORCH="$(TORCH)" $(BIN)/python -m stages.serving.environment
 
+help:
+	@sed -n 's/^# //p; /^PYTHON/q' Makefile
+
 clean:
 	rm -rf results/*/ .snakemake
 
-.PHONY: run setup test bench serve-env clean
+.PHONY: run setup test bench serve-env clean help

@@ -24,6 +24,9 @@ workflow.global_resources.setdefault("server", 1)  # one model at a time is run
 wildcard_constraints: shard="|".join(map(re.escape, W.shards))
 localrules: all
 
+onerror:
+    print("stopped: mend what the line with `error:` above says, if there is one, and run the same command again; what is finished is kept", file=sys.stderr)
+
 rule all:
     input: RELEASE, [f"{RUN}/{name}" for name in RESULTS], expand(f"{RUN}/shards/{{shard}}.safetensors", shard=W.shards)
 

@@ -1,10 +1,10 @@
-"""`mxforge`: the questions that are asked outside of a run, answered by the functions of the stages.
+"""What can be asked about a checkpoint or a release without converting anything.
 
     mxforge plan DIRECTORY | OWNER/NAME[@REVISION] | SOURCE   what a conversion would do, from headers alone
-    mxforge verify DIRECTORY                            what is wrong with a release, ours or not
-    mxforge config DIRECTORY                            its config.json, made again from its tensors
+    mxforge verify DIRECTORY                                  what is wrong with a release, ours or not
+    mxforge config DIRECTORY                                  its config.json, made again from its tensors
 
-Conversions are run by snakemake; see the README.
+Conversions are run by snakemake; see README.md. Each command explains itself: mxforge plan --help
 """
 
 from __future__ import annotations
@@ -97,18 +97,18 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("plan", help="what a conversion would do, from headers alone")
     command.add_argument("where", metavar="DIRECTORY|OWNER/NAME[@REVISION]|SOURCE", help="a checkpoint, a hub repository, or a file of conf/source")
-    command.add_argument("--recipe", default="mxfp4_experts", help="a file of conf/recipe")
+    command.add_argument("--recipe", default="mxfp4_experts", help="a file of conf/recipe (default mxfp4_experts)")
     command.add_argument("--json", action="store_true", help="print it as JSON")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, for example device.lane=4")
     command.set_defaults(run=show_plan)
     command = commands.add_parser("verify", help="what is wrong with a compressed-tensors MXFP4 or MXFP8 checkpoint")
-    command.add_argument("directory", type=Path)
+    command.add_argument("directory", type=Path, help="of the release")
     command.add_argument("--source", type=Path, help="directory of the checkpoint that it was made from: weights are compared")
     command.add_argument("--quick", action="store_true", help="read samples of the codes only (all scales), hash no file")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     command.set_defaults(run=verify)
     command = commands.add_parser("config", help="write a release's config.json again, from its tensors")
-    command.add_argument("directory", type=Path)
+    command.add_argument("directory", type=Path, help="of the release, whose config.json is written")
     command.add_argument("--base", type=Path, help="config.json to start from; the release's own if not given")
     command.add_argument("--dry-run", action="store_true", help="print it, write nothing")
     command.set_defaults(run=regenerate_config)

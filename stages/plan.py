@@ -1,6 +1,6 @@
 """Decides every tensor before a byte is converted: quantize, pass through or drop, and predicts the release to the byte.
 
-Everything that makes peers finish with a wrong checkpoint is refused here: a pattern or role that matches nothing, a
+Everything that could end in a wrong checkpoint is refused here: a pattern or role that matches nothing, a
 scale that is missing, a dimension that does not fit, a set of experts of which only a part is named, a config whose targets
 would hit something else than what is stored.
 """

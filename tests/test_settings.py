@@ -68,7 +68,9 @@ def test_yaml_keys_and_schema_do_not_drift_apart(group):
     (["recipe.name=a/b"], ["recipe.name", "'a/b'"]),
     (["evaluation.stride=257"], ["evaluation.stride", "evaluation.context"]),
     (["evaluation=wikitext2"], ["evaluation=wikitext2", "evaluation.text=FILE"]),
-    (["source=local", "source.path=/a b's {x}"], ["source.path='/my data/checkpoint'"]),
+    (["source=local", "source.path=/a b's {x}"], ["/a b's {x}", "in quotes, as in"]),
+    (["source.path=/data/model"], ["source.path=/data/model", "add source=local"]), (["source.name=x", "++source.path=/data/model"], ["add source=local"]),
+    (["source.license=mine, all mine"], ["source.license=mine, all mine", "in quotes, as in"]),
     (["source=local", "source.path='/data/{x}'"], ["source.path", "wildcards"]),
     (["recipe.groups=[]"], ["nothing to quantize"]),
     (["recipe.groups=[{scheme: mxfp4}]"], ["group with scheme mxfp4", "nothing to quantize"]),
@@ -176,6 +178,19 @@ def test_a_text_stays_as_it_was_written(value):
     assert load([f"serving.variables.A={value}"]).serving.variables["A"] == value
     assert load([f"serving.flags=[--limit,{value}]"]).serving.flags == ["--limit", value]
     assert load(["source.license=null"]).source.license is None
+
+
+@pytest.mark.parametrize("path", ["/my data/model", "/data/Modèle (1), a#b&c=d", "/data/~x", "a:b", "/data/[x]"])
+def test_a_path_needs_no_quotes(path):
+    for written in (path, f"'{path}'"):
+        made = load(["source=local", f"source.path={written}", "source.name=x", f"serving.prompts={written}"])
+        assert (made.source.path, made.serving.prompts) == (path, path)
+
+
+def test_a_path_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me too")
+    made = load(["source=local", "source.path=~/model", "results=~/results"])
+    assert (made.source.path, made.source.name, made.results) == ("/home/me too/model", "model", "/home/me too/results")
 
 
 def test_results_and_source_do_not_lie_in_each_other(tmp_path):

@@ -23,7 +23,9 @@ SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 
 
 def snakemake(directory, *arguments, **keywords):
-    return subprocess.run([*SNAKEMAKE, "--directory", str(directory), "-s", str(PROJECT / "Snakefile"), *arguments],
+    """With Snakemake's own blocks for each job, which `jobs_of` reads and profiles/default leaves out."""
+    blocks = [] if "--quiet" in arguments else ["--quiet", "host"]
+    return subprocess.run([*SNAKEMAKE, *blocks, "--directory", str(directory), "-s", str(PROJECT / "Snakefile"), *arguments],
                           cwd=PROJECT, capture_output=True, text=True, **keywords)
 
 
@@ -139,6 +141,16 @@ def test_a_hub_repository_is_converted_into_a_directory_with_a_space(finished, t
     assert not list((made / "source").glob("*")), "downloaded shards are deleted behind their conversion"
     for shard in (theirs / "shards").glob("*.safetensors"):
         assert (made / "release" / shard.name).read_bytes() == shard.read_bytes(), shard.name
+
+
+def test_a_dry_run_is_one_screen_and_a_run_that_stops_says_how_to_go_on(tmp_path):
+    directory = workdir(tmp_path / "plain")
+    command = [*SNAKEMAKE, "--directory", str(directory), "-s", str(PROJECT / "Snakefile"), "--cores", "1"]
+    ran = subprocess.run([*command, "-n"], cwd=PROJECT, capture_output=True, text=True)
+    assert ran.returncode == 0 and len((ran.stdout + ran.stderr).splitlines()) < 60 and "quantize_experts         6" in ran.stdout + ran.stderr
+    ran = subprocess.run([*command, "--until", "plan", "--config", 'overrides=["recipe.groups=[{roles: [attenton]}]"]'], cwd=PROJECT, capture_output=True,
+                         text=True)
+    assert ran.returncode != 0 and "| error: " in ran.stdout + ran.stderr and "run the same command again" in ran.stderr, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("name", ["$(touch PWNED).safetensors", "a b.safetensors", "a;b.safetensors", "-x.safetensors"])

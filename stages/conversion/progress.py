@@ -31,7 +31,7 @@ class ProgressReport:
         self._done += count
         if self._bar:
             self._bar.update(self._task, completed=self._done)
-        elif time.monotonic() - self._last > REPORT_SECONDS:
+        elif time.monotonic() - self._last > REPORT_SECONDS and 100 * self._done >= self._total:  # what the first bytes waited for, kernels, is no rate
             self._last = time.monotonic()
             rate = self._done / (self._last - self._start)
             print(f"{self._shard}: {100 * self._done / self._total:3.0f} %, {human_bytes(rate)}/s, "

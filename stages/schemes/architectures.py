@@ -97,8 +97,8 @@ ARCHITECTURES = (
         stacked=True, projector=r"(model\.)?vit_large_projector\.", plugin=True, in_process=("Step3p7ForConditionalGeneration",),
         tried=(EngineRun(VLLM, "yes", "run on a CPU with the plugin that the release bundles; without it the draft layers do not load",
                      ("experts mxfp4", "stacked experts mxfp4", "experts mxfp4, rest mxfp8")),
-               EngineRun(TRANSFORMERS, "no", "5.19 leaves the experts of this model at random values, with only a warning; evaluate here expands "
-                                         "them first")),
+               EngineRun(TRANSFORMERS, "no", "5.19 leaves the experts of this model at random values, with only a warning; mxforge expands them "
+                                         "itself before it measures")),
         draft=((r"^transformer\.shared_head\.output$", "shared_head.head"), (r"^(?!shared_head|eh_proj)", "mtp_block."))),
     Architecture(
         ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"), merged=_DEEPSEEK,

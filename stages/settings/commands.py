@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shlex
+import sys
 
 from stages.errors import UserError
 from stages.settings.conf import choices
@@ -15,10 +16,11 @@ from stages.settings.schema import Settings, as_dict
 
 def stage_parser(description: str | None) -> argparse.ArgumentParser:
     """The command line that every stage shares: Hydra overrides as positional arguments."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    parser = argparse.ArgumentParser(prog=f"python -m {module.name}" if module else None, description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE",
-                        help="settings as in conf/, for example source=step37_tiny recipe=mxfp4_experts "
-                             "source.path=/data/checkpoint")
+                        help="settings as in conf/, for example source=local source.path=/data/checkpoint recipe=mxfp4_experts")
     return parser
 
 

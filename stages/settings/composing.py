@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import get_type_hints
 
 import yaml
@@ -20,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stages.errors import UserError
-from stages.settings.conf import CONF, choices
+from stages.settings.conf import CONF, PROJECT, choices
 from stages.settings.schema import GroupSettings, Settings
 
 OPEN_DICTIONARY = re.compile(r"\+{0,2}serving\.(goodput_ms|variables)\b")  # whose keys the user names, for which Hydra wants `++`
@@ -54,11 +56,11 @@ def _one_line(error: Exception) -> str:
                                                        "; stages/settings/schema.py lists them all")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     keep = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "Set the", "Error merging"))]
-    if "LexerNoViableAlt" in text or "mismatched input" in text or "Error parsing override" in text:
-        found = re.search(r"Error parsing override '(.*)'", text)
+    if any(words in text for words in ("LexerNoViableAlt", "mismatched input", "Error parsing override", "Ambiguous value")):
+        found = re.search(r"(?:Error parsing override|Ambiguous value for argument) '(.*)'", text)
         shown = re.sub(r"^\w+Exception: ", "", text.splitlines()[0])
-        return (f"conf: cannot read the setting {found.group(1) if found else shown!r}; put values with spaces, "
-                "braces, quotes, ~ or other than ASCII letters in quotes, as in \"source.path='/my data/checkpoint'\"")
+        return (f"conf: cannot read the setting {found.group(1) if found else shown!r}; put values with commas, "
+                "braces, quotes, ~ or other than ASCII letters in quotes, as in \"source.license='mine, all mine'\"")
     key = re.search(r"full_key: (\S+)", text)
     return "conf: " + (f"{key.group(1)}: " if key else "") + " ".join(keep[:2])
 
@@ -71,14 +73,20 @@ def _keys_of(*kinds: object) -> set[str]:
 
 TEXT, TEXTS = {"results", *_keys_of(str, str | None)}, _keys_of(list[str])
 WORD = r"[\w.+-]+"  # what needs no quotes in Hydra's notation
+PATHS = ("results", "source.path", "evaluation.text", "serving.environment", "serving.prompts")
 
 
 def _quoted(override: str) -> str:
-    """An override of a text, or of a list of them, that looks like a number, in quotes: Hydra would make 20261127 of 2026_11_27 and 1.1 of 1.10."""
+    """An override of a text, or of a list of them, that looks like a number, in quotes: Hydra would make 20261127 of 2026_11_27 and 1.1 of 1.10.
+
+    A path needs no quotes of the user's, unless it holds quotes, backslashes, braces or $ itself, and begins at home with ~/ as in a shell.
+    """
     key, equals, value = override.partition("=")
     name = key.lstrip("+")
     if not equals:
         return override
+    if name in PATHS and not re.search(r"['\"\\{}$]", value) and value.lower() not in ("", "null"):
+        return f"{key}='{os.path.expanduser(value) if value.startswith('~/') else value}'"
     if name in TEXTS and re.fullmatch(rf"\[{WORD}(,{WORD})*\]", value, re.ASCII):
         return f"{key}=[{','.join(repr(part) for part in value[1:-1].split(','))}]"
     is_text = name in TEXT or key.startswith("++serving.variables.")
@@ -96,7 +104,7 @@ def composed(overrides: Iterable[str]) -> Settings:
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3", job_name="mxforge"):
             made = compose(config_name="config", overrides=overrides)
         # merged once more because Hydra's `+key=value` may add keys that the schema does not have
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.to_container(made)))
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.to_container(made)))
     except ValueError as error:
         if isinstance(error, OmegaConfBaseException):
             raise UserError(_one_line(error)) from None
@@ -110,3 +118,16 @@ def composed(overrides: Iterable[str]) -> Settings:
         raise UserError(f"conf: {f'{mark.name}, line {mark.line + 1}' if mark else 'a file'}: is no YAML: {getattr(error, 'problem', None) or error}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from None
+    _refuse_a_path_alone(settings, overrides)
+    return settings
+
+
+def _refuse_a_path_alone(settings: Settings, overrides: list[str]) -> None:
+    """UserError for another source.path without a word on which source it is of: it would get the name and the licence of conf/'s default."""
+    keys = {item.lstrip("+").partition("=")[0] for item in overrides}
+    if "source.path" not in keys or "source" in keys or not settings.source.path:
+        return
+    default = composed([]).source
+    if not default.path or Path(settings.source.path).resolve() != (PROJECT / default.path).resolve():
+        raise UserError(f"conf: source.path={settings.source.path} without source=local would take its name and licence from source={default.name}, the "
+                        "default: add source=local")
