@@ -97,6 +97,14 @@ def model_fault(row: Architecture, architecture: str, names: Iterable[str], expe
     if row.draftless and (draft := next((name for name in places if role_of(name, text_layers) == "mtp"), None)):
         return (f"{draft} belongs to a draft layer; vLLM has none for {architecture} and stops at this tensor: take the layers past "
                 "num_hidden_layers out of the checkpoint and set num_nextn_predict_layers to 0")
+    roots: dict[str, str] = {}  # what names of layers begin with -> the first of them
+    for name, (layer, _) in places.items():
+        if layer is not None and layer < text_layers:
+            roots.setdefault(name.partition("layers.")[0], name)
+    for root, name in roots.items():
+        if (found := runtime_name(f"{root}layers.0", row, text_layers).removesuffix(".0")) != f"{row.root}.layers":
+            return (f"{name} is one of {found}.* to vLLM, which has the layers of {architecture} as {row.root}.layers.* and stops at others; config.json "
+                    "is of another architecture than the tensors, get the checkpoint with its own")
     routing = {layer for layer, tail in places.values() if tail == row.needed}
     lacking = {layer for layer in expert_layers if layer < text_layers} - routing
     if row.needed and lacking:
