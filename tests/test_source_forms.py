@@ -123,6 +123,16 @@ def test_fp8_whose_activations_the_source_leaves_alone_stays_so_where_vllm_reads
     assert any("get their activations quantized" in note for note in made["notes"]) == noted
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+def test_one_scale_for_a_tensor_is_kept_in_a_shape_that_vllm_loads(tmp_path, shape, name):
+    section = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    made = planned(tmp_path, stored(section, attention=lambda *size: {"weight": ("F8_E4M3", size), name: ("F32", shape)}))
+    (output,) = outputs_of(f"{K_PROJ}.{name}", made["tensors"][f"{K_PROJ}.{name}"], "per_expert")
+    assert (output.name, output.shape) == (f"{K_PROJ}.weight_scale", (1,) if shape else ())
+    assert made["tensors"][f"{K_PROJ}.weight"]["stored"] == "fp8 per tensor"
+
+
 def per_block(size):
     return {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_block", "block_size": size}}
 

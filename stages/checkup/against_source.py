@@ -110,9 +110,9 @@ def _passed_through(checkpoint: Checkpoint, source: Source) -> Generator[str, No
         origin = next((candidate for candidate in names if candidate in source.tensors), None)
         if origin is None or module_of(name) in compared:
             continue
-        found = source.tensors[origin]
+        found, owner = source.tensors[origin], source.claims[origin].belongs_to
         result.append((name, origin))
-        written = kept.as_written(found.dtype, found.shape) if source.claims[origin].belongs_to else (found.dtype, found.shape)
+        written = kept.as_written(found.dtype, found.shape, source.claims[owner].one_scale) if owner else (found.dtype, found.shape)
         if written != (info.dtype, info.shape):
             yield from compare_decoded(checkpoint, source, name, origin)
         elif not checkpoint.quick:

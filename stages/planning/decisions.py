@@ -102,7 +102,8 @@ def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str, weight_only:
     """Format in which a weight that the recipe leaves stays in the release; UserError where no engine could read it."""
     entry, why = tensors[name], None
     dialect, scale = entry["dialect"], tensors[entry["scale"]] if entry["scale"] else None
-    stored = stored_as(tuple(entry["matrix"]), *kept.as_written(scale["dtype"], tuple(scale["shape"]))) if dialect in kept.DIALECTS else None
+    written = kept.as_written(scale["dtype"], tuple(scale["shape"]), entry["one_scale"]) if dialect in kept.DIALECTS else None
+    stored = stored_as(tuple(entry["matrix"]), *written) if written else None
     if dialect not in kept.DIALECTS:
         why = f"{dialect} cannot be kept in a release"
     elif len(entry["matrix"]) != 2 or module_of(name) + ".weight" != name:
