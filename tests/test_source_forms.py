@@ -133,6 +133,17 @@ def test_one_scale_for_a_tensor_is_kept_in_a_shape_that_vllm_loads(tmp_path, sha
     assert made["tensors"][f"{K_PROJ}.weight"]["stored"] == "fp8 per tensor"
 
 
+def test_a_head_in_fp8_blocks_which_vllm_does_not_load_is_refused(tmp_path):
+    def with_head(section, store):
+        family = stored(section, experts=store)
+        head = {f"lm_head.{part}": entry for part, entry in store(512, 256).items()}
+        return dataclasses.replace(family, tensors=lambda: family.tensors() | head)
+
+    assert planned(tmp_path / "channels", with_head(COMPRESSED, channels))["tensors"]["lm_head.weight"]["stored"] == "fp8 per channel"
+    with pytest.raises(UserError, match="lm_head: stored as fp8 128x128, but vLLM loads a head with scales per channel, per tensor"):
+        planned(tmp_path / "blocks", with_head(BLOCKS, tiles))
+
+
 def per_block(size):
     return {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_block", "block_size": size}}
 

@@ -18,13 +18,13 @@ GATE_UP = {"gate_up_proj": ("gate_proj", "up_proj")}
 STANDARD = {**QKV, **GATE_UP}
 VLLM, TRANSFORMERS = "vLLM 0.32", "transformers"
 SWIGLU, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
-EMBEDDING = "VocabParallelEmbedding"
+EMBEDDING, HEAD = "VocabParallelEmbedding", "ParallelLMHead"
 INSIDE = "language_model.model"  # root of a text model that is part of another
 DRAFT_LAYER = re.compile(rf"{TEXT_ROOT}\.layers\.(\d+)\.(.*)")
 
 # leaf of a runtime name -> the class that vLLM builds, which class-name targets are compared with
 CLASSES = (
-    (r".*(embed_tokens|word_embeddings|\.embeddings)$", EMBEDDING), (r".*(lm_head|shared_head\.head|\.head)$", "ParallelLMHead"),
+    (r".*(embed_tokens|word_embeddings|\.embeddings)$", EMBEDDING), (r".*(lm_head|shared_head\.head|\.head)$", HEAD),
     (r".*(qkv_proj|qkv|query_key_value)$", "QKVParallelLinear"), (r".*(gate_up_proj|in_proj_qkvz|in_proj_ba)$", "MergedColumnParallelLinear"),
     (r".*fused_qkv_a_proj$", "DeepSeekV2FusedQkvAProjLinear"), (r".*(kv_a_proj_with_mqa|shared_expert_gate)$", "ReplicatedLinear"),
     (r".*\.gate$", "GateLinear"), (r".*(o_proj|out_proj|down_proj|fc2|attention\.dense)$", "RowParallelLinear"),

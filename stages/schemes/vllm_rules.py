@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from stages.dialects.roles import layer_and_tail, role_of
-from stages.schemes.architectures import CLASSES, SWIGLU, UNKNOWN, Architecture, config_name, runtime_name
+from stages.schemes.architectures import CLASSES, HEAD, SWIGLU, UNKNOWN, Architecture, config_name, runtime_name
 from stages.schemes.kept import WEIGHT_ONLY, stored_by
 
 ROUTED_EXPERTS = "RoutedExperts"
@@ -230,6 +230,8 @@ def coverage_faults(modules: Iterable[RuntimeModule], section: Mapping, stored: 
             continue
         if kind and module.class_name is None:
             faults.append(f"{module.name}: stored as {kind}, but vLLM never reads it quantized")
+        elif kind and module.class_name == HEAD and re.fullmatch(r"fp8 \d+x\d+", kind):
+            faults.append(f"{module.name}: stored as {kind}, but vLLM loads a head with scales per channel, per tensor or per 32 inputs only")
         elif kind and target is None:
             faults.append(f"{module.name}: stored as {kind}, but no target claims it; vLLM would leave it uninitialized")
         elif kind is None and target is not None:
