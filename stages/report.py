@@ -66,7 +66,7 @@ def _own_version() -> str:
 
 def role_rows(plan: Plan) -> list[dict]:
     """What happened to each role: decision, tensors, bytes before and after."""
-    words = {"drop": "folded into the block scales", "pass through": "unchanged", "keep": "kept in its own FP8"}
+    words = {"drop": "folded into the block scales, or unread", "pass through": "unchanged", "keep": "kept in its own FP8"}
     rows = [{**row, "role": row["role"].replace("_", " "), "what": words.get(row["decision"], f"quantized to {row['decision']}")}
             for row in by_role(plan)]
     return sorted(rows, key=lambda row: -row["before"])

@@ -1,6 +1,7 @@
 """Sources in other dialects: converted through the stages to the bytes that their decoded values demand."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -309,15 +310,20 @@ def test_stacked_nvfp4_with_a_tensor_scale_for_each_expert_is_read(tmp_path):
         convert(f"source.path={source}", "source=local", f"results={tmp_path / 'others'}")
 
 
-def test_a_scale_of_the_kv_cache_in_its_older_spelling_passes_and_the_plan_says_what_becomes_of_the_cache(tmp_path):
+def test_scales_of_the_kv_cache_in_quarks_spelling_pass_under_the_name_that_vllm_reads_and_the_plan_says_what_becomes_of_the_cache(tmp_path):
     section = {"quant_method": "quark", "kv_cache_quant_algo": "FP8"}
     checkpoint(tmp_path / "model", channel, section)
     path = tmp_path / "model" / "model.safetensors"
     tensors = load_file(path)
-    extra = {name.replace(".weight", ".output_scale"): torch.ones(1) for name in tensors if name.endswith(("self_attn.k_proj.weight", "self_attn.v_proj.weight"))}
-    save_file(tensors | extra, path, metadata={"format": "pt"})
+    extra = {name.replace(".weight", ".output_scale"): torch.ones(1) * 2 for name in tensors if re.search(r"self_attn\.[qkv]_proj\.weight$", name)}
+    unread = {f"model.layers.0.self_attn.{name}": torch.ones(shape) for name, shape in (("prob_output_scale", 1), ("k_zero_point", (4, 1, 1)))}
+    save_file(tensors | extra | unread, path, metadata={"format": "pt"})
     settings = convert(f"source.path={tmp_path / 'model'}", "source=local", f"results={tmp_path / 'results'}")
-    assert extra.keys() <= load_file(settings.run_directory / "release" / "model.safetensors").keys()
+    release = load_file(settings.run_directory / "release" / "model.safetensors")
+    assert not {*extra, *unread} & release.keys()
+    assert all(release[re.sub(r"([qkv])_proj\.output_scale", r"\1_scale", name)] == 2 for name in extra)
+    result = checkup.check(settings.run_directory / "release", tmp_path / "model")
+    assert result["passed"], result
     assert any("KV cache" in note for note in read_plan(settings)["notes"])
 
 

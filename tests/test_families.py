@@ -169,6 +169,17 @@ def test_draft_layers_that_vllm_would_stop_at_are_refused(tmp_path):
         planned(tmp_path, drafting)
 
 
+@pytest.mark.parametrize(("name", "prefix", "other"), [
+    ("qwen35_moe_bf16", "model.language_model.", "model."), ("qwen3_moe_fp8", "model.", "model.language_model."),
+    ("qwen3_moe_fp8", "model.", "language_model.model."), ("minimax_m3", "language_model.model.", "model."),
+])
+def test_names_that_are_those_of_another_architecture_are_refused(tmp_path, name, prefix, other):
+    family = few_experts(FAMILIES[name])
+    tensors = {re.sub(f"^{re.escape(prefix)}", other, tensor): entry for tensor, entry in family.tensors().items()}
+    with pytest.raises(UserError, match=rf"{re.escape(other)}layers\.0\..* to vLLM, which has the layers of \w+ as .* stops at others"):
+        planned(tmp_path, dataclasses.replace(family, tensors=lambda: tensors))
+
+
 def test_mimo_whose_attention_no_engine_reads_as_it_is_stored_becomes_mxfp8(tmp_path):
     family = few_experts(FAMILIES["mimo_v2_flash"])
     made = planned(tmp_path, family, "mxfp4_experts_mxfp8_rest")

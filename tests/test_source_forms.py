@@ -75,6 +75,17 @@ def test_what_an_engine_knows_beside_a_quantized_linear_passes(tmp_path):
     assert {made["tensors"][name]["decision"] for name in beside} == {"pass through"}
 
 
+@pytest.mark.parametrize(("name", "shape", "written"), [
+    ("k_proj.output_scale", (1,), ["k_scale"]), ("q_proj.output_scale", (), ["q_scale"]), ("k_proj.k_scale", (), ["k_proj.k_scale"]),
+    ("k_scale", (2, 1, 1), []), ("k_proj.output_scale", (2, 1), []), ("v_zero_point", (2, 1, 1), []), ("prob_output_scale", (1,), []),
+])
+def test_scales_of_the_kv_cache_become_what_vllm_reads_without_a_scheme_of_it(tmp_path, name, shape, written):
+    scale = f"model.layers.0.self_attn.{name}"
+    made = planned(tmp_path, stored({"quant_method": "quark"}, {scale: ("F32", shape)}, experts=channels))
+    outputs = outputs_of(scale, made["tensors"][scale], "per_expert")
+    assert [output.name for output in outputs] == [f"model.layers.0.self_attn.{part}" for part in written]
+
+
 @pytest.mark.parametrize("kind", ["act_scale", "activation_scale", "input_scale"])
 def test_a_fixed_scale_of_activations_is_dropped_with_the_weight_that_it_is_for(tmp_path, kind):
     family = stored(BLOCKS, experts=lambda *shape: tiles(*shape) | {kind: ("F32", ())})
@@ -110,6 +121,27 @@ def test_fp8_whose_activations_the_source_leaves_alone_stays_so_where_vllm_reads
     (group,) = (group for group in made["quantization_config"]["config_groups"].values() if group["format"] == kept.FORMAT)
     assert (group["input_activations"] is None) == stored_as.endswith(kept.WEIGHT_ONLY) and kept.stored_by(group) == stored_as
     assert any("get their activations quantized" in note for note in made["notes"]) == noted
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+def test_one_scale_for_a_tensor_is_kept_in_a_shape_that_vllm_loads(tmp_path, shape, name):
+    section = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    made = planned(tmp_path, stored(section, attention=lambda *size: {"weight": ("F8_E4M3", size), name: ("F32", shape)}))
+    (output,) = outputs_of(f"{K_PROJ}.{name}", made["tensors"][f"{K_PROJ}.{name}"], "per_expert")
+    assert (output.name, output.shape) == (f"{K_PROJ}.weight_scale", (1,) if shape else ())
+    assert made["tensors"][f"{K_PROJ}.weight"]["stored"] == "fp8 per tensor"
+
+
+def test_a_head_in_fp8_blocks_which_vllm_does_not_load_is_refused(tmp_path):
+    def with_head(section, store):
+        family = stored(section, experts=store)
+        head = {f"lm_head.{part}": entry for part, entry in store(512, 256).items()}
+        return dataclasses.replace(family, tensors=lambda: family.tensors() | head)
+
+    assert planned(tmp_path / "channels", with_head(COMPRESSED, channels))["tensors"]["lm_head.weight"]["stored"] == "fp8 per channel"
+    with pytest.raises(UserError, match="lm_head: stored as fp8 128x128, but vLLM loads a head with scales per channel, per tensor"):
+        planned(tmp_path / "blocks", with_head(BLOCKS, tiles))
 
 
 def per_block(size):

@@ -21,7 +21,7 @@ __all__ = ["DIALECTS", "Claim", "by_name", "recognize"]
 DIALECTS: tuple[Dialect, ...] = (block_fp8, mxfp8, channel_fp8, mxfp4, nvfp4, int4, plain)  # more specific first
 SCALE = re.compile(r".*(_scale_inv|weight_scale|weight_scale_2|weight_global_scale|weight_zero_point|weight_shape|weight_packed|weight_g_idx"
                    r"|proj_scales|proj_blocks|_proj\.(input_scale|input_global_scale|scale|bias_scale)"
-                   r"|(?<!\.[kv])_proj\.output_scale)")  # k and v have one of the KV cache, which passes through
+                   r"|(?<!\.[qkv])_proj\.output_scale)")  # q, k and v have those of attention and its KV cache, which pass through
 FOREIGN = re.compile(r"(.*\.)?(qweight|qzeros|scales|g_idx|SCB|pre_quant_scale|lora_[AB]|svdquant_lora_[ab]|weight_format|hadamard_matrix"
                      r"|spinquant_r\d_\w+|(.*_)?(input_rotation(_\d+)?|input_prescale))(\..*)?")  # of tools that are not read here
 _BY_NAME = {dialect.NAME: dialect for dialect in DIALECTS}

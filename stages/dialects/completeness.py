@@ -15,7 +15,7 @@ ATTENTION = {"query": r"w?q\w*", "key": r"w?k\w*|qkv|query_key_value", "value": 
 LINEAR = {"input": r"in_proj\w*", "output": r"out"}
 BLOCK = re.compile(r"(?P<tower>.*?\.(?:blocks|layers|resblocks)\.)(?P<number>\d{1,9})\.(?P<tail>.*)", re.S)  # of a vision tower
 GATED = {"gate": r"gate|gate_up|w1", "up": r"up|gate_up|w3", "down": r"down|w2"}
-CACHE = re.compile(r"(^|\.)(?:[qkv]|kv|prob)_scale$|_proj\.output_scale$")  # scales of the KV cache, which layers may do without
+CACHE = re.compile(r"(^|\.)(?:[qkv]|kv|prob|prob_output)_(?:scale|zero_point)$|_proj\.output_scale$")  # of the KV cache, which layers may do without
 STORED = re.compile(r"[._](weight(_packed|_scale(_inv)?)?|blocks|scales)$")  # one name for a weight, however it is stored
 
 

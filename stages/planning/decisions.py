@@ -19,7 +19,7 @@ from stages.schemes.modules import module_of
 from stages.settings import Settings
 
 # beside a weight, what an engine knows without a config: its bias, and scales of the KV cache
-BESIDE = re.compile(r".*\.bias|.*_proj_bias|.*\.(?:[qkv]|kv)_(?:scale|zero_point)|.*\.[kv]_proj\.output_scale", re.S)
+BESIDE = re.compile(r".*\.bias|.*_proj_bias|.*\.(?:[qkv]|kv)_(?:scale|zero_point)|.*\.[qkv]_proj\.output_scale", re.S)
 LINEAR, REST = "linear", "rest"  # roles of a recipe: all linear weights of the text model; those that no other rule of the recipe names
 
 
@@ -102,7 +102,8 @@ def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str, weight_only:
     """Format in which a weight that the recipe leaves stays in the release; UserError where no engine could read it."""
     entry, why = tensors[name], None
     dialect, scale = entry["dialect"], tensors[entry["scale"]] if entry["scale"] else None
-    stored = stored_as(tuple(entry["matrix"]), *kept.as_written(scale["dtype"], tuple(scale["shape"]))) if dialect in kept.DIALECTS else None
+    written = kept.as_written(scale["dtype"], tuple(scale["shape"]), entry["one_scale"]) if dialect in kept.DIALECTS else None
+    stored = stored_as(tuple(entry["matrix"]), *written) if written else None
     if dialect not in kept.DIALECTS:
         why = f"{dialect} cannot be kept in a release"
     elif len(entry["matrix"]) != 2 or module_of(name) + ".weight" != name:
@@ -154,6 +155,8 @@ def decide(settings: Settings, census: Census, weight_only: Mapping[str, bool]) 
                 reason += f"; {scheme} already, its values stay"
         elif owner in chosen:
             decision, reason = "drop", f"belongs to {owner}, folded into its block scales"
+        elif kept.is_unread(name, entry["shape"]):
+            decision, reason = "drop", "a scale of attention that vLLM reads only under a scheme of the KV cache, which the release does not ask for"
         elif owner or entry["dialect"] != "plain":
             decision, stored = "keep", _keep(owner or name, tensors, settings.recipe.name, weight_only)
             reason = "not named by the recipe; kept in its own format"

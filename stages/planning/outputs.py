@@ -23,8 +23,9 @@ def outputs_of(name: str, entry: PlannedTensor, layout: str) -> list[Output]:
         return SCHEMES[entry["scheme"]].outputs(name, tuple(entry["matrix"]), layout)
     shape = tuple(entry["shape"])
     if entry["decision"] == "keep" and entry["belongs_to"]:
-        return [Output(f"{module_of(entry['belongs_to'])}.weight_scale", *kept.as_written(entry["dtype"], shape), name, "weight")]
-    return [Output(name, entry["dtype"], shape, name, "weight")]
+        written = kept.as_written(entry["dtype"], shape, one_scale=entry["stored"].startswith("fp8 per tensor"))
+        return [Output(f"{module_of(entry['belongs_to'])}.weight_scale", *written, name, "weight")]
+    return [Output(kept.name_in_release(name), entry["dtype"], shape, name, "weight")]
 
 
 def release_outputs(plan: Plan, shards: Iterable[str] | None = None) -> dict[str, list[Output]]:

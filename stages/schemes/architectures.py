@@ -18,12 +18,13 @@ GATE_UP = {"gate_up_proj": ("gate_proj", "up_proj")}
 STANDARD = {**QKV, **GATE_UP}
 VLLM, TRANSFORMERS = "vLLM 0.32", "transformers"
 SWIGLU, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
-EMBEDDING = "VocabParallelEmbedding"
+EMBEDDING, HEAD = "VocabParallelEmbedding", "ParallelLMHead"
+INSIDE = "language_model.model"  # root of a text model that is part of another
 DRAFT_LAYER = re.compile(rf"{TEXT_ROOT}\.layers\.(\d+)\.(.*)")
 
 # leaf of a runtime name -> the class that vLLM builds, which class-name targets are compared with
 CLASSES = (
-    (r".*(embed_tokens|word_embeddings|\.embeddings)$", EMBEDDING), (r".*(lm_head|shared_head\.head|\.head)$", "ParallelLMHead"),
+    (r".*(embed_tokens|word_embeddings|\.embeddings)$", EMBEDDING), (r".*(lm_head|shared_head\.head|\.head)$", HEAD),
     (r".*(qkv_proj|qkv|query_key_value)$", "QKVParallelLinear"), (r".*(gate_up_proj|in_proj_qkvz|in_proj_ba)$", "MergedColumnParallelLinear"),
     (r".*fused_qkv_a_proj$", "DeepSeekV2FusedQkvAProjLinear"), (r".*(kv_a_proj_with_mqa|shared_expert_gate)$", "ReplicatedLinear"),
     (r".*\.gate$", "GateLinear"), (r".*(o_proj|out_proj|down_proj|fc2|attention\.dense)$", "RowParallelLinear"),
@@ -49,6 +50,7 @@ class Architecture:
     renames: tuple[tuple[str, str], ...] = ()  # regular expressions, checkpoint module -> runtime name, applied in order; vLLM applies them to
     # plain names in a config, too
     inner: tuple[tuple[str, str], ...] = ()  # the same, behind those, for modules only
+    root: str = "model"  # what the runtime names of the text model's layers begin with: vLLM stops at others
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: STANDARD)  # runtime leaf -> the checkpoint's leaves
     visible: tuple[str, ...] = ("qkv_proj", "gate_up_proj")  # merged leaves whose parts the config may name, too
     unseen: str = r"(?!)"  # modules that know nothing of `visible`: only their own names count
@@ -74,6 +76,11 @@ _DEEPSEEK = {**GATE_UP, "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
 _QWEN_LINEAR = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
 _MINIMAX = {"qkv_proj": ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"), **GATE_UP}
 _LIMITS = "whether vLLM passes the limits on to MXFP4 experts is open (vllm#51028)"
+_M3 = {
+    "merged": _MINIMAX, "experts": MIXTRAL, "projector": r"multi_modal_projector\.",
+    "renames": ((r"^multi_modal_projector\.", "vision_tower.multi_modal_projector."), (r"^patch_merge_mlp\.", "vision_tower.patch_merge_mlp.")),
+    "inner": ((r"\.mlp\.fc(\d)$", r".fc\1"),), "never": _NEVER.replace(r".*\.eh_proj$|", ""),
+    "cautions": ("its experts limit their activations; " + _LIMITS,)}
 _LING = {"merged": GATE_UP, "visible": ("gate_up_proj",), "never": _NEVER, "draftless": True}  # q, k and v are stored merged, as query_key_value
 
 
@@ -86,7 +93,7 @@ def _run(*forms: str, transformers: tuple[str, ...] = ()) -> tuple[EngineRun, ..
 
 ARCHITECTURES = (
     Architecture(
-        ("Step3p7ForConditionalGeneration", "Step3p5ForCausalLM"),
+        ("Step3p7ForConditionalGeneration", "Step3p5ForCausalLM"), root=INSIDE,
         renames=((r"^model\.vision_model\.", "vision_model."), (r"^model\.vit_large_projector", "vit_large_projector"),
                  (r"^model\.language_model\.(?!model\.)", "language_model.model."), (r"^model\.", "language_model.model."),
                  (r"^lm_head", "language_model.lm_head"), (r"\.share_expert\.", ".moe.share_expert."),
@@ -105,12 +112,12 @@ ARCHITECTURES = (
         visible=("gate_up_proj", "fused_qkv_a_proj"), never=_NEVER + r"|.*\.indexer\.(wk|weights_proj)$", expanded=r".*\.indexer\.wk$",
         draft=((r"^shared_head\.head$", "head"),),
         tried=_run("experts mxfp4, rest fp8 128x128, drafts fp8 128x128", "experts mxfp4, rest mxfp4", transformers=("experts mxfp4",))),
-    Architecture(("KimiK25ForConditionalGeneration",), merged=_DEEPSEEK, projector=r"mm_projector\.", visible=("gate_up_proj", "fused_qkv_a_proj"),
-                 never=_NEVER + r"|(vision_tower|mm_projector)\..*", tried=_run("experts mxfp4")),
+    Architecture(("KimiK25ForConditionalGeneration",), root=INSIDE, merged=_DEEPSEEK, projector=r"mm_projector\.",
+                 visible=("gate_up_proj", "fused_qkv_a_proj"), never=_NEVER + r"|(vision_tower|mm_projector)\..*", tried=_run("experts mxfp4")),
     Architecture(("Qwen3MoeForCausalLM",), visible=("qkv_proj",), never=r".*\.shared_expert_gate$",  # its router sees the config
                  tried=_run("experts mxfp4, rest fp8 128x128", "experts mxfp8", "experts mxfp4, rest mxfp4", transformers=("experts mxfp4",))),
     Architecture(
-        ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration"), merged={**STANDARD, **_QWEN_LINEAR},
+        ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration"), root=INSIDE, merged={**STANDARD, **_QWEN_LINEAR},
         renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),
                  (r"^model\.language_model\.", "language_model.model.")),
         visible=("qkv_proj", "gate_up_proj", "in_proj_qkvz", "in_proj_ba"),
@@ -119,7 +126,7 @@ ARCHITECTURES = (
                    "experts mxfp4, rest mxfp4")),
     Architecture(
         ("Qwen3VLMoeForConditionalGeneration",), visible=("qkv_proj",), never=r"visual\.(pos_embed|patch_embed).*",  # its router sees the config
-        projector=r"model\.visual\.merger\.",
+        root=INSIDE, projector=r"model\.visual\.merger\.",
         renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),
                  (r"^model\.language_model\.", "language_model.model.")),
         tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128", "experts mxfp4, rest mxfp8", "experts mxfp4, rest mxfp4")),
@@ -130,6 +137,7 @@ ARCHITECTURES = (
                  tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8, drafts fp8 128x128", transformers=("experts mxfp4",))),
     Architecture(
         ("Glm4vMoeForConditionalGeneration",), never=_NEVER + r"|visual\.(patch_embed|embeddings|downsample).*", projector=r"model\.visual\.merger\.",
+        root=INSIDE,
         renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),
                  (r"^model\.language_model\.", "language_model.model.")),
         inner=((r"^(visual\..*\.attn\.qkv)$", r"\1_proj"),),
@@ -137,14 +145,8 @@ ARCHITECTURES = (
     Architecture(("MiniMaxM2ForCausalLM",), inner=((r"\.block_sparse_moe\.experts\.", ".mlp.experts."),), visible=("qkv_proj",),
                  never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,
                  tried=_run("experts mxfp4, rest fp8 128x128", transformers=("experts mxfp4",))),
-    Architecture(
-        ("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM"), merged=_MINIMAX, experts=MIXTRAL,
-        projector=r"multi_modal_projector\.",
-        renames=((r"^multi_modal_projector\.", "vision_tower.multi_modal_projector."),
-                 (r"^patch_merge_mlp\.", "vision_tower.patch_merge_mlp.")),
-        inner=((r"\.mlp\.fc(\d)$", r".fc\1"),),
-        never=_NEVER.replace(r".*\.eh_proj$|", ""),
-        cautions=("its experts limit their activations; " + _LIMITS,)),
+    Architecture(("MiniMaxM3SparseForConditionalGeneration",), root=INSIDE, **_M3),
+    Architecture(("MiniMaxM3SparseForCausalLM",), **_M3),
     # K-EXAONE 2 has the second name; embedding and head of it and of Trinity see the config without names, or not at all
     Architecture(
         ("ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM"), never=_NEVER + r"|lm_head$|model\.embed_tokens$",

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from stages.dialects.roles import layer_and_tail, role_of
-from stages.schemes.architectures import CLASSES, SWIGLU, UNKNOWN, Architecture, config_name, runtime_name
+from stages.schemes.architectures import CLASSES, HEAD, SWIGLU, UNKNOWN, Architecture, config_name, runtime_name
 from stages.schemes.kept import WEIGHT_ONLY, stored_by
 
 ROUTED_EXPERTS = "RoutedExperts"
@@ -97,6 +97,14 @@ def model_fault(row: Architecture, architecture: str, names: Iterable[str], expe
     if row.draftless and (draft := next((name for name in places if role_of(name, text_layers) == "mtp"), None)):
         return (f"{draft} belongs to a draft layer; vLLM has none for {architecture} and stops at this tensor: take the layers past "
                 "num_hidden_layers out of the checkpoint and set num_nextn_predict_layers to 0")
+    roots: dict[str, str] = {}  # what names of layers begin with -> the first of them
+    for name, (layer, _) in places.items():
+        if layer is not None and layer < text_layers:
+            roots.setdefault(name.partition("layers.")[0], name)
+    for root, name in roots.items():
+        if (found := runtime_name(f"{root}layers.0", row, text_layers).removesuffix(".0")) != f"{row.root}.layers":
+            return (f"{name} is one of {found}.* to vLLM, which has the layers of {architecture} as {row.root}.layers.* and stops at others; config.json "
+                    "is of another architecture than the tensors, get the checkpoint with its own")
     routing = {layer for layer, tail in places.values() if tail == row.needed}
     lacking = {layer for layer in expert_layers if layer < text_layers} - routing
     if row.needed and lacking:
@@ -213,6 +221,8 @@ def _module_fault(module: RuntimeModule, stored: Mapping[str, str], entries: Ent
         return None if target is None else f"stored unquantized, but target {target} claims it; vLLM would expect {form}"
     if module.class_name is None:
         return f"stored as {kind}, but vLLM never reads it quantized"
+    if module.class_name == HEAD and re.fullmatch(r"fp8 \d+x\d+", kind):
+        return f"stored as {kind}, but vLLM loads a head with scales per channel, per tensor or per 32 inputs only"
     if target is None:
         return f"stored as {kind}, but no target claims it; vLLM would leave it uninitialized"
     if form.endswith(WEIGHT_ONLY) and module.class_name == ROUTED_EXPERTS:
