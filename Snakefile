@@ -25,7 +25,8 @@ wildcard_constraints: shard="|".join(map(re.escape, W.shards))
 localrules: all
 
 onerror:
-    print("stopped: mend what the line with `error:` above says, if there is one, and run the same command again; what is finished is kept", file=sys.stderr)
+    print("stopped: correct what the line with `error:` above says, if there is one, and run the same command again; what is finished is kept",
+          file=sys.stderr)
 
 rule all:
     input: RELEASE, [f"{RUN}/{name}" for name in RESULTS], expand(f"{RUN}/shards/{{shard}}.safetensors", shard=W.shards)

@@ -92,8 +92,8 @@ def main() -> None:
     arguments.directory.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
         size = make_source(Path(temporary) / "source", arguments.layers)
-        command = [sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "host", "--nocolor", "--config", "source=local", "serving=none", f"results={temporary}/results",
-                   f"overrides=[\"source.path={temporary}/source\"]"]
+        command = [sys.executable, "-m", "snakemake", "--cores", "all", "--quiet", "host", "--nocolor", "--config", "source=local", "serving=none",
+                   f"results={temporary}/results", f"overrides=[\"source.path={temporary}/source\"]"]
         start = time.monotonic()
         ran = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         took = time.monotonic() - start

@@ -23,6 +23,11 @@ def pytest_configure(config):
         torch.set_num_threads(max(1, os.cpu_count() // processes))
 
 
+def pytest_collection_modifyitems(items):
+    """Those that take longest begin first, so that no process of `pytest -n` is left with one of them at the end."""
+    items.sort(key=lambda item: not (item.get_closest_marker("workflow") or "triton" in item.nodeid))
+
+
 def planned(*overrides: str):
     """Runs the stages in process up to the plan; returns the settings and the plan."""
     from stages import download, inspect_format, plan

@@ -62,7 +62,7 @@ def _keep(section: dict, before: dict, where: str, is_base: bool) -> None:
         made = next((made for made, other in section["config_groups"].items()
                      if all(weights.get(key) == other["weights"][key] for key in ("num_bits", "type", "strategy"))), None)
         if made is None and any(activations.values()) and not is_base:
-            raise UserError(f"{where}: {name} quantizes activations, but no tensor is stored as its weights say; mend them, or take its "
+            raise UserError(f"{where}: {name} quantizes activations, but no tensor is stored as its weights say; correct them, or take its "
                             "activations out")
         if made and kept.setdefault(made, (name, activations))[1] != activations:
             raise UserError(f"{where}: {kept[made][0]} and {name} quantize activations in two ways, but their weights in one; mxforge config "
