@@ -101,7 +101,8 @@ rule evaluate:
     input: RELEASE, ancient(f"{RUN}/verify.json"), W.text, W.server if W.served else []
     output: f"{RUN}/sqnr.json", f"{RUN}/perplexity.json"
     params: **W.params("perplexity.json", server=as_json(S.serving) if W.served else ""),
-        code=code_of("stages/evaluate.py", "stages/models", "kernels/decibels.py", *(serving_code("score", "launcher", "secrets") if W.served else []))
+        code=code_of("stages/evaluate.py", "stages/tokenizer.py", "stages/models", "kernels/decibels.py",
+                     *(serving_code("score", "launcher", "secrets") if W.served else []))
     resources: mem_mb=int(1000 * S.evaluation.memory_gb), server=1
     log: f"{RUN}/logs/evaluate.log"
     threads: 64  # as many as there are
@@ -117,7 +118,8 @@ rule serve_environment:
 rule serve_bench:
     input: RELEASE, ancient(f"{RUN}/verify.json"), W.server, W.prompts
     output: f"{RUN}/serving.json"
-    params: **W.params("serving.json"), code=code_of("stages/serve_bench.py", *serving_code("launcher", "load", "secrets", "statistics"))
+    params: **W.params("serving.json"),
+        code=code_of("stages/serve_bench.py", "stages/tokenizer.py", *serving_code("launcher", "load", "secrets", "statistics"))
     resources: server=1
     log: f"{RUN}/logs/serve_bench.log"
     threads: 64  # as many as there are

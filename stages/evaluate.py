@@ -35,9 +35,9 @@ from stages.schemes.architectures import architecture_of
 from stages.settings import Settings, load, scoring, stage_parser, text_path
 from stages.settings.schema import FEWEST_TOKENS
 from stages.sources.listing import check_source
+from stages.tokenizer import TOKENIZER, read_tokenizer
 
 BYTES = {"float32": 4, "bfloat16": 2}
-TOKENIZER = "tokenizer.json"
 
 
 def _figure(signal: float, error: float) -> float | None:
@@ -105,13 +105,11 @@ def first_token(directory: Path) -> int | None:
 
 
 def tokens_of(text: str, directory: Path, maximum: int | None) -> torch.Tensor:
-    """Token ids [n] of a text under the checkpoint's own tokenizer.json, beginning with its BOS token if it has one."""
-    from tokenizers import Tokenizer
+    """Token ids [n] of a text under the checkpoint's own tokenizer.json, beginning with its BOS token if it has one.
 
-    tokenizer = Tokenizer.from_file(str(Path(directory) / TOKENIZER))
-    tokenizer.no_truncation()  # which tools that calibrate leave in the file
-    tokenizer.no_padding()
-    ids = tokenizer.encode(text).ids
+    UserError for a tokenizer.json that is damaged.
+    """
+    ids = read_tokenizer(directory).encode(text).ids
     first = first_token(directory)
     if first is not None and ids[:1] != [first]:
         ids = [first, *ids]

@@ -172,9 +172,9 @@ class Receipt(TypedDict):
 
 @cache
 def _fields(record: type) -> dict[str, tuple[type, ...]]:
-    """Required field -> the classes that its value may have."""
-    hints = get_type_hints(record)
-    return {name: _classes(hints[name]) for name in sorted(record.__required_keys__)}
+    """Required field -> the classes that its value may have. `__required_keys__` cannot tell: annotations are texts here."""
+    hints = get_type_hints(record, include_extras=True)
+    return {name: _classes(hints[name]) for name in sorted(hints) if get_origin(hints[name]) is not NotRequired}
 
 
 def _classes(hint: object) -> tuple[type, ...]:

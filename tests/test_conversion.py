@@ -536,6 +536,12 @@ def test_a_checkpoint_without_tokenizer_json_is_measured_as_far_as_that_goes(con
     assert (settings.run_directory / "sqnr.json").exists()
 
 
+def test_a_damaged_tokenizer_is_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(UserError, match="tokenizer.json is damaged .*: restore the original"):
+        evaluate.tokens_of("text", tmp_path, None)
+
+
 def test_sqnr_in_the_receipts_is_that_of_the_decoded_weights(converted):
     source, release = release_tensors(TINY), release_tensors(converted.run_directory / "release")
     name, expert = "model.layers.4.moe.down_proj.weight", 7

@@ -18,7 +18,7 @@ LAYERS = (  # each imports from itself and from those before it only
     ("stages.schemes",),
     ("stages.sources", "stages.receipts"),
     ("stages.planning",),
-    ("stages.conversion", "stages.models", "stages.serving", "stages.plots", "stages.stale_results", "stages.release"),
+    ("stages.conversion", "stages.models", "stages.serving", "stages.plots", "stages.stale_results", "stages.release", "stages.tokenizer"),
     ("stages.checkup", "stages.workflow"),
     ("nodes",),
     ("stages.command_line",),

@@ -118,6 +118,14 @@ def test_values_that_would_turn_a_proof_into_nothing_are_refused(override, words
         load([override])
 
 
+def test_results_that_no_directory_can_be_made_for_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for results in (tmp_path / "file", tmp_path / "file" / "r" / "s"):
+        with pytest.raises(UserError, match=f"results.*{tmp_path}/file.*directory"):
+            load([f"results={results}"])
+    load([f"results={tmp_path / 'r' / 's'}"])
+
+
 def test_limits_and_variables_are_given_without_hydras_plus():
     settings = load(["serving.goodput_ms={ttft: 500, tpot: 50}", "+serving.variables={A: b}"])
     assert settings.serving.goodput_ms == {"ttft": 500, "tpot": 50} and settings.serving.variables["A"] == "b"

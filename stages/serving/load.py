@@ -31,12 +31,12 @@ import httpx
 from stages.errors import UserError
 from stages.serving.launcher import http_options
 from stages.serving.secrets import without_key
+from stages.tokenizer import TOKENIZER, read_tokenizer
 
 LINE_END = re.compile(rb"\r\n|\n|\r")
 SAMPLE = re.compile(r"^(vllm:[a-z_]+?)(?:_total)?(?:\{([^}]*)\})? ([0-9.eE+-]+)$", re.M)
 POSITION = re.compile(r'position="(\d+)"')
 COUNTERS = ("generation_tokens", "spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
-TOKENIZER = "tokenizer.json"
 HEAD_TOKENS = 2  # first ids of a prompt, which no other one begins with
 SPECIAL_TOKENS = 16  # lowest token ids, which prompts leave out where no tokenizer.json says which are special
 
@@ -69,21 +69,6 @@ def _higher_ids(vocabulary: int) -> range:
     return range(min(SPECIAL_TOKENS, vocabulary - 1), vocabulary)
 
 
-def _tokenizer(directory: Path):
-    path = directory / TOKENIZER
-    if not path.exists():
-        return None
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # of no kind of its own
-        raise UserError(f"{path} is damaged ({str(error)[:120]}): restore the original") from None
-    tokenizer.no_truncation()  # which tools that calibrate leave in the file
-    tokenizer.no_padding()
-    return tokenizer
-
-
 def pieces(text: Sequence[int], prompt_tokens: int) -> list[Sequence[int]]:
     """What of a text stands in one prompt each, behind HEAD_TOKENS random ids: parts that do not overlap."""
     length = prompt_tokens - HEAD_TOKENS
@@ -96,7 +81,7 @@ def text_ids(directory: Path, vocabulary: int) -> Sequence[int]:
 
     Without a tokenizer.json: all of the vocabulary but its lowest ids. UserError for a tokenizer.json that cannot be read.
     """
-    tokenizer, found = _tokenizer(directory), []
+    tokenizer, found = read_tokenizer(directory), []
     if tokenizer is not None:
         found = sorted({number for number in tokenizer.get_vocab(with_added_tokens=False).values() if number < vocabulary}
                        - tokenizer.get_added_tokens_decoder().keys())
@@ -105,7 +90,7 @@ def text_ids(directory: Path, vocabulary: int) -> Sequence[int]:
 
 def tokens_of_text(path: Path, directory: Path, known: Sequence[int]) -> list[int]:
     """Token ids of a UTF-8 text by the checkpoint's tokenizer.json, without those that are not `known`, special ones in the first place."""
-    tokenizer = _tokenizer(directory)
+    tokenizer = read_tokenizer(directory)
     if tokenizer is None:
         raise UserError(f"{directory / TOKENIZER} is missing, by which serving.prompts={path} becomes tokens: leave serving.prompts out")
     try:

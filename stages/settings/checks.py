@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from pathlib import Path
 
@@ -57,6 +58,11 @@ def _check_places(settings: Settings) -> None:
                             "another word than 'source', of letters, digits, '.', '_' and '-'")
     if not settings.results or settings.results.startswith("-") or ((results.exists() or results.is_symlink()) and not results.is_dir()):
         raise UserError(f"conf: results is {settings.results or 'empty'}: name the directory that everything is written to, made where it is missing")
+    if not results.exists():
+        above = next(parent for parent in results.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(f"conf: results={settings.results} cannot be made: {above} is {'read-only' if above.is_dir() else 'a file'}; name another "
+                            "directory")
 
 
 def _check_apart(settings: Settings) -> None:
