@@ -182,9 +182,10 @@ def test_a_release_with_an_expert_missing_is_not_scored(converted, tmp_path):
         step37.load(broken, torch.float32)
 
 
-def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
-    quality = evaluate.run(converted)
-    noise = read_json(converted.run_directory / "sqnr.json", "evaluate")
+def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted, tmp_path):
+    settings = copy_of(converted, f"results={tmp_path}", "serving=none")
+    quality = evaluate.run(settings)
+    noise = read_json(settings.run_directory / "sqnr.json", "evaluate")
     assert 18.5 < noise["overall_db"] < 19.6 and noise["matrices"] == 240
     assert quality["source"]["perplexity"] < 51.2  # a tenth of the vocabulary
     assert quality["release"]["perplexity"] == pytest.approx(quality["source"]["perplexity"], rel=0.05)
@@ -197,16 +198,16 @@ def test_evaluation_gemm_report_and_card_hold_the_measured_figures(converted):
     assert paired["perplexity_ratio"] == pytest.approx(quality["release"]["perplexity"] / quality["source"]["perplexity"])
     assert 0 < paired["standard_error"] < 0.1 * quality["release"]["standard_error"] / quality["source"]["perplexity"], "the text's share cancels out"
     assert 0.9 < paired["same_top_token"] < 1 and 0 < paired["same_top_token_standard_error"] < 0.01
-    gemm = validate_gemm.run(converted)
+    gemm = validate_gemm.run(settings)
     assert gemm["passed"] and {row["path"] for row in gemm["rows"]} == {"linear", "grouped_experts"}
     assert all(row["arithmetic_db"] >= 45 and 17 < row["format_db"] < 22 for row in gemm["rows"])
-    serve_bench.run(converted)
-    report.run(converted)
-    page = (converted.run_directory / "report.html").read_text()
+    serve_bench.run(settings)
+    report.run(settings)
+    page = (settings.run_directory / "report.html").read_text()
     assert f"{noise['overall_db']:.2f} dB" in page and f"{quality['release']['perplexity']:.4f}" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", "") and "<script src" not in page
-    card = (converted.run_directory / "card.md").read_text()
+    card = (settings.run_directory / "card.md").read_text()
     assert f"{quality['release']['perplexity']:.4f}" in card and "step37_tiny" in card
     for text in (page, card):
         assert f"{paired['standard_error']:.4f}" in text and "standard error" in text and "teacher-forced; not acceptance" in text

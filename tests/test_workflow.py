@@ -304,7 +304,7 @@ def test_dvc_rebuilds_the_release_whose_recipe_changed_and_all_when_the_code_did
     assert release_hashes(clone / "dvc.lock") == after
     code = clone / "stages/sources/index.py"
     code.write_text(code.read_text() + "\n# changed\n")
-    assert "rule download_metadata:" in run(["snakemake", "-n", "--cores", "2"], clone), "what lists the source was changed"
+    assert "rule download_metadata:" in run(["snakemake", "-n", "--quiet", "host", "--cores", "2"], clone), "what lists the source was changed"
 
 
 def test_results_of_other_settings_are_not_taken_for_these_where_snakemake_has_lost_its_records(finished, tmp_path):
