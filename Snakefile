@@ -78,7 +78,7 @@ rule quantize_experts:
 rule validate_gemm:
     input: f"{RUN}/plan.json", expand(f"{RUN}/shards/{{shard}}.json", shard=W.shards)
     output: f"{RUN}/gemm.json"
-    params: **W.params("gemm.json"), code=code_of("stages/validate_gemm.py", "kernels/gemm", "kernels/decibels.py")
+    params: **W.params("gemm.json"), code=code_of("stages/validate_gemm.py", "stages/gemm_summary.py", "kernels/gemm", "kernels/decibels.py")
     log: f"{RUN}/logs/validate_gemm.log"
     shell: stage("validate_gemm")
 
@@ -129,6 +129,7 @@ rule report:
     input: f"{RUN}/plan.json", f"{RUN}/verify.json", f"{RUN}/gemm.json", f"{RUN}/sqnr.json", f"{RUN}/perplexity.json", f"{RUN}/serving.json"
     output: f"{RUN}/report.html", f"{RUN}/card.md", f"{RUN}/metrics.json", f"{RUN}/settings.yaml"
     params: **W.params(settings=[as_json(part) for part in (S.source, S.recipe, S.release)]),
-        code=code_of("stages/report.py", "stages/plots.py", *serving_code("commands", "plots"), "stages/templates/card.md.j2", "stages/templates/report.html.j2")
+        code=code_of("stages/report.py", "stages/gemm_summary.py", "stages/plots.py", *serving_code("commands", "plots"),
+                     "stages/templates/card.md.j2", "stages/templates/report.html.j2")
     log: f"{RUN}/logs/report.log"
     shell: stage("report")

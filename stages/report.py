@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from stages.checkpoint.files import human_bytes, read_json, write_json, write_text
 from stages.errors import UserError, exit_with_one_line
+from stages.gemm_summary import worst_by_path
 from stages.planning.record import read_plan
 from stages.planning.view import by_role, where_it_runs
 from stages.plots import expert_plot, layer_plot
@@ -72,18 +73,6 @@ def role_rows(plan: Plan) -> list[dict]:
     return sorted(rows, key=lambda row: -row["before"])
 
 
-def gemm_rows(gemm: dict) -> list[dict]:
-    """The least signal-to-noise ratios in gemm.json, in dB, per backend and path; `format_db` is None where the source was gone."""
-    result = []
-    for backend in gemm["backends"]:
-        for path in ("linear", "grouped_experts"):
-            rows = [row for row in gemm["rows"] if (row["backend"], row["path"]) == (backend, path)]
-            result.append({"backend": backend, "path": path.replace("_", " "), "tensors": len(rows),
-                           "arithmetic_db": min(row["arithmetic_db"] for row in rows),
-                           "format_db": min((row["format_db"] for row in rows if "format_db" in row), default=None)})
-    return result
-
-
 def _results(settings: Settings, receipts: dict[str, Receipt]) -> dict[str, dict]:
     """The results that are proof or figures, by name; UserError for one that is not of this release, and unless this release passed."""
     found = {name: read_json(settings.run_directory / name, stage) for name, stage in STAGES.items()}
@@ -124,7 +113,7 @@ def facts(settings: Settings) -> dict:
         "origin": settings.source.repository or settings.source.origin,
         "experts": any(entry["role"] == "routed_experts" for entry in plan["tensors"].values()),
         "settings": settings, "plan": plan, "notes": notes, "where_it_runs": where_it_runs(plan), "roles": role_rows(plan),
-        "gemm": gemm_rows(results["gemm.json"]),
+        "gemm": worst_by_path(results["gemm.json"]),
         "verify": results["verify.json"], "sqnr": results["sqnr.json"], "quality": results["perplexity.json"], "serving": serving,
         "scored_on": scored_on(results["perplexity.json"]),
         "receipts": receipts, "seconds": seconds, "source_bytes": source_bytes, "release_bytes": release_bytes,

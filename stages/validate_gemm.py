@@ -26,6 +26,7 @@ from stages.checkpoint.reader import ShardReader
 from stages.dialects import Claim
 from stages.dialects.reading import Tensors, decoded_rows
 from stages.errors import UserError, exit_with_one_line
+from stages.gemm_summary import worst_by_path
 from stages.planning.outputs import release_outputs
 from stages.planning.record import read_plan
 from stages.receipts import read_receipts, shards_sha256
@@ -171,14 +172,12 @@ def _print_worst(result: dict) -> None:
     """A line for each backend and path of gemm.json."""
     if not result["rows"]:
         print("no weight is MXFP4: there is no GEMM to check")
-    for backend in result["backends"]:
-        for path in ("linear", "grouped_experts"):
-            rows = [row for row in result["rows"] if (row["backend"], row["path"]) == (backend, path)]
-            line = f"{backend}, {path}: {len(rows)} tensors, worst {min(row['arithmetic_db'] for row in rows):.1f} dB"
-            line += " against float64 of the decoded weights"
-            if "format_db" in rows[0]:
-                line += f", {min(row['format_db'] for row in rows):.2f} dB against the source's weights"
-            print(line)
+    for row in worst_by_path(result):
+        line = f"{row['backend']}, {row['path']}: {row['tensors']} tensors, worst {row['arithmetic_db']:.1f} dB"
+        line += " against float64 of the decoded weights"
+        if row["format_db"] is not None:
+            line += f", {row['format_db']:.2f} dB against the source's weights"
+        print(line)
 
 
 def run(settings: Settings) -> dict:
