@@ -245,12 +245,17 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def check_disk(directory: Path, needed_bytes: int, what: str, remedy: str = "free some") -> None:
-    """UserError unless the disk that holds (or will hold) `directory` has room for `needed_bytes` and one percent."""
-    existing = Path(directory).absolute()
+def nearest_existing(path: Path) -> Path:
+    """The path itself, absolute, or the nearest one above it that exists."""
+    existing = Path(path).absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    return existing
+
+
+def check_disk(directory: Path, needed_bytes: int, what: str, remedy: str = "free some") -> None:
+    """UserError unless the disk that holds (or will hold) `directory` has room for `needed_bytes` and one percent."""
+    free = shutil.disk_usage(nearest_existing(directory)).free
     if free < needed_bytes * DISK_MARGIN:
         raise UserError(f"not enough disk: {what} needs {human_bytes(needed_bytes * DISK_MARGIN)}, {directory} has "
                         f"{human_bytes(free)} free; {remedy}, or point results= to a larger disk")

@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from stages.checkpoint.files import from_here
+from stages.checkpoint.files import from_here, nearest_existing
 from stages.errors import UserError
 from stages.settings.schema import EvaluationSettings, RecipeSettings, ServingSettings, Settings, SourceSettings
 
@@ -59,7 +59,7 @@ def _check_places(settings: Settings) -> None:
     if not settings.results or settings.results.startswith("-") or ((results.exists() or results.is_symlink()) and not results.is_dir()):
         raise UserError(f"conf: results is {settings.results or 'empty'}: name the directory that everything is written to, made where it is missing")
     if not results.exists():
-        above = next(parent for parent in results.absolute().parents if parent.exists())
+        above = nearest_existing(results)
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             raise UserError(f"conf: results={settings.results} cannot be made: {above} is {'read-only' if above.is_dir() else 'a file'}; name another "
                             "directory")
