@@ -90,7 +90,6 @@ def planned(settings: Settings) -> Plan:
 
 def _check(settings: Settings, plan: Plan) -> None:
     """UserError for what is better told before the first byte of a shard is downloaded."""
-    check_hard_links(settings.run_directory / "shards", settings.run_directory)  # of which the release is made
     for shard, sizes in plan["shards"].items() if settings.source.repository else ():
         check_download(settings.source, shard, sizes["source_bytes"])
     _check_disk(settings, plan)
@@ -105,6 +104,7 @@ def run(settings: Settings) -> Plan:
     """Writes plan.json and prints it."""
     plan = planned(settings)
     print_plan(plan)
+    check_hard_links(settings.run_directory / "shards", settings.run_directory)  # of which the release is made
     _check(settings, plan)
     write_rows(settings.run_directory / "plan.json", plan)
     return plan

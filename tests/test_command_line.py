@@ -304,14 +304,16 @@ def test_the_manifest_shows_any_changed_byte(converted, release):
 
 
 def test_a_source_that_is_none_is_named_and_not_blamed_on_the_release(release, tmp_path):
-    links, part = tmp_path / "links", tmp_path / "part"
+    links, part, twice = tmp_path / "links", tmp_path / "part", tmp_path / "twice"
     shutil.copytree(release, links, copy_function=os.link)
     shutil.copytree(TINY, part)
     (part / "model-00003.safetensors").unlink()
+    shutil.copytree(TINY, twice)
+    shutil.copy(TINY / "model-00003.safetensors", twice / "model-00009.safetensors")
     for source, words in ((release, "is a release itself"), (links, "is a release itself"), (tmp_path, "holds no tensor"),
-                          (part, "names model-00003.safetensors")):
+                          (part, "names model-00003.safetensors"), (twice, "a tensor belongs to one shard")):
         shown = mxforge("verify", release, "--source", source)
-        assert shown.returncode == 1 and f"--source {source}" in shown.stderr and words in shown.stderr, shown.stderr
+        assert shown.returncode == 1 and str(source) in shown.stderr and words in shown.stderr, shown.stderr
     damaged = tmp_path / "damaged"
     shutil.copytree(TINY, damaged)
     change(damaged, lambda t: t["model.layers.2.moe.gate_proj.weight_scale_inv"].fill_(math.nan), "model.layers.2.moe.gate_proj.weight", index=False)
@@ -352,6 +354,10 @@ def test_odd_counts_and_pipes_are_faults(release):
     for change_ in ({"num_hidden_layers": 7}, {"num_hidden_layers": True}, {"moe_num_experts": "16"}, {"moe_num_experts": 0}):
         (release / "config.json").write_text(json.dumps({**config, "text_config": {**config["text_config"], **change_}}))
         assert faults(release, quick=True), change_
+    for counts, found in (({"num_experts": None}, None), ({"moe_num_experts": 0, "num_experts": 16}, None),
+                          ({"moe_num_experts": None, "num_experts": 17}, f"there is no {LAYER}.16.")):  # null and 0 say nothing beside a number
+        (release / "config.json").write_text(json.dumps({**config, "text_config": {**config["text_config"], **counts}}))
+        assert str(found) in str(faults(release, quick=True).get("experts")), counts
     (release / "config.json").write_text(json.dumps(config))
     os.mkfifo(release / "model-00009.safetensors")
     assert "is no regular file" in faults(release, quick=True)["containers"][0]

@@ -43,6 +43,22 @@ def test_the_real_fp8_release_is_predicted_to_the_byte(tmp_path):
         1: (True, True), 2: (True, True), 4: (True, True), 8: (True, False), 16: (False, False)}  # 1280 inputs of down_proj
 
 
+def test_refusing_writes_nothing(tmp_path):
+    settings, _, _ = planned(tmp_path, "source=step37_fp8")
+    before = sorted(tmp_path.rglob("*"))
+    shutil.rmtree(settings.run_directory / "shards")
+    plan.refuse(settings)
+    assert sorted(tmp_path.rglob("*")) == [path for path in before if path.name != "shards"]
+
+
+def test_a_width_that_is_no_multiple_of_the_block_is_refused_with_the_block(tmp_path):
+    overrides = ["source=step37_bf16", "recipe.groups=[{scheme: mxfp8, patterns: ['model.layers.3.self_attn.o_proj.weight']}]"]
+    settings, census, _ = planned(tmp_path, *overrides, fp8=False)
+    census["tensors"]["model.layers.3.self_attn.o_proj.weight"]["matrix"][-1] -= 16
+    with pytest.raises(UserError, match="is not a multiple of 32, the MXFP8 block"):
+        plan.make_plan(settings, census, plan.read_config(settings))
+
+
 def test_rest_is_what_no_other_role_or_pattern_names(tmp_path):
     groups = ["{scheme: mxfp8, roles: [rest]}", "{scheme: mxfp4, roles: [routed_experts], patterns: ['.*.layers.4.self_attn.o_proj.weight']}"]
     _, _, made = planned(tmp_path, "source=step37_fp8", f"recipe.groups=[{', '.join(groups)}]")

@@ -17,6 +17,7 @@ from stages.settings import CONF, PROJECT, Settings, choices, load
 from stages.settings.commands import command_for, overrides_from
 from stages.settings.handed_over import MOST_BYTES, VARIABLE, hand_over, handed_over
 from stages.workflow import Workflow
+from tests.conftest import TINY
 
 GROUPS = [field.name for field in dataclasses.fields(Settings) if field.name != "results"]
 
@@ -29,9 +30,11 @@ def pin(results, source):
         write_json(results / source / "source" / "revision.json", record)
 
 
-@pytest.mark.parametrize("recipe", choices("recipe"))
-@pytest.mark.parametrize("source", [name for name in choices("source") if name not in ("local", "hub")])
-def test_every_recipe_composes_with_every_source(tmp_path, recipe, source):
+SOURCES = [name for name in choices("source") if name not in ("local", "hub")]
+
+
+@pytest.mark.parametrize(("source", "recipe"), [*((source, "mxfp4_experts") for source in SOURCES), *(("step37_fp8", recipe) for recipe in choices("recipe"))])
+def test_every_source_and_every_recipe_composes(tmp_path, source, recipe):
     pin(tmp_path, source)
     settings = load([f"recipe={recipe}", f"source={source}", f"results={tmp_path}"])
     assert settings.recipe.name == recipe and settings.source.name == source
@@ -90,6 +93,16 @@ def test_snakemake_config_becomes_overrides():
     assert overrides_from({"overrides": "x.y=1 z.w=2"}) == ["x.y=1", "z.w=2"]
     with pytest.raises(UserError, match="recip=a: unknown"):
         overrides_from({"recip": "a"})
+
+
+def test_paths_of_conf_are_found_from_another_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    environment = PROJECT / "tests"  # anything that is there
+    assert load(["serving=vllm_cpu", "serving.environment=tests"]).serving.environment == str(environment)
+    assert load([]).source.path == str(TINY)
+    (tmp_path / "tests/tiny/step37_tiny").mkdir(parents=True)
+    assert load([]).source.path == "tests/tiny/step37_tiny"
+    assert load(["serving=vllm_cpu", "serving.environment=nowhere"]).serving.environment == "nowhere"
 
 
 def test_a_path_has_one_spelling(tmp_path, monkeypatch):

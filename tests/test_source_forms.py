@@ -77,13 +77,14 @@ def test_what_an_engine_knows_beside_a_quantized_linear_passes(tmp_path):
 
 @pytest.mark.parametrize(("name", "shape", "written"), [
     ("k_proj.output_scale", (1,), ["k_scale"]), ("q_proj.output_scale", (), ["q_scale"]), ("k_proj.k_scale", (), ["k_proj.k_scale"]),
-    ("k_scale", (2, 1, 1), []), ("k_proj.output_scale", (2, 1), []), ("v_zero_point", (2, 1, 1), []), ("prob_output_scale", (1,), []),
+    ("k_scale", (2, 1, 1), []), ("k_proj.output_scale", (2, 1), []), ("v_zero_point", (2, 1, 1), []), ("prob_output_scale", (1,), []), ("prob_zero_point", (1,), []),
 ])
 def test_scales_of_the_kv_cache_become_what_vllm_reads_without_a_scheme_of_it(tmp_path, name, shape, written):
     scale = f"model.layers.0.self_attn.{name}"
     made = planned(tmp_path, stored({"quant_method": "quark"}, {scale: ("F32", shape)}, experts=channels))
     outputs = outputs_of(scale, made["tensors"][scale], "per_expert")
     assert [output.name for output in outputs] == [f"model.layers.0.self_attn.{part}" for part in written]
+    assert any(f"1 scales of attention are left out ({scale}" in note for note in made["notes"]) == (not written)
 
 
 @pytest.mark.parametrize("kind", ["act_scale", "activation_scale", "input_scale"])

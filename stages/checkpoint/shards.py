@@ -8,6 +8,7 @@ from typing import Self
 
 from stages.checkpoint.header import TensorInfo
 from stages.checkpoint.reader import ShardReader
+from stages.errors import UserError
 
 
 class Shards:
@@ -36,6 +37,12 @@ class Shards:
         self.tensors |= reader.header.tensors
         self.shard_of |= dict.fromkeys(reader.header.tensors, path.name)
         return twice
+
+    def open_all(self) -> None:
+        """Opens every *.safetensors file of the directory; UserError for a tensor that is in two of them: which of them counts is up to a reader."""
+        for path in sorted(self.directory.glob("*.safetensors")):
+            for name, other in self.open_shard(path):
+                raise UserError(f"{path}: holds {name}, and so does {other}; a tensor belongs to one shard, remove the file that does not belong here")
 
     def reader(self, name: str) -> ShardReader:
         """The reader that holds a tensor."""

@@ -13,6 +13,7 @@ from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.comparison import Buffers, Match, compare_bytes, compare_decoded, compare_matrix
 from stages.checkup.faults import on_all_cores, some
 from stages.checkup.source import Source
+from stages.dialects.cache_scales import is_unread, name_in_release
 from stages.planning.outputs import release_config
 from stages.schemes import draft_scales, kept
 from stages.schemes.modules import matrices, module_of
@@ -30,7 +31,7 @@ def compare(checkpoint: Checkpoint, source: Source | None) -> Iterator[str]:
         yield from on_all_cores(partial(compare_matrix, checkpoint, source, Buffers()), matches)
     passed = yield from _passed_through(checkpoint, source)
     yield from _lost_matrices(source, matches)
-    companions = {name for name, claim in source.claims.items() if claim.belongs_to or kept.is_unread(name, source.tensors[name].shape)}
+    companions = {name for name, claim in source.claims.items() if claim.belongs_to or is_unread(name, source.tensors[name].shape)}
     covered = {match.name for match in matches} | {origin for _, origin in passed}
     yield from some(sorted(set(source.tensors) - covered - companions), "there is nothing of the source's", "it was lost")
     known = {name for name, _ in passed} | {name for pair in checkpoint.decodable() for name in (pair.codes, pair.scale)}
@@ -104,15 +105,15 @@ def _passed_through(checkpoint: Checkpoint, source: Source) -> Generator[str, No
     """(name, the source's name) of every tensor that is not quantized and that the source has, too; faults where its bytes differ."""
     compared = {pair.module for pair in checkpoint.decodable()}
     result, same = [], []
-    renamed = {written: name for name in source.tensors if (written := kept.name_in_release(name)) != name}
+    renamed = {written: name for name in source.tensors if (written := name_in_release(name)) != name}
     for name, info in checkpoint.tensors.items():
         names = [name, f"{name}_inv", re.sub(r"weight_scale$", "scale", name)] if name.endswith("weight_scale") else [name, renamed.get(name)]
         origin = next((candidate for candidate in names if candidate in source.tensors), None)
         if origin is None or module_of(name) in compared:
             continue
-        found, owner = source.tensors[origin], source.claims[origin].belongs_to
+        found, claim = source.tensors[origin], source.claims[origin]
         result.append((name, origin))
-        written = kept.as_written(found.dtype, found.shape, source.claims[owner].one_scale) if owner else (found.dtype, found.shape)
+        written = kept.as_written(found.dtype, found.shape, claim.one_scale) if claim.belongs_to else (found.dtype, found.shape)
         if written != (info.dtype, info.shape):
             yield from compare_decoded(checkpoint, source, name, origin)
         elif not checkpoint.quick:

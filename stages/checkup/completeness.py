@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.faults import some
-from stages.checkup.json_checks import is_count
 from stages.dialects.completeness import check_ends, check_tower, held_by_layers, lacking_layers, unlike_their_kind
-from stages.dialects.config import EXPERT_COUNTS, has_shared_experts, is_tied, layers_apart, tower_blocks
+from stages.dialects.config import expert_count, has_shared_experts, is_tied, layers_apart, tower_blocks
 from stages.dialects.roles import as_numbered_layer, declared_drafts, hidden_layers, layer_of
 from stages.errors import UserError
 from stages.schemes.architectures import architecture_of
@@ -23,10 +22,11 @@ Groups = dict[tuple[str, str], dict[int, tuple[int, ...]]]  # layer and projecti
 
 def experts(checkpoint: Checkpoint) -> Iterator[str]:
     """Every layer has all its routed experts, in one format, of one shape."""
-    wanted = next((checkpoint.text[key] for key in EXPERT_COUNTS if key in checkpoint.text), None)
-    if wanted is not None and not is_count(wanted):
-        yield f"config.json: the number of experts is {wanted!r}, which is no number"
-        wanted = None
+    wanted = None
+    try:
+        wanted = expert_count(checkpoint.config)
+    except UserError as error:
+        yield str(error)
     groups: Groups = defaultdict(dict)
     formats: dict[str, set] = defaultdict(set)
     stacked: list[tuple[str, str, str]] = []

@@ -29,8 +29,7 @@ class Source(Shards):
 
     def read(self, release: Path) -> None:
         """Opens everything; UserError that names the source when it is none, or the release itself."""
-        for path in sorted(self.directory.glob("*.safetensors")):
-            self.open_shard(path)
+        self.open_all()
         if not self.tensors:
             raise UserError(f"--source {self.directory}: holds no tensor; name the checkpoint that the release was made from")
         weight_map_of(self.directory, {shard: reader.header for shard, reader in self.readers.items()}, f"--source {self.directory}")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from stages.checkpoint.header import TensorInfo
 from stages.dialects import block_fp8, channel_fp8, int4, mxfp4, mxfp8, nvfp4, plain
+from stages.dialects.cache_scales import is_cache_scale
 from stages.dialects.claim import Claim, Dialect
 from stages.dialects.config import changes_weights, declared
 from stages.dialects.transposed import transposed
@@ -20,8 +21,7 @@ __all__ = ["DIALECTS", "Claim", "by_name", "recognize"]
 
 DIALECTS: tuple[Dialect, ...] = (block_fp8, mxfp8, channel_fp8, mxfp4, nvfp4, int4, plain)  # more specific first
 SCALE = re.compile(r".*(_scale_inv|weight_scale|weight_scale_2|weight_global_scale|weight_zero_point|weight_shape|weight_packed|weight_g_idx"
-                   r"|proj_scales|proj_blocks|_proj\.(input_scale|input_global_scale|scale|bias_scale)"
-                   r"|(?<!\.[qkv])_proj\.output_scale)")  # q, k and v have those of attention and its KV cache, which pass through
+                   r"|proj_scales|proj_blocks|_proj\.(input_scale|input_global_scale|output_scale|scale|bias_scale))")
 FOREIGN = re.compile(r"(.*\.)?(qweight|qzeros|scales|g_idx|SCB|pre_quant_scale|lora_[AB]|svdquant_lora_[ab]|weight_format|hadamard_matrix"
                      r"|spinquant_r\d_\w+|(.*_)?(input_rotation(_\d+)?|input_prescale))(\..*)?")  # of tools that are not read here
 _BY_NAME = {dialect.NAME: dialect for dialect in DIALECTS}
@@ -47,7 +47,7 @@ def recognize(tensors: Mapping[str, TensorInfo], shard_of: Mapping[str, str], co
         for companion in claimed.companions().values():
             if (other := claims.get(companion)) and other.belongs_to:
                 raise UserError(f"{shard_of[companion]}: {companion} would belong to {other.belongs_to} and to {name}; rename one of them")
-            claims[companion] = Claim(claimed.dialect, belongs_to=name)
+            claims[companion] = Claim(claimed.dialect, belongs_to=name, one_scale=claimed.one_scale and companion == claimed.scale)
     for name, info in tensors.items():
         claimed = claims.get(name)
         if FOREIGN.fullmatch(name) and not (claimed and claimed.belongs_to):
@@ -55,7 +55,7 @@ def recognize(tensors: Mapping[str, TensorInfo], shard_of: Mapping[str, str], co
                             "hold (GPTQ, AWQ, bitsandbytes, rotations, adapters), which is not read; get the unquantized checkpoint")
         if claimed is None:
             raise UserError(f"{shard_of[name]}: {_unread_message(name, info, tensors)}")
-        if claimed.dialect == plain.NAME and SCALE.fullmatch(name):
+        if claimed.dialect == plain.NAME and SCALE.fullmatch(name) and not is_cache_scale(name):
             raise UserError(f"{shard_of[name]}: {_unpaired_message(name, info, tensors)}")
     if declared(config).get("quant_method") == "fp8" and not any("fp8" in (by_name(claimed.dialect).METHODS or ()) for claimed in claims.values()):
         raise UserError("config.json declares quant_method 'fp8', but no shard holds an FP8 tensor; shards are missing "
@@ -81,7 +81,7 @@ def _check_section(section: Mapping, found: set[str]) -> None:
 
 def _unread_message(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str:
     """What to say of a tensor that no dialect claims."""
-    if SCALE.fullmatch(name) or info.dtype == "F8_E8M0":
+    if (SCALE.fullmatch(name) and not is_cache_scale(name)) or info.dtype == "F8_E8M0":
         return _unpaired_message(name, info, tensors)
     if info.dtype == "F8_E4M3":
         if found := next((scale for scale in block_fp8.scale_of(name) if scale in tensors), None):

@@ -23,7 +23,7 @@ class Claim:
     matrix: tuple[int, ...] | None = None  # [out, in] or [experts, out, in] of the weight that the tensor stores
     parts: Mapping[str, str] = field(default_factory=dict)  # further tensors of the weight: kind -> name
     belongs_to: str | None = None
-    one_scale: bool = False  # a single scale for the whole tensor
+    one_scale: bool = False  # a single scale for the whole tensor; of the scale: it is that one
     scales: tuple[tuple[str, int], ...] = ()  # (tensor, its row) for each row of tiles, where they do not just follow each other in `scale`
     transposed: bool = False  # stored as [experts, in, out]; `matrix` and `tile` are those of [experts, out, in] nevertheless
 

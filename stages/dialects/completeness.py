@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 
+from stages.dialects.cache_scales import is_cache_scale
 from stages.dialects.roles import as_numbered_layer, layer_and_tail, layer_of, projection_of, role_in_layer, role_of
 from stages.errors import UserError
 
@@ -15,7 +16,6 @@ ATTENTION = {"query": r"w?q\w*", "key": r"w?k\w*|qkv|query_key_value", "value": 
 LINEAR = {"input": r"in_proj\w*", "output": r"out"}
 BLOCK = re.compile(r"(?P<tower>.*?\.(?:blocks|layers|resblocks)\.)(?P<number>\d{1,9})\.(?P<tail>.*)", re.S)  # of a vision tower
 GATED = {"gate": r"gate|gate_up|w1", "up": r"up|gate_up|w3", "down": r"down|w2"}
-CACHE = re.compile(r"(^|\.)(?:[qkv]|kv|prob|prob_output)_(?:scale|zero_point)$|_proj\.output_scale$")  # of the KV cache, which layers may do without
 STORED = re.compile(r"[._](weight(_packed|_scale(_inv)?)?|blocks|scales)$")  # one name for a weight, however it is stored
 
 
@@ -57,7 +57,7 @@ def unlike_their_kind(held: Mapping[int, set[str]], apart: Container[int], alone
                     others = [tails for other, tails in by_part[part].items() if other != layer]
                     usual_elsewhere = set.intersection(*others) if others else set()
                     lacking |= {tail for tail in usual_elsewhere - tails if "index" not in tail and (part or "norm" in tail)}
-            lacking = {tail for tail in lacking if not CACHE.search(tail)}
+            lacking = {tail for tail in lacking if not is_cache_scale(tail)}
             if lacking:
                 yield layer, sorted(lacking)
 
@@ -146,7 +146,7 @@ def lacking_layers(held: Mapping[int, set[str]], layers: int, apart: Container[i
             yield layer, lost
         if layer >= layers:
             lacking = {tail for part, members in parts_of(tails).items() for tail in usual.get(part, set()) - members
-                       if part and "index" not in tail and ".experts." not in tail and not CACHE.search(tail)}  # may be stored otherwise there
+                       if part and "index" not in tail and ".experts." not in tail and not is_cache_scale(tail)}  # may be stored otherwise there
             if lacking:
                 yield layer, sorted(lacking)
 

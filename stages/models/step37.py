@@ -41,12 +41,10 @@ def expanded_tensors(directory: Path, dtype: torch.dtype) -> Iterator[tuple[str,
     """
     directory = Path(directory)
     config = read_source_config(directory)
-    shards = sorted(directory.glob("*.safetensors"))
-    if not shards:
-        raise UserError(f"{directory} holds no *.safetensors file; is it a checkpoint?")
     with Shards(directory) as opened:
-        for path in shards:
-            opened.open_shard(path)
+        opened.open_all()
+        if not opened.readers:
+            raise UserError(f"{directory} holds no *.safetensors file; is it a checkpoint?")
         claims = recognize(opened.tensors, opened.shard_of, config)
         places = Tensors(opened.reader)
 
@@ -113,7 +111,8 @@ def load(directory: Path, dtype: torch.dtype) -> tuple[Step3p7ForConditionalGene
     if missing or unexpected or mismatched:
         raise UserError(f"{directory} does not fill the model: {len(missing)} tensors missing "
                         f"({', '.join(missing[:2])}), {len(unexpected)} unexpected ({', '.join(unexpected[:2])}), "
-                        f"{len(mismatched)} of another shape ({', '.join(mismatched[:2])})")
+                        f"{len(mismatched)} of another shape ({', '.join(mismatched[:2])}); measure perplexity through a server "
+                        "(evaluation.via=vllm), or get the checkpoint as its maker published it")
     return model.eval(), drafts, {"missing": len(missing), "unexpected": len(unexpected)}
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Container, Mapping
 
 from stages.checkpoint.header import FLOATS
+from stages.dialects.cache_scales import is_cache_scale, is_unread
 from stages.dialects.completeness import check_ends, check_layers, check_tower
 from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, is_routed_expert, projection_of
 from stages.errors import UserError
@@ -18,8 +19,7 @@ from stages.schemes.kept import stored_as
 from stages.schemes.modules import module_of
 from stages.settings import Settings
 
-# beside a weight, what an engine knows without a config: its bias, and scales of the KV cache
-BESIDE = re.compile(r".*\.bias|.*_proj_bias|.*\.(?:[qkv]|kv)_(?:scale|zero_point)|.*\.[qkv]_proj\.output_scale", re.S)
+BIAS = re.compile(r".*\.bias|.*_proj_bias", re.S)
 LINEAR, REST = "linear", "rest"  # roles of a recipe: all linear weights of the text model; those that no other rule of the recipe names
 
 
@@ -60,8 +60,8 @@ def _is_meant(kind: str, text: str, name: str, entry: CensusTensor, taken: set[s
     return entry["role"] in roles and bool(entry["matrix"] or name.endswith(".weight")) and not (text == REST and name in taken)
 
 
-def _check_weight(name: str, entry: CensusTensor, recipe: str, layout: str) -> None:
-    """UserError for a weight that cannot become what the recipe makes of it."""
+def _check_weight(name: str, entry: CensusTensor, scheme: str, recipe: str, layout: str) -> None:
+    """UserError for a weight that cannot become what the recipe makes of it, by the name of its scheme."""
     where = f"{entry['shard']}: {name}"
     if entry["dialect"] == "plain" and entry["dtype"] not in FLOATS:
         raise UserError(f"{where} has dtype {entry['dtype']}, which is no floating-point weight; take it out of "
@@ -72,9 +72,9 @@ def _check_weight(name: str, entry: CensusTensor, recipe: str, layout: str) -> N
     rows, inputs = entry["matrix"][-2:]
     if not math.prod(entry["matrix"]):
         raise UserError(f"{where} has shape {entry['shape']} and holds nothing; the checkpoint is damaged")
-    if inputs % 32:
-        raise UserError(f"{where}: its input dimension {inputs} is not a multiple of 32, the MXFP4 block; keep it as it "
-                        "is in the recipe")
+    if inputs % (block := SCHEMES[scheme].BLOCK):
+        raise UserError(f"{where}: its input dimension {inputs} is not a multiple of {block}, the {scheme.upper()} block; keep it as it is in the "
+                        "recipe")
     projection = projection_of(name)
     if len(entry["matrix"]) == 3 and projection == "gate_up":
         if layout == "stacked":
@@ -86,10 +86,11 @@ def _check_weight(name: str, entry: CensusTensor, recipe: str, layout: str) -> N
 
 
 def _check_beside(tensors: dict[str, CensusTensor], chosen: Container[str]) -> None:
-    """UserError for a tensor of a quantized module that is neither its weight nor anything known: it may say that the weight means something else."""
+    """UserError for a tensor of a quantized module that is neither its weight nor what an engine knows without a config, a bias or a scale of
+    attention: it may say that the weight means something else."""
     modules = {module_of(name): name for name, entry in tensors.items() if entry["matrix"] and (entry["dialect"] != "plain" or name in chosen)}
     for name, entry in tensors.items():
-        if entry["belongs_to"] or entry["role"] == "router" or BESIDE.fullmatch(name):
+        if entry["belongs_to"] or entry["role"] == "router" or BIAS.fullmatch(name) or is_cache_scale(name):
             continue
         for end in re.finditer(r"[._]", name):
             weight = modules.get(module := name[:end.start()])
@@ -102,7 +103,7 @@ def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str, weight_only:
     """Format in which a weight that the recipe leaves stays in the release; UserError where no engine could read it."""
     entry, why = tensors[name], None
     dialect, scale = entry["dialect"], tensors[entry["scale"]] if entry["scale"] else None
-    written = kept.as_written(scale["dtype"], tuple(scale["shape"]), entry["one_scale"]) if dialect in kept.DIALECTS else None
+    written = kept.as_written(scale["dtype"], tuple(scale["shape"]), scale["one_scale"]) if dialect in kept.DIALECTS else None
     stored = stored_as(tuple(entry["matrix"]), *written) if written else None
     if dialect not in kept.DIALECTS:
         why = f"{dialect} cannot be kept in a release"
@@ -143,7 +144,7 @@ def decide(settings: Settings, census: Census, weight_only: Mapping[str, bool]) 
     check_ends(tensors, layers, census["tied"])
     check_tower(tensors, layers, census["tower_blocks"], architecture_of(census["architecture"]).projector)
     for name, scheme in chosen.items():
-        _check_weight(name, tensors[name], settings.recipe.name, settings.recipe.layout)
+        _check_weight(name, tensors[name], scheme, settings.recipe.name, settings.recipe.layout)
     check_experts({name: entry for name, entry in tensors.items() if entry["matrix"] and is_routed_expert(module_of(name), layers)},
                   census["experts"], census["hidden_size"])
     for name, entry in tensors.items():
@@ -155,7 +156,7 @@ def decide(settings: Settings, census: Census, weight_only: Mapping[str, bool]) 
                 reason += f"; {scheme} already, its values stay"
         elif owner in chosen:
             decision, reason = "drop", f"belongs to {owner}, folded into its block scales"
-        elif kept.is_unread(name, entry["shape"]):
+        elif is_unread(name, entry["shape"]):
             decision, reason = "drop", "a scale of attention that vLLM reads only under a scheme of the KV cache, which the release does not ask for"
         elif owner or entry["dialect"] != "plain":
             decision, stored = "keep", _keep(owner or name, tensors, settings.recipe.name, weight_only)

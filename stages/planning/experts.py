@@ -22,7 +22,8 @@ def check_experts(entries: Mapping[str, Mapping], count: int | None, hidden_size
         for matrix in matrices(name, tuple(entry["matrix"]), "per_expert"):
             experts, _, projection = matrix.module.rpartition(".")
             if matrix.expert is None:
-                raise UserError(f"{entry['shard']}: {name} has the role of routed experts, but its name holds no expert's number")
+                raise UserError(f"{entry['shard']}: {name} has the role of routed experts, but its name holds no expert's number, so it cannot be "
+                                "given a place in the release; rename it as its maker published it")
             layer = experts.rpartition(".")[0]
             layers[layer][projection][matrix.expert] = (name, len(range(*matrix.rows)), entry["matrix"][-1])
     if count and not layers:

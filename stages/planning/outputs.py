@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from stages.checkpoint.files import render_json
 from stages.checkpoint.header import DTYPE_BYTES, render_header, sorted_specs
+from stages.dialects.cache_scales import name_in_release
 from stages.errors import UserError
 from stages.records import Plan, PlannedShard, PlannedTensor, SourceShard
 from stages.schemes import SCHEMES, draft_scales, kept
@@ -23,9 +24,9 @@ def outputs_of(name: str, entry: PlannedTensor, layout: str) -> list[Output]:
         return SCHEMES[entry["scheme"]].outputs(name, tuple(entry["matrix"]), layout)
     shape = tuple(entry["shape"])
     if entry["decision"] == "keep" and entry["belongs_to"]:
-        written = kept.as_written(entry["dtype"], shape, one_scale=entry["stored"].startswith("fp8 per tensor"))
+        written = kept.as_written(entry["dtype"], shape, entry["one_scale"])
         return [Output(f"{module_of(entry['belongs_to'])}.weight_scale", *written, name, "weight")]
-    return [Output(kept.name_in_release(name), entry["dtype"], shape, name, "weight")]
+    return [Output(name_in_release(name), entry["dtype"], shape, name, "weight")]
 
 
 def release_outputs(plan: Plan, shards: Iterable[str] | None = None) -> dict[str, list[Output]]:

@@ -1,21 +1,17 @@
 """FP8 that a recipe leaves stays as it is: its codes and scales pass through, a group of the config says what they are.
 
 Only the scale's name changes (`weight_scale_inv` becomes `weight_scale`, which compressed-tensors asks for), its shape where a source has one per
-channel in one dimension (Quark, ModelOpt) or one per tensor in two, and its dtype where E8M0 is not U8, never its bytes. Scales of the KV cache in
-Quark's spelling get the name that vLLM reads in a compressed-tensors checkpoint, too.
+channel in one dimension (Quark, ModelOpt) or one per tensor in two, and its dtype where E8M0 is not U8, never its bytes.
 vLLM quantizes activations on the fly, per token or per 128 inputs: that is how it runs the source, too. Where the source says that only its
 weights are FP8, so does the release, as far as vLLM 0.32 reads that: of linears per channel or per tensor, not of blocks or experts.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from stages.checkpoint.header import FLOATS
 from stages.dialects.config import block_edges
-from stages.dialects.roles import role_in_layer
 from stages.schemes import SCHEMES
 
 FORMAT = "float-quantized"
@@ -43,25 +39,11 @@ def stored_as(shape: tuple[int, ...], scale_dtype: str, scale_shape: tuple[int, 
     return "fp8 per tensor" if len(shape) == 2 and scale_shape in ((), (1,)) else None
 
 
-def as_written(dtype: str, shape: tuple[int, ...], one_scale: bool = False) -> tuple[str, tuple[int, ...]]:
-    """(dtype, shape) in which a release has a kept weight's scale, of the same bytes: [out, 1] for [out] and, where the weight has `one_scale`, [1]
+def as_written(dtype: str, shape: tuple[int, ...], one_scale: bool) -> tuple[str, tuple[int, ...]]:
+    """(dtype, shape) in which a release has a kept weight's scale, of the same bytes: [out, 1] for [out] and, where it is the weight's `one_scale`, [1]
     for [1, 1], neither of which vLLM loads, and U8 for F8_E8M0, which it would convert."""
     shape = (1,) if one_scale and len(shape) > 1 else shape
     return "U8" if dtype == "F8_E8M0" else dtype, (*shape, 1) if len(shape) == 1 and shape[0] > 1 else shape
-
-
-def name_in_release(name: str) -> str:
-    """What a release calls a tensor that passes through: `k_proj.output_scale`, which vLLM reads under Quark's config and not under
-    compressed-tensors', becomes `k_scale`."""
-    return re.sub(r"\.([qkv])_proj\.output_scale$", r".\1_scale", name)
-
-
-def is_unread(name: str, shape: Sequence[int]) -> bool:
-    """Whether a scale of attention is one at which vLLM stops, since the config of a release has no scheme of the KV cache: of the probabilities, or
-    one for each head."""
-    last = name_in_release(name).rpartition(".")[2]
-    unread = re.fullmatch(r"prob(_output)?_scale", last) or (re.fullmatch(r"([qkv]|kv)_(scale|zero_point)", last) and math.prod(shape) > 1)
-    return bool(unread) and role_in_layer(name) not in ("vision", "projector")
 
 
 def stored_by(group: Mapping, section_format: str | None = None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from stages.checkpoint.files import human_bytes
@@ -93,6 +94,12 @@ DECISIVE = {"--max-model-len": None, "--max-num-seqs": None, "--gpu-memory-utili
             "--enable-expert-parallel": None, "--speculative-config": None}
 ADDRESS = ("--host", "--port", "--api-key")  # flags of this run alone
 SWITCHES = ("--enable-expert-parallel",)
+
+
+def sets(flags: Iterable[str], name: str) -> bool:
+    """Whether one of vLLM's flags is the one of this name, or a part of it (`--speculative-config.method`)."""
+    words = (_with_dashes(word).partition("=")[0].partition(".")[0] for word in flags)
+    return any(SHORT.get(word, word) == name for word in words)
 
 
 def _decisive(command: list[str]) -> dict[str, object]:

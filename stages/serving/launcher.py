@@ -32,8 +32,9 @@ from stages.checkpoint.files import read_json
 from stages.checkpoint.header import INDEX, read_header
 from stages.dialects.roles import declared_drafts, draft_layers
 from stages.errors import UserError
+from stages.serving.commands import sets
 from stages.serving.secrets import KEY, without_api_key, without_key, without_secrets
-from stages.settings import PROJECT, Settings
+from stages.settings import Settings
 
 THREAD_VARIABLES = tuple(f"{library}_NUM_THREADS" for library in
                          ("OMP", "GOTO", "OPENBLAS", "MKL", "VECLIB_MAXIMUM", "NUMEXPR"))  # Snakemake sets these for every job
@@ -119,15 +120,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _resolve(path: str) -> Path:
-    found = Path(path)
-    return found if found.is_absolute() or found.exists() else PROJECT / found
-
-
 def executable(settings: Settings) -> Path:
     """The `vllm` command that the settings mean; UserError when it is not there."""
     if settings.serving.environment:
-        command = _resolve(settings.serving.environment) / "bin" / "vllm"
+        command = Path(settings.serving.environment) / "bin" / "vllm"
         if not command.exists():
             raise UserError(f"{command} is missing: make the serving environment with `make serve-env`, or set serving=none")
         return command.absolute()
@@ -155,7 +151,7 @@ def command_line(settings: Settings, release: Path, port: int, program: Path | s
     command = [str(program), "serve", str(release), "--host", "127.0.0.1", "--port", str(port),
                "--served-model-name", serving.model, *serving.flags]
     layers = drafts_of(release) if serving.drafts else 0
-    if layers:
+    if layers and not sets(serving.flags, "--speculative-config"):  # of two, vLLM would take the last
         command += ["--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": layers})]
     return command
 

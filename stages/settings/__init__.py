@@ -9,7 +9,7 @@ from stages.checkpoint.files import read_json, write_json
 from stages.errors import UserError
 from stages.settings.checks import check
 from stages.settings.commands import stage_parser
-from stages.settings.conf import CONF, PROJECT, choices
+from stages.settings.conf import CONF, PROJECT, choices, located
 from stages.settings.handed_over import handed_over
 from stages.settings.schema import EvaluationSettings, Settings, SourceSettings, as_dict, as_json, gemm_sizes, scoring
 
@@ -67,7 +67,7 @@ def text_path(settings: Settings) -> Path:
 
 def text_file(key: str, name: str) -> Path:
     """A text that a setting names, looked up from the working directory and then from the project; UserError when there is none."""
-    for path in (Path(name), PROJECT / name):
-        if path.is_file():
-            return path
+    path = Path(located(name))
+    if path.is_file():
+        return path
     raise UserError(f"{key}={name}: no such file; name a UTF-8 text")

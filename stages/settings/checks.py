@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stages.checkpoint.files import from_here, nearest_existing
 from stages.errors import UserError
+from stages.settings.conf import located
 from stages.settings.schema import EvaluationSettings, RecipeSettings, ServingSettings, Settings, SourceSettings
 
 LATENCIES = ("ttft", "tpot", "end_to_end")
@@ -18,7 +19,9 @@ LATENCIES = ("ttft", "tpot", "end_to_end")
 def check(settings: Settings) -> None:
     """UserError for settings that cannot be meant. A source without a name takes its directory's or its repository's, and paths that name results
     or are recorded with them get one spelling: with another Snakemake would make everything again."""
-    _check_source(settings.source)
+    source, serving = settings.source, settings.serving
+    source.path, serving.environment = source.path and located(source.path), serving.environment and located(serving.environment)
+    _check_source(source)
     _check_places(settings)
     _check_apart(settings)
     settings.results = from_here(settings.results)

@@ -69,7 +69,7 @@ class EvaluationSettings:
     """How the release is measured."""
 
     name: str = "???"
-    text: str = "???"  # UTF-8 file; relative paths start at the project
+    text: str = "???"  # UTF-8 file; relative paths start at the working directory or, where there is none, at the project
     context: int = limited(256, least=FEWEST_TOKENS)  # tokens per window
     stride: int = limited(128, least=1)  # new tokens scored per window; the rest of the window is their context. As many as the context: windows
     # do not overlap, and the first token of each is not scored

@@ -222,7 +222,10 @@ def test_draft_layers_are_asked_for_where_the_release_has_them(tmp_path):
     settings = settings_with(SILENT, tmp_path)
     release = settings.run_directory / "release"
     assert '"num_speculative_tokens": 3' in " ".join(launcher.command_line(settings, release, 1))
-    settings.serving.drafts = False
+    for flags in (["--speculative_config", '{"method": "ngram"}'], ["-sc", "{}"], ["--speculative-config.method=ngram"]):
+        settings.serving.flags = flags
+        assert launcher.command_line(settings, release, 1)[-len(flags):] == flags
+    settings.serving.flags, settings.serving.drafts = [], False
     assert "--speculative-config" not in launcher.command_line(settings, release, 1)
 
 
