@@ -25,7 +25,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Those that take longest begin first, so that no process of `pytest -n` is left with one of them at the end."""
-    items.sort(key=lambda item: not (item.get_closest_marker("workflow") or "triton" in item.nodeid))
+    items.sort(key=lambda item: ("dvc_rebuilds" not in item.nodeid, not (item.get_closest_marker("workflow") or "triton" in item.nodeid)))
 
 
 def planned(*overrides: str):

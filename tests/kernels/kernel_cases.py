@@ -132,12 +132,11 @@ def check_gemm(backend: str, device: str, out: int = 136, columns: int = 288, to
     made = mxfp4.quantize(torch.randn(5, out, columns, generator=g) * 0.02, backend="reference")
     for count in tokens:
         offsets = torch.tensor([0, 0, count // 3, count // 3, count, count])
-        for dtype, least in ((torch.bfloat16, 45), (torch.float16, 60), (torch.float32, 100)):
+        for dtype, least, integer in ((torch.bfloat16, 45, torch.int32), (torch.float16, 60, torch.int64), (torch.float32, 100, torch.int32)):
             x = torch.randn(count, columns, generator=g).to(dtype)
-            for integer in (torch.int32, torch.int64):
-                truth = gemm.grouped_linear(x, made.packed, made.scale, offsets.to(integer), backend="reference")
-                y = gemm.grouped_linear(*(t.to(device) for t in (x, made.packed, made.scale, offsets.to(integer))), backend=backend)
-                check_noise(y, truth, least, f"{backend} grouped {count} tokens {dtype}")
+            truth = gemm.grouped_linear(x, made.packed, made.scale, offsets.to(integer), backend="reference")
+            y = gemm.grouped_linear(*(t.to(device) for t in (x, made.packed, made.scale, offsets.to(integer))), backend=backend)
+            check_noise(y, truth, least, f"{backend} grouped {count} tokens {dtype}")
             truth = gemm.linear(x, made.packed[0], made.scale[0], backend="reference")
             y = gemm.linear(*(t.to(device) for t in (x, made.packed[0], made.scale[0])), backend=backend)
             check_noise(y, truth, least, f"{backend} linear {count} tokens {dtype}")
