@@ -78,11 +78,10 @@ def _quantized_experts(reader: ShardReader, members: list[Member]) -> tuple[torc
 
 
 def _source_experts(settings: Settings, plan: Plan, members: list[Member], experts: int) -> torch.Tensor | None:
-    """FORMAT_ROWS of the same weights as the source stores them, float64 [experts, rows, in]; None where the source is gone."""
-    directory = Path(settings.source.path) if settings.source.path else None
-    sources = {member.output.source for member in members}
-    if directory is None or not all((directory / plan["tensors"][name]["shard"]).exists() for name in sources):
+    """FORMAT_ROWS of the same weights as the source stores them, float64 [experts, rows, in]; None where they were downloaded, and are gone."""
+    if not settings.source.path:
         return None
+    directory = Path(settings.source.path)
     with ExitStack() as stack:
         readers: dict[str, ShardReader] = {}
 
@@ -198,17 +197,19 @@ def run(settings: Settings) -> dict:
     result = {"shards_sha256": shards_sha256(receipts), "sizes": gemm_sizes(settings.evaluation),
               "minimum_arithmetic_db": MINIMUM_ARITHMETIC_DB, "minimum_format_db": MINIMUM_FORMAT_DB,
               "backends": sorted({row["backend"] for row in rows}),
-              "passed": not any(_is_wrong(row) or _is_foreign(row) for row in rows) if rows else None, "rows": rows}
+              "rows": rows}
     _print_worst(result)
-    bad = next(filter(_is_wrong, rows), None)
-    if bad:
+    failed = settings.run_directory / "gemm.failed.json"
+    if any(_is_wrong(row) or _is_foreign(row) for row in rows):
+        write_json(failed, result)
+    if bad := next(filter(_is_wrong, rows), None):
         raise UserError(f"{bad['shard']}: {bad['tensor']}: {bad['path']} on {bad['backend']} has {bad['arithmetic_db']} dB "
-                        f"against float64, below {MINIMUM_ARITHMETIC_DB}: the kernel is wrong on this machine, report it")
-    foreign = next(filter(_is_foreign, rows), None)
-    if foreign:
+                        f"against float64, below {MINIMUM_ARITHMETIC_DB}: the kernel is wrong on this machine, report it with gemm.failed.json")
+    if foreign := next(filter(_is_foreign, rows), None):
         raise UserError(f"{foreign['shard']}: {foreign['tensor']}: has {foreign['format_db']} dB against the weights in {settings.source.path}, "
-                        f"below {MINIMUM_FORMAT_DB}: it was made from others; run download --shard {foreign['shard']} and quantize_experts --shard "
-                        f"{foreign['shard']} again")
+                        f"below {MINIMUM_FORMAT_DB}: it was made from others; remove shards/{foreign['shard']} and its receipt and run again, it "
+                        "is converted anew")
+    failed.unlink(missing_ok=True)
     write_json(settings.run_directory / "gemm.json", result)
     return result
 

@@ -82,7 +82,7 @@ def test_rest_is_what_no_other_role_or_pattern_names(tmp_path):
 def test_a_weight_is_split_only_over_ranks_whose_share_of_it_engines_take(projection, stored, rows, inputs, ranks, kind):
     role = "routed_experts" if "experts" in projection else "attention" if "attn" in projection else "dense_mlp"
     entry = {"role": role, "stored": stored, "matrix": [rows, inputs]}
-    row = next(row for row in tensor_parallel.notes({f"model.layers.3.{projection}.weight": entry}, queries=None, heads=8) if row["tensor_parallel"] == ranks)
+    row = next(row for row in tensor_parallel.notes({f"model.layers.3.{projection}.weight": entry}, query_heads=None, kv_heads=8) if row["tensor_parallel"] == ranks)
     assert (row["reason"] is None) if kind is None else kind in row["reason"], row
     assert row["fits"] == (kind in (None, "whole 64s"))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -52,9 +52,8 @@ class Claim:
     @classmethod
     def from_entry(cls, entry: Mapping) -> Claim:
         """The claim that `as_entry` wrote."""
-        return cls(entry["dialect"], entry["scale"], tuple(entry["tile"]) if entry["tile"] else None,
-                   tuple(entry["matrix"]) if entry["matrix"] else None, entry["parts"], entry["belongs_to"],
-                   entry["one_scale"], tuple((name, row) for name, row in entry["scales"]), entry["transposed"])
+        tuples = {key: tuple(entry[key]) if entry[key] else None for key in ("tile", "matrix")} | {"scales": tuple(map(tuple, entry["scales"]))}
+        return cls(**{field.name: entry[field.name] for field in fields(cls)} | tuples)
 
 
 class Dialect(Protocol):

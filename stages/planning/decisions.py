@@ -99,7 +99,7 @@ def _check_beside(tensors: dict[str, CensusTensor], chosen: Container[str]) -> N
                                 "its inputs is not known here; get the checkpoint in BF16 or in another format")
 
 
-def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str, weight_only: Mapping[str, bool]) -> str:
+def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str, weight_only: kept.WeightOnly) -> str:
     """Format in which a weight that the recipe leaves stays in the release; UserError where no engine could read it."""
     entry, why = tensors[name], None
     dialect, scale = entry["dialect"], tensors[entry["scale"]] if entry["scale"] else None
@@ -116,21 +116,18 @@ def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str, weight_only:
     elif entry["role"] == "embeddings":
         why = "engines read embeddings unquantized only"
     elif stored is None:
-        why = (f"no engine reads it with a scale of {scale['dtype']} {scale['shape']}: they read float scales per {kept.BLOCK}x{kept.BLOCK} block, per "
+        why = (f"no engine reads it with a scale of {scale['dtype']} {scale['shape']}: they read float scales per {kept.TILE}x{kept.TILE} block, per "
                "channel or per tensor, and E8M0 scales per 32 inputs")
     elif stored == "fp8 per tensor" and ".experts." in name:
         why = "engines read experts with a scale per channel or block only"
     if why:
         remedy = f"name its role ({entry['role']}) in the recipe" if entry["role"] in QUANTIZABLE else "get a source that has it in BF16"
         raise UserError(f"{entry['shard']}: {name} is {dialect} and recipe {recipe} leaves it, but {why}; {remedy}")
-    return stored + kept.WEIGHT_ONLY if weight_only.get(stored.removeprefix("fp8 per ")) and ".experts." not in name else stored
+    return stored + kept.WEIGHT_ONLY if stored.removeprefix("fp8 per ") in weight_only.by_all and ".experts." not in name else stored
 
 
-def decide(settings: Settings, census: Census, weight_only: Mapping[str, bool]) -> dict[str, PlannedTensor]:
-    """Tensor name -> its census entry plus decision, scheme, reason, and the format that the release stores it in.
-
-    weight_only: by kept.weight_only.
-    """
+def decide(settings: Settings, census: Census, weight_only: kept.WeightOnly) -> dict[str, PlannedTensor]:
+    """Tensor name -> its census entry plus decision, scheme, reason, and the format that the release stores it in."""
     tensors = census["tensors"]
     chosen = _selected(settings, tensors)
     decided = {}

@@ -28,7 +28,7 @@ def notes(tensors: dict[str, PlannedTensor], source_config: dict, drafts: int, g
     weight_only = kept.weight_only(declared(source_config))
     found += [f"{count} weights stay {stored} and get their activations quantized, which the source does to none or not to all of them; vLLM reads "
               "neither FP8 blocks nor FP8 experts otherwise" for stored, count in left.items()
-              if stored.startswith("fp8 ") and ("block" if "x" in stored else stored.split()[-1]) in weight_only]
+              if stored.startswith("fp8 ") and ("block" if "x" in stored else stored.split()[-1]) in weight_only.by_all | weight_only.by_some]
     if unread := [name for name, entry in tensors.items() if entry["decision"] == "drop" and not entry["belongs_to"]]:
         found.append(f"{len(unread)} scales of attention are left out ({unread[0]} ...): vLLM reads them only under a scheme of the KV cache, which the "
                      "release does not ask for")

@@ -9,13 +9,14 @@ weights are FP8, so does the release, as far as vLLM 0.32 reads that: of linears
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from stages.checkpoint.header import FLOATS
 from stages.dialects.config import block_edges
 from stages.schemes import SCHEMES
 
 FORMAT = "float-quantized"
-BLOCK = 128  # the edge of the only FP8 blocks that engines read
+TILE = 128  # rows and columns under one scale, of the only block FP8 that engines read
 DIALECTS = ("block_fp8", "channel_fp8", "mxfp8")  # of a source, whose weights can stay as they are
 WEIGHT_ONLY = ", weight-only"  # behind a stored format whose activations stay as they are
 _WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
@@ -34,8 +35,8 @@ def stored_as(shape: tuple[int, ...], scale_dtype: str, scale_shape: tuple[int, 
         return None
     if scale_shape == (*shape[:-1], 1) and shape[-2] > 1:
         return "fp8 per channel"
-    if len(scale_shape) == len(shape) and scale_shape == (*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:])):
-        return f"fp8 {BLOCK}x{BLOCK}"
+    if len(scale_shape) == len(shape) and scale_shape == (*shape[:-2], *(-(-size // TILE) for size in shape[-2:])):
+        return f"fp8 {TILE}x{TILE}"
     return "fp8 per tensor" if len(shape) == 2 and scale_shape in ((), (1,)) else None
 
 
@@ -60,15 +61,21 @@ def stored_by(group: Mapping, section_format: str | None = None) -> str:
     return found if found and "?" not in found and group_of(found)["format"] == form else f"{form} ({bits} bits, {strategy})"
 
 
-def weight_only(section: Mapping) -> dict[str, bool]:
-    """Strategies (`channel`, `tensor`, `block`) of a source's FP8 whose activations stay as they are by some compressed-tensors group, and whether by
-    all of its groups."""
+class WeightOnly(NamedTuple):
+    """Strategies (`channel`, `tensor`, `block`) of a source's FP8 whose activations stay as they are by compressed-tensors groups."""
+
+    by_all: frozenset[str]  # groups of that strategy
+    by_some: frozenset[str]  # but not by all
+
+
+def weight_only(section: Mapping) -> WeightOnly:
+    """What a source's quantization_config says of activations."""
     found: dict[str, set[bool]] = {}
     for group in (section.get("config_groups") or {}).values():
         weights = group.get("weights") or {}
         if weights.get("type") == "float" and weights.get("num_bits") == 8:
             found.setdefault(weights.get("strategy"), set()).add(group.get("input_activations") is None)
-    return {strategy: kinds == {True} for strategy, kinds in found.items() if True in kinds}
+    return WeightOnly(*(frozenset(strategy for strategy, kinds in found.items() if kinds == wanted) for wanted in ({True}, {True, False})))
 
 
 def group_of(stored: str) -> dict:

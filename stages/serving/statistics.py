@@ -26,6 +26,8 @@ from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
+import numpy
+
 from stages.serving.load import Events
 
 PERCENTILES = (50, 90, 95, 99)
@@ -51,21 +53,12 @@ def recompute(path: Path) -> dict:
     return figures(events, **head["facts"])
 
 
-def percentile(values: list[float], percent: float) -> float:
-    """Linear interpolation between the closest ranks, as numpy's default."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
 def summary(values: list[float]) -> dict | None:
     """Count, mean and percentiles in milliseconds of values in seconds; None without values, and for the 99th percentile of fewer than 100."""
     if not values:
         return None
     return {"count": len(values), "mean_ms": 1000 * statistics.fmean(values),
-            **{f"p{percent}_ms": 1000 * percentile(values, percent) if len(values) >= FEWEST.get(percent, 1) else None for percent in PERCENTILES}}
+            **{f"p{percent}_ms": 1000 * float(numpy.percentile(values, percent)) if len(values) >= FEWEST.get(percent, 1) else None for percent in PERCENTILES}}
 
 
 def mean_and_interval(values: list[float]) -> dict:
