@@ -118,9 +118,7 @@ def _check_config(dialect, names: list[str], config: dict) -> None:
     """config.json must declare a method that stores the dialect."""
     method = declared(config).get("quant_method")
     if names and dialect.METHODS is not None and method not in dialect.METHODS:
-        label = {"block_fp8": "block-FP8 weights", "channel_fp8": "FP8 weights with a scale per channel or tensor"}.get(
-            dialect.NAME, f"{dialect.NAME.upper()} weights")
         known = {known for other in DIALECTS for known in other.METHODS or ()}
         remedy = ("restore the original config.json" if method is None else f"{method!r} is not read here, get the checkpoint in another format"
                   if method not in known else "this mix is not supported, get the checkpoint in another format")
-        raise UserError(f"config.json declares quant_method {method!r}, but the headers hold {len(names)} {label}, {names[0]} first; {remedy}")
+        raise UserError(f"config.json declares quant_method {method!r}, but the headers hold {len(names)} {dialect.LABEL}, {names[0]} first; {remedy}")

@@ -27,6 +27,7 @@ from stages.dialects.config import KEY_VALUE_HEADS, block_edges, declared, whole
 from stages.errors import UserError
 
 NAME = "block_fp8"
+LABEL, CAN_STAY, IS_COARSE = "block-FP8 weights", True, False
 METHODS = ("fp8", "compressed-tensors", "quark", "modelopt", "modelopt_mixed")
 E8M0 = ("U8", "F8_E8M0")  # dtypes of E8M0 scales
 SCALE_DTYPES = (*FLOATS, *E8M0)

@@ -17,6 +17,7 @@ from stages.dialects.config import declared
 from stages.errors import UserError
 
 NAME = "channel_fp8"
+LABEL, CAN_STAY, IS_COARSE = "FP8 weights with a scale per channel or tensor", True, False
 METHODS = ("compressed-tensors", "modelopt", "modelopt_mixed", "fp8", "quark")
 
 

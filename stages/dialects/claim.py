@@ -60,6 +60,9 @@ class Dialect(Protocol):
     """What a module of this package has."""
 
     NAME: str
+    LABEL: str  # for messages
+    CAN_STAY: bool  # whether a release can have its weights as they are
+    IS_COARSE: bool  # of four bits, whose values MXFP4 rounds a second time
     METHODS: tuple[str, ...] | None  # each `quant_method` of config.json under which its weights occur; None: under any, and without one
 
     @staticmethod

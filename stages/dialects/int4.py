@@ -15,6 +15,7 @@ from stages.dialects.claim import Claim
 from stages.errors import UserError
 
 NAME = "int4"
+LABEL, CAN_STAY, IS_COARSE = "INT4 weights", False, True
 METHODS = ("compressed-tensors",)
 
 

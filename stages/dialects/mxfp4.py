@@ -19,6 +19,7 @@ from stages.dialects.claim import Claim
 from stages.errors import UserError
 
 NAME = "mxfp4"
+LABEL, CAN_STAY, IS_COARSE = "MXFP4 weights", False, False
 TILE = (1, 32)
 METHODS = ("compressed-tensors", "mxfp4", "quark", "fp8")  # fp8: experts in MXFP4 among FP8 linears (DeepSeek-V4)
 LAYOUTS = (  # suffix of the codes, their dtype, suffix of the scale

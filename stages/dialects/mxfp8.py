@@ -11,6 +11,7 @@ from stages.dialects.claim import Claim
 from stages.errors import UserError
 
 NAME = "mxfp8"
+LABEL, CAN_STAY, IS_COARSE = "MXFP8 weights", True, False
 TILE = block_fp8.MICROSCALED
 METHODS = ("mxfp8", "compressed-tensors", "modelopt", "modelopt_mixed")
 

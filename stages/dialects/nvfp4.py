@@ -15,6 +15,7 @@ from stages.dialects.config import declared
 from stages.errors import UserError
 
 NAME = "nvfp4"
+LABEL, CAN_STAY, IS_COARSE = "NVFP4 weights", False, True
 TILE = (1, 16)
 METHODS = ("compressed-tensors", "modelopt", "modelopt_fp4", "modelopt_mixed", "fp8")  # fp8: experts among FP8 linears, see claim
 LAYOUTS = (  # suffix of the codes, of the tensor scale, of the activations' scale

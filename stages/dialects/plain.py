@@ -8,6 +8,7 @@ from stages.checkpoint.header import FLOATS
 from stages.dialects.claim import Claim
 
 NAME = "plain"
+LABEL, CAN_STAY, IS_COARSE = "plain weights", False, False
 METHODS = None  # plain tensors occur in every checkpoint
 PASS_DTYPES = (*FLOATS, "F64", "BOOL", "I8", "I16", "I32", "I64")
 FUSED_EXPERTS = re.compile(r".*\.experts\.(gate_up|gate|up|down)_proj")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Container, Mapping
 
 from stages.checkpoint.header import FLOATS
+from stages.dialects import by_name
 from stages.dialects.cache_scales import is_cache_scale, is_unread
 from stages.dialects.completeness import check_ends, check_layers, check_tower
 from stages.dialects.roles import QUANTIZABLE, ROLE_NAMES, is_routed_expert, projection_of
@@ -103,9 +104,9 @@ def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str, weight_only:
     """Format in which a weight that the recipe leaves stays in the release; UserError where no engine could read it."""
     entry, why = tensors[name], None
     dialect, scale = entry["dialect"], tensors[entry["scale"]] if entry["scale"] else None
-    written = kept.as_written(scale["dtype"], tuple(scale["shape"]), scale["one_scale"]) if dialect in kept.DIALECTS else None
+    written = kept.as_written(scale["dtype"], tuple(scale["shape"]), scale["one_scale"]) if by_name(dialect).CAN_STAY else None
     stored = stored_as(tuple(entry["matrix"]), *written) if written else None
-    if dialect not in kept.DIALECTS:
+    if not written:
         why = f"{dialect} cannot be kept in a release"
     elif len(entry["matrix"]) != 2 or module_of(name) + ".weight" != name:
         why = "3D weights cannot be kept in their own format"

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from stages.checkpoint.files import human_bytes
+from stages.dialects import by_name
 from stages.dialects.config import declared
 from stages.dialects.roles import declared_drafts
 from stages.records import Plan, PlannedTensor
@@ -18,7 +19,7 @@ def notes(tensors: dict[str, PlannedTensor], source_config: dict, drafts: int, g
     found = []
     converted = Counter(entry["dialect"] for entry in tensors.values() if entry["decision"] == "quantize")
     for dialect, count in converted.items():
-        if dialect in ("int4", "nvfp4"):
+        if by_name(dialect).IS_COARSE:
             found.append(f"{count} weights are {dialect.upper()} already: MXFP4 rounds them a second time; a source in FP8 or BF16 gives a "
                          "better release")
         elif dialect == "mxfp4":

@@ -17,7 +17,6 @@ from stages.schemes import SCHEMES
 
 FORMAT = "float-quantized"
 TILE = 128  # rows and columns under one scale, of the only block FP8 that engines read
-DIALECTS = ("block_fp8", "channel_fp8", "mxfp8")  # of a source, whose weights can stay as they are
 WEIGHT_ONLY = ", weight-only"  # behind a stored format whose activations stay as they are
 _WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 _ACTIVATIONS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True}
