@@ -127,29 +127,37 @@ def _keep(name: str, tensors: dict[str, CensusTensor], recipe: str, weight_only:
     return stored + kept.WEIGHT_ONLY if stored.removeprefix("fp8 per ") in weight_only.by_all and ".experts." not in name else stored
 
 
-def decide(settings: Settings, census: Census, weight_only: kept.WeightOnly) -> dict[str, PlannedTensor]:
-    """Tensor name -> its census entry plus decision, scheme, reason, and the format that the release stores it in."""
-    tensors = census["tensors"]
-    chosen = _selected(settings, tensors)
-    decided = {}
+def _refuse(settings: Settings, census: Census, chosen: Mapping[str, str]) -> None:
+    """UserError for a source of which something is missing or not known, and for a weight that cannot become what the recipe makes of it.
+
+    chosen: weight name -> scheme.
+    """
+    tensors, layers, recipe = census["tensors"], census["text_layers"], settings.recipe
     for name, entry in tensors.items():
         if entry["role"] == "routed_experts" and not entry["matrix"] and not entry["belongs_to"]:
             raise UserError(f"{entry['shard']}: {name} ({entry['dtype']} {entry['shape']}) is of routed experts, but no weight or scale that is "
                             "known; an engine would not find it beside the converted ones")
     _check_beside(tensors, chosen)
-    layers = census["text_layers"]
     check_layers(tensors, layers, census["drafts"], census["layers_apart"], census["shared_experts"])
     check_ends(tensors, layers, census["tied"])
     check_tower(tensors, layers, census["tower_blocks"], architecture_of(census["architecture"]).projector)
     for name, scheme in chosen.items():
-        _check_weight(name, tensors[name], scheme, settings.recipe.name, settings.recipe.layout)
+        _check_weight(name, tensors[name], scheme, recipe.name, recipe.layout)
     check_experts({name: entry for name, entry in tensors.items() if entry["matrix"] and is_routed_expert(module_of(name), layers)},
                   census["experts"], census["hidden_size"])
+
+
+def decide(settings: Settings, census: Census, weight_only: kept.WeightOnly) -> dict[str, PlannedTensor]:
+    """Tensor name -> its census entry plus decision, scheme, reason, and the format that the release stores it in."""
+    tensors, recipe = census["tensors"], settings.recipe.name
+    chosen = _selected(settings, tensors)
+    _refuse(settings, census, chosen)
+    decided = {}
     for name, entry in tensors.items():
         owner = entry["belongs_to"]
         decision, scheme, stored, reason = "pass through", None, None, "not named by the recipe"
         if name in chosen:
-            decision, scheme, stored, reason = "quantize", chosen[name], chosen[name], f"recipe {settings.recipe.name}"
+            decision, scheme, stored, reason = "quantize", chosen[name], chosen[name], f"recipe {recipe}"
             if entry["dialect"] == scheme:
                 reason += f"; {scheme} already, its values stay"
         elif owner in chosen:
@@ -157,7 +165,7 @@ def decide(settings: Settings, census: Census, weight_only: kept.WeightOnly) -> 
         elif is_unread(name, entry["shape"]):
             decision, reason = "drop", "a scale of attention that vLLM reads only under a scheme of the KV cache, which the release does not ask for"
         elif owner or entry["dialect"] != "plain":
-            decision, stored = "keep", _keep(owner or name, tensors, settings.recipe.name, weight_only)
+            decision, stored = "keep", _keep(owner or name, tensors, recipe, weight_only)
             reason = "not named by the recipe; kept in its own format"
         decided[name] = {**entry, "decision": decision, "scheme": scheme, "stored": stored, "reason": reason}
     return decided
