@@ -14,6 +14,7 @@ from stages.dialects import block_fp8, channel_fp8, int4, mxfp4, mxfp8, nvfp4, p
 from stages.dialects.cache_scales import is_cache_scale
 from stages.dialects.claim import Claim, Dialect
 from stages.dialects.config import changes_weights, declared
+from stages.dialects.fp8 import scale_of
 from stages.dialects.transposed import transposed
 from stages.errors import UserError
 
@@ -84,7 +85,7 @@ def _unread_message(name: str, info: TensorInfo, tensors: Mapping[str, TensorInf
     if (SCALE.fullmatch(name) and not is_cache_scale(name)) or info.dtype == "F8_E8M0":
         return _unpaired_message(name, info, tensors)
     if info.dtype == "F8_E4M3":
-        if found := next((scale for scale in block_fp8.scale_of(name) if scale in tensors), None):
+        if found := next((scale for scale in scale_of(name) if scale in tensors), None):
             return _unread_pair_message(name, found, tensors)
         return (f"FP8 tensor {name} has no scale {name}_scale_inv in any shard; without it its values are unknown, get the complete "
                 "checkpoint")

@@ -10,8 +10,7 @@ quant_method fp8 and has one scale per tensor.
 from __future__ import annotations
 
 from stages.checkpoint.header import FLOATS
-from stages.dialects import block_fp8
-from stages.dialects.block_fp8 import static_scale
+from stages.dialects import fp8
 from stages.dialects.claim import Claim
 from stages.dialects.config import declared
 from stages.errors import UserError
@@ -27,7 +26,7 @@ def claim(name, info, tensors, shard_of, config):
     scale = tensors.get(scale_name)
     if info.dtype != "F8_E4M3" or scale is None or scale.dtype not in FLOATS:
         return None
-    found = block_fp8.granularity(info.shape, scale.shape)
+    found = fp8.granularity(info.shape, scale.shape)
     if found is None:
         raise UserError(f"{shard_of[scale_name]}: scale {scale_name} has shape {list(scale.shape)}; for {name} of shape "
                         f"{list(info.shape)} one scale per channel is {[*info.shape[:-1], 1]} and one per tensor [1]; the scale "
@@ -35,7 +34,7 @@ def claim(name, info, tensors, shard_of, config):
     if found == "channel" and declared(config).get("quant_method") == "fp8":
         raise UserError(f"{shard_of[scale_name]}: scale {scale_name} has shape {list(scale.shape)}, one per channel, which config.json's "
                         "quant_method 'fp8' does not have; the scale or config.json is of another checkpoint")
-    return Claim(NAME, scale_name, (1, info.shape[-1]), info.shape, static_scale(name, tensors), one_scale=found == "tensor")
+    return Claim(NAME, scale_name, (1, info.shape[-1]), info.shape, fp8.static_scale(name, tensors), one_scale=found == "tensor")
 
 
-rows = block_fp8.rows
+rows = fp8.rows

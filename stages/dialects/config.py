@@ -40,6 +40,12 @@ def declared(config: dict) -> dict:
     return section if isinstance(section, dict) else {}
 
 
+def declared_weights(config: dict) -> list[dict]:
+    """The `weights` of each compressed-tensors group."""
+    groups = declared(config).get("config_groups") or {}
+    return [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
+
+
 def read_source_config(directory: Path, shown: Path | None = None) -> dict:
     """config.json of a checkpoint, with what MODELOPT declares as its quantization_config where it has none itself.
 

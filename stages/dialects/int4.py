@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 
 from stages.checkpoint.header import FLOATS
-from stages.dialects.block_fp8 import declared_weights, static_scale
 from stages.dialects.claim import Claim
+from stages.dialects.config import declared_weights
+from stages.dialects.fp8 import static_scale
 from stages.errors import UserError
 
 NAME = "int4"

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 
-from stages.dialects.block_fp8 import E8M0, static_scale
 from stages.dialects.claim import Claim
+from stages.dialects.fp8 import E8M0, static_scale
 from stages.errors import UserError
 
 NAME = "mxfp4"
