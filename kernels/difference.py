@@ -4,8 +4,9 @@
     e4m3fn codes, a float32 scale per tile       mxfp4: two E2M1 nibbles a byte, E8M0 byte per 32
     bfloat16, float16 or float32                 mxfp8: e4m3fn codes, E8M0 byte per 32
 
-A source of codes is decoded as everywhere (kernels/fp8.py): code times scale, rounded once to float32. The sums are float64. Like
-kernels/energy.py it shares nothing with the kernels that quantize.
+A source of codes is decoded as everywhere (kernels/fp8.py): code times scale, rounded once to float32. The sums are float64, and apart for each
+row: a few rows that are another's, or zeros where a page was lost, hardly show in those of a matrix. Like kernels/energy.py it shares nothing
+with the kernels that quantize.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _block(weights, codes, position, unit, values, per_byte):
 
 @jit
 def _of_codes(source, tile_scale, tile_rows, tile_columns, decode, codes, scale, values, units, per_byte):
-    signal = error = 0.0
+    signal, error = np.zeros(source.shape[0]), np.zeros(source.shape[0])
     weights = np.empty(BLOCK, np.float32)
     for row in range(source.shape[0]):
         for block in range(source.shape[1] // BLOCK):
@@ -54,31 +55,33 @@ def _of_codes(source, tile_scale, tile_rows, tile_columns, decode, codes, scale,
                 column = block * BLOCK + j
                 weights[j] = decode[source[row, column]] * tile_scale[row // tile_rows, column // tile_columns]
             found = _block(weights, codes[row], block * (BLOCK // per_byte), units[scale[row, block]], values, per_byte)
-            signal, error = signal + found[0], error + found[1]
+            signal[row] += found[0]
+            error[row] += found[1]
     return signal, error
 
 
 @jit
 def _of_floats(source, codes, scale, values, units, per_byte):
-    signal = error = 0.0
+    signal, error = np.zeros(source.shape[0]), np.zeros(source.shape[0])
     for row in range(source.shape[0]):
         for block in range(source.shape[1] // BLOCK):
             weights = source[row, block * BLOCK:(block + 1) * BLOCK]
             found = _block(weights, codes[row], block * (BLOCK // per_byte), units[scale[row, block]], values, per_byte)
-            signal, error = signal + found[0], error + found[1]
+            signal[row] += found[0]
+            error[row] += found[1]
     return signal, error
 
 
 def difference(source: np.ndarray, tile_scale: np.ndarray | None, tile: tuple[int, int] | None, codes: np.ndarray, scale: np.ndarray,
-               scheme: str) -> tuple[float, float]:
-    """(sum of w^2, sum of (w - w_hat)^2) over a matrix or some of its rows; relative error below 1e-10.
+               scheme: str) -> tuple[np.ndarray, np.ndarray]:
+    """(sums of w^2, sums of (w - w_hat)^2), float64 [out], over each row of a matrix or of a part of one; relative error below 1e-10.
 
     Args:
         source: [out, in] as kernels/arrays.py holds it: uint8 codes with `tile_scale` float32 [ceil(out/tile[0]), ceil(in/tile[1])], or
             uint16 (bfloat16), float16 or float32 without.
         codes: uint8 [out, in/2] for mxfp4, [out, in] for mxfp8; scale: uint8 [out, in/32].
     Returns:
-        NaN where a number of either is NaN.
+        NaN for a row where a number of either is NaN.
     Raises:
         ValueError: shapes that do not fit each other. NonFiniteError: a tile scale that is not positive and finite.
     """

@@ -223,6 +223,15 @@ def test_what_is_odd_in_the_source_is_no_fault_of_its_release(release, checkpoin
     assert any(words in fault for fault in faults(release)["numbers"])
 
 
+@pytest.mark.parametrize("damage", [lambda rows: rows[40].zero_(), lambda rows: rows[[40, 41]].copy_(rows[[41, 40]].clone()),
+                                    lambda rows: rows.__setitem__(slice(40, 42), rows[[41, 40]])])
+def test_a_source_shows_a_single_row_that_was_lost_or_is_anothers(release, damage):
+    """As a page of zeros in a file leaves it, which the SQNR of the whole matrix hardly shows."""
+    change(release, lambda t: damage(t[f"{LAYER}.3.down_proj.weight_packed"]), f"{LAYER}.3.down_proj.weight_packed")
+    (found,) = faults(release, source=TINY)["against_source"]
+    assert re.match(rf"{LAYER}.3.down_proj: row 4[01] has -?[0-3]\.\d dB SQNR", found), found
+
+
 def test_rows_of_zeros_at_both_ends_are_not_taken_for_a_matrix_of_zeros(release):
     def pad(tensors):
         for rows in [tensors[name] for name in tensors if name.endswith("weight_packed")]:
@@ -354,13 +363,21 @@ def test_odd_counts_and_pipes_are_faults(release):
     for change_ in ({"num_hidden_layers": 7}, {"num_hidden_layers": True}, {"moe_num_experts": "16"}, {"moe_num_experts": 0}):
         (release / "config.json").write_text(json.dumps({**config, "text_config": {**config["text_config"], **change_}}))
         assert faults(release, quick=True), change_
-    for counts, found in (({"num_experts": None}, None), ({"moe_num_experts": 0, "num_experts": 16}, None),
-                          ({"moe_num_experts": None, "num_experts": 17}, f"there is no {LAYER}.16.")):  # null and 0 say nothing beside a number
-        (release / "config.json").write_text(json.dumps({**config, "text_config": {**config["text_config"], **counts}}))
-        assert str(found) in str(faults(release, quick=True).get("experts")), counts
     (release / "config.json").write_text(json.dumps(config))
     os.mkfifo(release / "model-00009.safetensors")
     assert "is no regular file" in faults(release, quick=True)["containers"][0]
+
+
+@pytest.mark.parametrize("other", [None, 0])
+def test_experts_are_counted_by_the_key_that_has_a_number(release, other):
+    """A class of configs has keys of its relatives, too, which say nothing."""
+    config = json.loads((release / "config.json").read_text())
+    config["text_config"] |= {"moe_num_experts": other, "num_experts": 16}
+    (release / "config.json").write_text(json.dumps(config))
+    assert faults(release, quick=True) == {}
+    for path in release.glob("*.safetensors"):
+        save_file({name: tensor for name, tensor in load_file(path).items() if ".experts.15." not in name}, path, {"format": "pt"})
+    assert any("there is no model.layers.1.moe.experts.15." in fault for fault in faults(release, quick=True)["experts"])
 
 
 def test_counts_that_no_list_could_hold_are_faults_at_once(release):
@@ -398,6 +415,15 @@ def test_architectures_of_another_form_are_unknown_ones(release, architectures):
     assert any("the runtime names of None are not known" in note for note in checkup.check(release, quick=True)["notes"])
     shown = mxforge("config", release)
     assert shown.returncode == 1 and "for architecture None are not known" in shown.stderr and len(shown.stderr.splitlines()) == 1, shown.stderr
+
+
+def test_two_sections_that_differ_are_a_fault(release):
+    """Of a source whose section stands in text_config: vLLM builds the model by the one, its draft layers by the other."""
+    config = json.loads((release / "config.json").read_text())
+    for section, words in ((config["quantization_config"], ""), ({"quant_method": "fp8"}, "text_config has another quantization_config")):
+        config["text_config"]["quantization_config"] = section
+        (release / "config.json").write_text(json.dumps(config))
+        assert words in " ".join(faults(release, quick=True).get("scheme_arguments", [])) and bool(words) == bool(faults(release, quick=True))
 
 
 def test_an_unused_ignore_is_a_note(release):
@@ -560,6 +586,17 @@ def test_a_download_of_a_release_may_hold_what_the_client_keeps_beside_it(releas
     (release / "notes.txt").write_text("x")
     shown = mxforge("verify", release)
     assert shown.returncode == 1 and "notes.txt" in shown.stdout
+
+
+def test_what_installing_the_plugin_leaves_in_a_release_is_noted(release, converted):
+    shutil.copy(converted.run_directory / "release" / "manifest.json", release)
+    for name in ("build/lib/mxforge_vllm/cpu.py", "mxforge_vllm.egg-info/PKG-INFO", "mxforge_vllm/__pycache__/cpu.pyc"):
+        (release / "vllm_plugin" / name).parent.mkdir(parents=True, exist_ok=True)
+        (release / "vllm_plugin" / name).write_text("x")
+    result = checkup.check(release, quick=True)
+    assert result["passed"] and any("cpu.py and 2 more: left there by installing the plugin" in note for note in result["notes"]), result
+    (release / "vllm_plugin" / "mxforge_vllm" / "other.py").write_text("x")
+    assert "does not list vllm_plugin/mxforge_vllm/other.py" in faults(release, quick=True)["manifest"][0]
 
 
 def test_a_config_is_made_from_the_sources_where_the_release_has_none(release):

@@ -262,6 +262,15 @@ def test_modelopt_may_say_in_a_file_of_its_own_how_it_quantized(tmp_path):
         convert(*arguments[:2], f"results={tmp_path / 'others'}")
 
 
+def test_a_source_in_fp8_keeps_its_config(tmp_path):
+    """Its scales of activations would be dropped, and nothing would be left that says how it was quantized."""
+    checkpoint(tmp_path / "model", lambda weight: whole(weight) | {"input_scale": torch.ones(())}, {"quant_method": "modelopt", "quant_algo": "FP8"})
+    before = (tmp_path / "model" / "config.json").read_text()
+    with pytest.raises(UserError, match="declares quant_method 'modelopt', and no tensor is MXFP4 or MXFP8: it is of no release"):
+        configuring.run(tmp_path / "model", None, dry_run=False)
+    assert (tmp_path / "model" / "config.json").read_text() == before
+
+
 def stacked(directory, make, quantization_config):
     """The tiny model with gate and up of its experts in one 3D tensor, as `make(gate_up, down)` stores them under `moe.experts.`."""
     source = {name: tensor for path in sorted(TINY.glob("*.safetensors")) for name, tensor in load_file(path).items()}

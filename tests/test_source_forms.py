@@ -295,7 +295,10 @@ def test_what_a_config_says_that_harms_nothing_is_accepted(tmp_path, section, co
 @pytest.mark.parametrize(("section", "config", "words"), [
     (COMPRESSED | {"config_groups": {}}, {}, "no tensor is stored"), (None, {"num_experts": 0}, "num_experts is 0"),
     (COMPRESSED | {"config_groups": {"a": compressed("block", block_structure="128 by 128")}}, {}, "the block size is '128 by 128'"),
+    ({"quant_method": ["fp8"]}, {}, r"quantization_config: quant_method is \['fp8'\], expected a word"),
+    (COMPRESSED | {"config_groups": {"a": compressed({"name": "block"})}}, {}, "a.weights: strategy is {'name': 'block'}, expected a word"),
+    (COMPRESSED | {"config_groups": {"a": compressed("block") | {"weights": {"symmetric": []}}}}, {}, r"a.weights: symmetric is \[\], expected a word"),
 ])
 def test_what_it_says_that_cannot_be_is_refused_still(tmp_path, section, config, words):
     with pytest.raises(UserError, match=words):
-        planned(tmp_path, stored(section, {}, config, **({"attention": partial(tiles, scale="weight_scale")} if section and section["config_groups"] else {})))
+        planned(tmp_path, stored(section, {}, config, **({"attention": partial(tiles, scale="weight_scale")} if section and section.get("config_groups") else {})))

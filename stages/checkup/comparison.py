@@ -26,6 +26,8 @@ from stages.schemes import SCHEMES
 ROWS_AT_ONCE = 4 << 20  # weights decoded at once in a comparison
 DECODED_DB = 40.0  # of FP8 that was decoded into BF16, which rounds once
 LOWEST_SQNR_DB = 15.0  # against a source; round-to-nearest MXFP4 has 18 to 19.1
+LOWEST_ROW_DB = 7.0  # of a single row; under no rule has a block less than 7.5: one value of 3 beside 31 of 0.25, which become zeros
+TINY = float(np.finfo(np.float32).tiny)  # rows whose weights are smaller become zeros in MXFP4, too
 
 
 class Match(NamedTuple):
@@ -57,11 +59,13 @@ def compare_matrix(checkpoint: Checkpoint, source: Source, buffers: Buffers, mat
     """The fault of one matrix, by its SQNR against rows of the source's: over all of them, over four short runs of rows with
     `quick`."""
     label, stored, name = match.label, match.pair.stored, match.name
-    signal = error = 0.0
+    signal, error, worst = 0.0, 0.0, (0.0, 0)  # worst: (error over signal, row)
     try:
         for begin, end in _spans(source, match, checkpoint.quick):
             sums = _sums(checkpoint, source, buffers, match, begin, end)
-            signal, error = signal + sums[0], error + sums[1]
+            signal, error = signal + float(sums[0].sum()), error + float(sums[1].sum())
+            apart = sums[1] / np.maximum(sums[0], match.pair.shape[1] * TINY**2)
+            worst = max(worst, (float(apart.max()), begin + int(apart.argmax())))
     except NonFiniteError as fault:
         return f"{label}: {fault}"
     if error and source.claims[name].dialect == stored:
@@ -69,6 +73,9 @@ def compare_matrix(checkpoint: Checkpoint, source: Source, buffers: Buffers, mat
     if decibels(signal, error) < LOWEST_SQNR_DB:
         return (f"{label}: has {decibels(signal, error):.1f} dB SQNR against the source's {name}, less than {LOWEST_SQNR_DB:g}; it is another matrix, or "
                 "its exponents are shifted")
+    if worst[0] > 10 ** (-LOWEST_ROW_DB / 10):
+        return (f"{label}: row {worst[1]} has {10 * math.log10(1 / worst[0]):.1f} dB SQNR against the source's {name}, less than {LOWEST_ROW_DB:g}, which no "
+                "rounding makes; it is another row, or was lost")
     return None
 
 
@@ -83,8 +90,8 @@ def _spans(source: Source, match: Match, quick: bool) -> list[tuple[int, int]]:
     return [(begin, min(begin + height, len(rows))) for begin in range(0, len(rows), height)]
 
 
-def _sums(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match, begin: int, end: int) -> tuple[float, float]:
-    """(signal, error), sums of squares over a span of rows; NonFiniteError for NaN or an unusable scale in the release, UserError for one in the
+def _sums(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """(signal, error), sums of squares over each of a span of rows; NonFiniteError for NaN or an unusable scale in the release, UserError for one in the
     source."""
     _, pair, expert, name, index, rows = match
     claim, panel = source.claims[name], range(*rows)[begin:end]
@@ -99,9 +106,9 @@ def _sums(checkpoint: Checkpoint, source: Source, buffers: Buffers, match: Match
                 weight, tiles = decoded_rows(source.places, name, claim, index, edge, panel[-1] + 1).numpy(), None
             weight = np.ascontiguousarray(weight[panel[0] - edge::panel.step])
         sums = difference(weight, tiles, claim.tile, codes, scales, pair.stored)
-        if not math.isfinite(sum(sums)):  # decoding says which number it is
+        if not np.isfinite(sums).all():  # decoding says which number it is
             decoded_rows(source.places, name, claim, index, edge, panel[-1] + 1)
-    if not math.isfinite(sum(sums)):
+    if not np.isfinite(sums).all():
         SCHEMES[pair.stored].dequantize(as_tensor(codes, pair.info.dtype), as_tensor(scales, checkpoint.tensors[pair.scale].dtype))
     return sums
 

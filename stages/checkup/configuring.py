@@ -12,8 +12,10 @@ from stages.dialects.config import changes_weights, declared
 from stages.dialects.roles import hidden_layers
 from stages.errors import UserError
 from stages.planning.outputs import config_json
-from stages.schemes import compressed_tensors, vllm_rules
+from stages.schemes import SCHEMES, compressed_tensors, vllm_rules
 from stages.schemes.architectures import architecture_of
+
+FORMATS = [scheme.FORMAT for scheme in SCHEMES.values()]
 
 
 def section_for(checkpoint: Checkpoint) -> tuple[dict, int]:
@@ -51,6 +53,9 @@ def _keep(section: dict, before: dict, where: str, is_base: bool) -> None:
     that this one stores otherwise.
     """
     if before.get("quant_method") != "compressed-tensors":
+        if before and not is_base and not any(group["format"] in FORMATS for group in section["config_groups"].values()):
+            raise UserError(f"{where}: declares quant_method {before.get('quant_method')!r}, and no tensor is MXFP4 or MXFP8: it is of no release, and "
+                            "what it says of activations would be lost")
         return  # the source's, which the conversion has replaced
     for part in changes_weights(before):
         raise UserError(f"{where}: quantization_config has {part}, by which an engine changes weights or inputs; it cannot be made again")

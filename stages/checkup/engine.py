@@ -32,6 +32,9 @@ def scheme_arguments(checkpoint: Checkpoint) -> Iterator[str]:
         else:
             yield from _weights(name, form, group.get("weights") or {})
             yield from _activations(checkpoint, name, form, group)
+    inner = checkpoint.config.get("text_config") and checkpoint.text.get("quantization_config")
+    if inner and inner != section:
+        yield "config.json: text_config has another quantization_config than the whole, by which vLLM builds draft layers; take it out there"
     for part in changes_weights(section):
         yield f"config.json: quantization_config has {part}, by which an engine changes weights or inputs; nothing here vouches for that"
     if section.get("kv_cache_scheme"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,10 @@ from stages.checkpoint.files import read_json, sha256_file
 from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.faults import on_all_cores, some
 from stages.checkup.json_checks import json_object
+from stages.serving.plugin import PLUGIN
 
 NOT_IN_MANIFEST = ("manifest.json", "README.md")
+LEFT_BY_PIP = re.compile(rf"{PLUGIN.name}/(?:build/|[^/]*\.egg-info/|.*__pycache__/)")  # which builds where the sources are
 
 
 def manifest(checkpoint: Checkpoint) -> Iterator[str]:
@@ -23,7 +26,10 @@ def manifest(checkpoint: Checkpoint) -> Iterator[str]:
     files = json_object(read_json(path).get("files"), "manifest.json: files")
     names = [file.relative_to(directory) for file in directory.rglob("*") if file.is_file()]
     present = {str(name) for name in names if not any(part.startswith(".") for part in name.parts)}  # .git, .cache of a download
-    yield from some(sorted(present - {*files, *NOT_IN_MANIFEST}), "manifest.json does not list", "nothing vouches for its bytes")
+    left = {name for name in present - files.keys() if LEFT_BY_PIP.match(name)}
+    if left:
+        checkpoint.notes.append(f"{min(left)}{f' and {len(left) - 1} more' if len(left) > 1 else ''}: left there by installing the plugin, do not publish it")
+    yield from some(sorted(present - {*files, *NOT_IN_MANIFEST, *left}), "manifest.json does not list", "nothing vouches for its bytes")
     yield from on_all_cores(partial(_compare_file, checkpoint), files.items())
     checkpoint.counts["manifest"] = len(files)
 

@@ -100,15 +100,23 @@ def _check_object(value: object, where: str) -> None:
         raise UserError(f"{where}: is {_shown(value)}, expected a JSON object; restore the original")
 
 
+def _check_words(part: dict, keys: Iterable[str], where: str) -> None:
+    """UserError where one of these entries is a list or an object, which have no place where a word is looked up."""
+    if wrong := next((key for key in keys if isinstance(part.get(key), list | dict)), None):
+        raise UserError(f"{where}: {wrong} is {_shown(part[wrong])}, expected a word; restore the original")
+
+
 def _check_section(section: object, where: str) -> None:
     """`checked` for a quantization_config that stands in `where`."""
     _check_object(section, f"{where}: quantization_config")
+    _check_words(section, ("quant_method",), f"{where}: quantization_config")
     groups = {} if section.get("config_groups") is None else section["config_groups"]
     _check_object(groups, f"{where}: config_groups")
     for key, group in groups.items():
         _check_object(group, f"{where}: {key}")
         weights = group.get("weights") or {}
         _check_object(weights, f"{where}: {key}.weights")
+        _check_words(weights, ("type", "strategy", "symmetric"), f"{where}: {key}.weights")
         for number in ("num_bits", "group_size"):
             if weights.get(number) is not None and type(weights[number]) is not int:
                 raise UserError(f"{where}: {key}.weights.{number} is {_shown(weights[number])}, expected a whole number; restore the original")
