@@ -16,6 +16,7 @@ from stages.errors import UserError, exit_with_one_line
 from stages.planning.modules import check_architecture
 from stages.provenance import RESULTS_FORMAT
 from stages.records import Census
+from stages.schemes.vllm_rules import text_fault
 from stages.settings import Settings, load, stage_parser
 from stages.sources.listing import read_anomalies, read_config, read_headers
 
@@ -31,6 +32,8 @@ def census(settings: Settings) -> Census:
     config = read_config(settings)
     architecture = (config.get("architectures") or [None])[0]
     row = check_architecture(architecture)  # first: what is odd about the tensors of a stranger is not its checkpoint's fault
+    if fault := text_fault(row, architecture, text_part(config).get("model_type")):
+        raise UserError(fault)
     layers = hidden_layers(config)
     claims = recognize(tensors, shard_of, config)
     entries = {}

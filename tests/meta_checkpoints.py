@@ -204,6 +204,34 @@ BF16 7168 model.layers.61.[enorm,hnorm,shared_head.norm].weight
 BF16 7168x14336 model.layers.61.eh_proj.weight
 BF16 129280x7168 model.layers.61.[embed_tokens,shared_head.head].weight"""
 
+# DeepSeek-Coder-V2 and DeepSeek-V2.5 are the same. Sizes as public trainers have them; they add up to the published 235.7B parameters.
+DEEPSEEK_V2_ROWS = """
+BF16 1536 model.layers.[0-59].self_attn.q_a_layernorm.weight
+BF16 512 model.layers.[0-59].self_attn.kv_a_layernorm.weight
+bf16 1536x5120 model.layers.[0-59].self_attn.q_a_proj
+bf16 24576x1536 model.layers.[0-59].self_attn.q_b_proj
+bf16 576x5120 model.layers.[0-59].self_attn.kv_a_proj_with_mqa
+bf16 32768x512 model.layers.[0-59].self_attn.kv_b_proj
+bf16 5120x16384 model.layers.[0-59].self_attn.o_proj
+BF16 160x5120 model.layers.[1-59].mlp.gate.weight""" + (
+    body("model", 5120, 102400, "0-59")
+    + experts("model.layers.[0-0].mlp", 5120, 12288, "bf16")
+    + experts("model.layers.[1-59].mlp.experts.[0-159]", 5120, 1536, "bf16")
+    + experts("model.layers.[1-59].mlp.shared_experts", 5120, 3072, "bf16")
+)
+
+# Sizes add up to the published 142.8B parameters.  # unconfirmed: F32 for the bias
+DOTS1_ROWS = """
+BF16 128 model.layers.[0-61].self_attn.[q_norm,k_norm].weight
+BF16 128x4096 model.layers.[1-61].mlp.gate.weight
+F32 128 model.layers.[1-61].mlp.gate.e_score_correction_bias""" + (
+    body("model", 4096, 152064, "0-61")
+    + attention("model.layers.[0-61].self_attn", 4096, 4096, 4096, "bf16")
+    + experts("model.layers.[0-0].mlp", 4096, 10944, "bf16")
+    + experts("model.layers.[1-61].mlp.experts.[0-127]", 4096, 1408, "bf16")
+    + experts("model.layers.[1-61].mlp.shared_experts", 4096, 2816, "bf16")
+)
+
 # Kimi-K2 has no MTP layer, but a stray rotary buffer in every layer.
 KIMI_K2_ROWS = deepseek("0-60", "0-0", "1-60", 64, 384, 163840, "block_f32", "block_f32") + """
 BF16 56 model.layers.[0-60].self_attn.rotary_emb.inv_freq"""
@@ -261,6 +289,13 @@ biased 2048x4608 model.visual.merger.linear_fc2""" + (
     + qwen35_shared("mtp.layers.0", "mtp.layers.0")
     + experts("mtp.layers.0.mlp.experts.[0-255]", 2048, 512, "bf16")
 )
+
+
+
+def qwen35_text() -> Tensors:
+    """Qwen3.5 without its vision tower, as its text model is published alone."""  # unconfirmed: stacked experts, as in the whole one
+    return {name.replace("model.language_model.", "model."): entry for name, entry in expand(QWEN35_ROWS).items() if ".visual." not in name}
+
 
 # Linear attention has q, k, v and z in one tensor, b and a in another. A draft layer lies under mtp; config.json does not count it.
 QWEN3_NEXT_FULL = f"model.layers.[{','.join(str(layer) for layer in range(3, 48, 4))}]"
@@ -391,6 +426,29 @@ BF16 4096x8192 model.layers.80.eh_proj.weight""" + (  # unconfirmed: BF16 for th
     + experts("model.layers.[1-80].mlp.shared_mlp", 4096, 1536, "bf16")
 )
 
+# Qwen3-235B with another vocabulary, InternViT-6B before it. Names and sizes as InternLM's own trainer writes them.
+INTERN_S1_LAYER = "model.language_model.layers.[0-93]"
+INTERN_S1_TOWER = "model.vision_tower.encoder.layer.[0-44]"
+INTERN_S1_ROWS = f"""
+BF16 128 {INTERN_S1_LAYER}.self_attn.[q_norm,k_norm].weight
+BF16 128x4096 {INTERN_S1_LAYER}.mlp.gate.weight
+BF16 1x1x3200 model.vision_tower.embeddings.cls_token
+BF16 1x1025x3200 model.vision_tower.embeddings.position_embeddings
+biased 3200x3x14x14 model.vision_tower.embeddings.patch_embeddings.projection
+BF16 3200 {INTERN_S1_TOWER}.[lambda_1,lambda_2]
+BF16 3200 {INTERN_S1_TOWER}.[layernorm_before,layernorm_after,attention.q_norm,attention.k_norm].weight
+BF16 3200x3200 {INTERN_S1_TOWER}.attention.[q_proj,k_proj,v_proj].weight
+biased 3200x3200 {INTERN_S1_TOWER}.attention.projection_layer
+biased 12800x3200 {INTERN_S1_TOWER}.mlp.fc1
+biased 3200x12800 {INTERN_S1_TOWER}.mlp.fc2
+biased 12800 model.multi_modal_projector.layer_norm
+biased 4096x12800 model.multi_modal_projector.linear_1
+biased 4096x4096 model.multi_modal_projector.linear_2""" + (
+    body("model.language_model", 4096, 153216, "0-93")
+    + attention(f"{INTERN_S1_LAYER}.self_attn", 4096, 8192, 512, "bf16")
+    + experts(f"{INTERN_S1_LAYER}.mlp.experts.[0-127]", 4096, 1536, "bf16")
+)
+
 GLM45V_LAYERS = "model.language_model.layers"
 GLM45V_ROWS = f"""
 BF16 12288 {GLM45V_LAYERS}.[0-45].self_attn.q_proj.bias
@@ -485,6 +543,20 @@ DEEPSEEK_V3 = fields(
     architectures=["DeepseekV3ForCausalLM"],
     quantization_config=block_fp8(),
 )
+DEEPSEEK_V2 = fields(
+    """model_type=deepseek_v2 torch_dtype=bfloat16 num_hidden_layers=60 hidden_size=5120 intermediate_size=12288 moe_intermediate_size=1536
+    n_routed_experts=160 n_shared_experts=2 num_experts_per_tok=6 n_group=8 topk_group=3 topk_method=group_limited_greedy scoring_func=softmax
+    norm_topk_prob=false routed_scaling_factor=16.0 first_k_dense_replace=1 moe_layer_freq=1 num_attention_heads=128 num_key_value_heads=128
+    q_lora_rank=1536 kv_lora_rank=512 qk_nope_head_dim=128 qk_rope_head_dim=64 v_head_dim=128 vocab_size=102400 tie_word_embeddings=false""",
+    architectures=["DeepseekV2ForCausalLM"],
+)
+DOTS1 = fields(
+    """model_type=dots1 torch_dtype=bfloat16 num_hidden_layers=62 hidden_size=4096 intermediate_size=10944 moe_intermediate_size=1408
+    n_routed_experts=128 n_shared_experts=2 num_experts_per_tok=6 n_group=1 topk_group=1 norm_topk_prob=true
+    routed_scaling_factor=2.5 first_k_dense_replace=1 num_attention_heads=32 num_key_value_heads=32 vocab_size=152064
+    tie_word_embeddings=false""",
+    architectures=["Dots1ForCausalLM"],
+)
 KIMI_K2 = DEEPSEEK_V3 | fields(
     """model_type=kimi_k2 n_routed_experts=384 first_k_dense_replace=1 num_nextn_predict_layers=0 num_attention_heads=64
     num_key_value_heads=64 vocab_size=163840"""
@@ -570,6 +642,17 @@ QWEN3_VL_MOE_235B = QWEN3_VL_MOE | {
     ),
     "vision_config": QWEN3_VL_MOE["vision_config"] | {"out_hidden_size": 4096},
 }
+
+INTERN_S1 = fields(
+    "model_type=interns1 image_token_id=152957 downsample_ratio=0.5 vision_feature_layer=-1 tie_word_embeddings=false",
+    architectures=["InternS1ForConditionalGeneration"],
+    text_config=QWEN3_MOE_235B | fields("vocab_size=153216"),
+    vision_config=fields(
+        """model_type=interns1_vision hidden_size=3200 intermediate_size=12800 num_hidden_layers=45 num_attention_heads=25 attention_bias=false
+        use_qk_norm=true norm_type=rms_norm image_size=[448,448] patch_size=[14,14]"""
+    ),
+)
+del INTERN_S1["text_config"]["quantization_config"]
 
 QWEN3_NEXT = fields(
     """model_type=qwen3_next num_hidden_layers=48 full_attention_interval=4 hidden_size=2048 intermediate_size=5120
@@ -698,6 +781,10 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": family("deepseek-ai/DeepSeek-V3", DEEPSEEK_V3, DEEPSEEK_V3_ROWS),
     "qwen3_moe_fp8": family("Qwen/Qwen3-30B-A3B-FP8", QWEN3_MOE, qwen3_moe(48, 2048, 4096, 768)),
     "qwen35_moe_bf16": family("Qwen/Qwen3.5-35B-A3B", QWEN35, QWEN35_ROWS),
+    "dots1": family("rednote-hilab/dots.llm1.inst", DOTS1, DOTS1_ROWS),
+    "deepseek_v2": family("deepseek-ai/DeepSeek-V2", DEEPSEEK_V2, DEEPSEEK_V2_ROWS),
+    "qwen35_moe_text": Family("Qwen/Qwen3.5-35B-A3B, its text model", QWEN35_TEXT | {"architectures": ["Qwen3_5MoeForCausalLM"]}, qwen35_text),
+    "intern_s1": family("internlm/Intern-S1", INTERN_S1, INTERN_S1_ROWS),
     "qwen3_vl_moe": family("Qwen/Qwen3-VL-235B-A22B-Instruct", QWEN3_VL_MOE_235B, qwen3_vl_moe(94, 4096, 8192, 1536)),
     "qwen3_vl_moe_fp8": family("Qwen/Qwen3-VL-235B-A22B-Instruct-FP8", QWEN3_VL_MOE_235B | {"quantization_config": block_fp8()},
                                qwen3_vl_moe(94, 4096, 8192, 1536, "block_bf16")),

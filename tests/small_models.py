@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from stages.dialects.config import text_part
 from tests.conftest import TINY
 
 TILE = 128
@@ -28,13 +29,18 @@ LATENT = SHARED | {"num_attention_heads": 2, "num_key_value_heads": 2, "topk_gro
                    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 LINEAR = {"num_hidden_layers": 4, "full_attention_interval": 4, "shared_expert_intermediate_size": 128, "linear_num_key_heads": 2,
           "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64}  # linear attention in all layers but the last
+QWEN3_MOE = HEADS | SPARSE | {"num_experts": 8, "intermediate_size": 512, "norm_topk_prob": True}
+INTERN = {"image_token_id": 500, "text_config": COMMON | QWEN3_MOE | {"model_type": "qwen3_moe"}, "vision_config": {
+    "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "image_size": [56, 56], "patch_size": [14, 14],
+    "use_qk_norm": True, "norm_type": "rms_norm"}}
 IMAGES = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
 FAMILIES = {  # family -> (class of transformers, configuration)
     "qwen3": ("Qwen3", HEADS | {"intermediate_size": 512}),
-    "qwen3_moe": ("Qwen3Moe", HEADS | SPARSE | {"num_experts": 8, "intermediate_size": 512, "norm_topk_prob": True}),
+    "qwen3_moe": ("Qwen3Moe", QWEN3_MOE),
     "qwen3_next": ("Qwen3Next", HEADS | SPARSE | LINEAR | {"num_experts": 8, "intermediate_size": 512, "norm_topk_prob": True}),
     "mixtral": ("Mixtral", HEADS | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128, "sliding_window": None}),
     "glm4_moe": ("Glm4Moe", HEADS | SHARED | {"n_group": 1, "topk_group": 1}),
+    "dots1": ("Dots1", HEADS | SHARED | {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}),
     "minimax_m2": ("MiniMaxM2", HEADS | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128, "rotary_dim": 32,
                                          "scoring_func": "sigmoid", "use_routing_bias": True}),
     "ernie4_5_moe": ("Ernie4_5_Moe", HEADS | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 128,
@@ -55,6 +61,8 @@ FAMILIES = {  # family -> (class of transformers, configuration)
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]}),
     # engines take latent attention in its published sizes only
     "deepseek_v3": ("DeepseekV3", LATENT | {"n_group": 2}),
+    "deepseek_v2": ("DeepseekV2", LATENT | {"n_group": 2, "n_shared_experts": 2, "topk_method": "group_limited_greedy", "norm_topk_prob": False,
+                                            "scoring_func": "softmax", "num_nextn_predict_layers": 0}),
     "moonlight": ("DeepseekV3", LATENT | {"n_group": 1, "q_lora_rank": None}),
     "kimi_k25": ("Kimi_K25", IMAGES | {
         "text_config": COMMON | LATENT | {"model_type": "deepseek_v3", "n_group": 1, "num_nextn_predict_layers": 0}, "projection_hidden_size": 64,
@@ -71,6 +79,9 @@ FAMILIES = {  # family -> (class of transformers, configuration)
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True, "mrope_section": [12, 10, 10]}},
         "vision_config": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 256,
                           "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}}),
+    "internvl": ("InternVL", INTERN),
+    "interns1": ("InternVL", INTERN),
+    "qwen3_5_moe_text": ("Qwen3_5Moe", HEADS | SPARSE | LINEAR | {"num_experts": 8}),
     "qwen3_5_moe": ("Qwen3_5Moe", IMAGES | {
         "text_config": COMMON | HEADS | SPARSE | LINEAR | {"num_experts": 8},
         "vision_config": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 256,
@@ -81,8 +92,12 @@ LING = ((r"embed_tokens", "word_embeddings"), (r"\.self_attn\.", ".attention."),
         (r"\.k_norm\.", ".key_layernorm."), (r"e_score_correction_bias", "expert_bias"))
 PUBLISHED = {"kimi_k25": ((r"^language_model\.model\.blocks\.", "language_model.model.layers."), (r"^model\.mm_projector\.", "mm_projector."),
                           (r"^vision_tower\.encoder\.patch_embed", "vision_tower.patch_embed")),
+             "interns1": ((r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head", "lm_head"),
+                          (r"^(vision_tower|multi_modal_projector)\.", r"model.\1.")),
              "bailing_moe": LING, "bailing_moe_v2": LING}
 CONFIG = {"kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"]},
+          "interns1": {"architectures": ["InternS1ForConditionalGeneration"], "model_type": "interns1",
+                       "auto_map": {"AutoConfig": "configuration_interns1.InternS1Config"}},
           "exaone_moe": {"architectures": ["ExaoneMoEForCausalLM"], "num_nextn_predict_layers": 1}}
 LING_CONFIG = COMMON | HEADS | SPARSE | {
     "model_type": "bailing_moe", "num_experts": 8, "norm_topk_prob": True, "use_bias": False, "use_qkv_bias": False, "hidden_act": "silu",
@@ -105,16 +120,16 @@ AS_PUBLISHED = {  # config.json of families where transformers writes other keys
         "intermediate_size": 512, "num_shared_experts": 1, "moe_shared_expert_intermediate_size": 128, "first_k_dense_replace": 1, "n_group": 2,
         "topk_group": 1, "routed_scaling_factor": 1.5, "score_function": "sigmoid", "router_dtype": "fp32", "moe_router_enable_expert_bias": True,
         "use_qk_norm": True, "use_rmsnorm": True, "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 0}}
-REMOTE_CLASS = """from transformers import PreTrainedConfig
+REMOTE_CLASS = """from transformers import {base}
 
 
-class {name}(PreTrainedConfig):
+class {name}({base}):
     model_type = "{model_type}"
 """
 IMAGE_PROCESSOR = {"kimi_k25": {"media_proc_cfg": {
     "patch_size": 14, "merge_kernel_size": 2, "temporal_merge_kernel_size": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "in_patch_limit": 64,
     "in_patch_limit_each_frame": 64, "in_patch_limit_video": 256, "patch_limit_on_one_side": 16, "fixed_output_tokens": None}}}
-UNQUANTIZED = r"embed|head|eh_proj|\.gate\.|shared_expert_gate|in_proj_(?:a|b|ba)\.|conv1d|visual|vision|mm_projector|mtp\.fc|norm"
+UNQUANTIZED = r"embed|head|eh_proj|\.gate\.|shared_expert_gate|in_proj_(?:a|b|ba)\.|conv1d|visual|vision|mm_projector|multi_modal|mtp\.fc|norm"
 PLAIN = {"mimo_v2_flash": UNQUANTIZED + "|o_proj"}  # of families that leave more
 
 
@@ -204,8 +219,8 @@ def save(family: str, directory: Path, fp8: bool | str = False) -> Path:
     name, fields = FAMILIES[family]
     nested = "text_config" in fields
     torch.manual_seed(0)
-    configuration = getattr(transformers, f"{name}Config")(**({"tie_word_embeddings": False} if nested else COMMON) | fields)
-    model = getattr(transformers, f"{name}For{'ConditionalGeneration' if nested else 'CausalLM'}")(configuration).to(torch.bfloat16)
+    model_class = getattr(transformers, f"{name}For{'ConditionalGeneration' if nested else 'CausalLM'}")
+    model = model_class(model_class.config_class(**({"tie_word_embeddings": False} if nested else COMMON) | fields)).to(torch.bfloat16)
     with torch.no_grad():
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "correction" in key or "expert_bias" in key or key.endswith(".sinks"):
@@ -224,9 +239,9 @@ def save(family: str, directory: Path, fp8: bool | str = False) -> Path:
     if family == "hy_v3":  # its draft layer uses the embedding and the head of the model
         tensors = {key.replace(".shared_head.norm.", ".final_layernorm."): tensor for key, tensor in tensors.items()
                    if not re.search(r"layers\.3\.(embed_tokens|shared_head\.head)", key)}
-    if family == "qwen3_5_moe":
-        add_mtp(tensors, "model.language_model.layers.3.")
-        config["text_config"] |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    if family.startswith("qwen3_5_moe"):
+        add_mtp(tensors, f"model.{'language_model.' if nested else ''}layers.3.")
+        text_part(config).update(mtp_num_hidden_layers=1, mtp_use_dedicated_embeddings=False)
     if family == "qwen3_vl_moe":
         transpose_experts(tensors)
     if config["model_type"] == "bailing_moe":
@@ -247,12 +262,13 @@ def save(family: str, directory: Path, fp8: bool | str = False) -> Path:
         config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [TILE, TILE]}
         if family in PLAIN:
             config["quantization_config"]["ignored_layers"] = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(4)]
-    elif family == "qwen3_5_moe":
+    elif family.startswith("qwen3_5_moe"):
         stack_experts(tensors)
     (directory / "config.json").write_text(json.dumps(config))
     if "auto_map" in config:
         module, name = config["auto_map"]["AutoConfig"].split(".")
-        (directory / f"{module}.py").write_text(REMOTE_CLASS.format(name=name, model_type=config["model_type"]))
+        base = model_class.config_class.__name__ if nested else "PreTrainedConfig"  # with its nested parts
+        (directory / f"{module}.py").write_text(REMOTE_CLASS.format(base=base, name=name, model_type=config["model_type"]))
     if family in IMAGE_PROCESSOR:
         (directory / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR[family]))
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})

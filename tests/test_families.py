@@ -33,7 +33,8 @@ EXPERT = re.compile(r".*layers\.(?P<layer>\d+)\..*\.experts\.(?:\d+\.)?\w+")
 PUBLISHED = {  # bytes of all tensors, as the published headers have them
     "deepseek_v3": 688_574_839_360, "qwen3_moe_fp8": 31_170_895_872, "qwen35_moe_bf16": 71_903_655_008, "minimax_m2": 230_121_630_720,
     "minimax_m3": 443_742_085_120, "kimi_k2": 1_029_173_256_720, "kimi_k2_thinking": 594_205_920_512, "qwen3_dense": 16_381_470_720,
-    "gpt_oss_120b": 65_248_815_744, "qwen3_vl_moe": 2 * 235_670_022_896, "qwen3_vl_moe_30b": 2 * 31_070_754_032,  # their parameters, in BF16
+    "deepseek_v2": 2 * 235_741_434_880, "gpt_oss_120b": 65_248_815_744,
+    "qwen3_vl_moe": 2 * 235_670_022_896, "qwen3_vl_moe_30b": 2 * 31_070_754_032,  # their parameters, in BF16
 }
 
 
@@ -93,7 +94,8 @@ def test_the_tensors_of_a_family_have_the_published_bytes(name):
     ("qwen3_vl_moe", {"mxfp4-pack-quantized"}), ("qwen3_vl_moe_fp8", {"mxfp4-pack-quantized", "float-quantized"}),
     ("qwen3_next", {"mxfp4-pack-quantized"}), ("ling_mini", {"mxfp4-pack-quantized"}), ("glm45v", {"mxfp4-pack-quantized"}),
     ("k_exaone", {"mxfp4-pack-quantized"}), ("trinity_large", {"mxfp4-pack-quantized"}),
-    ("hy3", {"mxfp4-pack-quantized"}),
+    ("hy3", {"mxfp4-pack-quantized"}), ("deepseek_v2", {"mxfp4-pack-quantized"}), ("qwen35_moe_text", {"mxfp4-pack-quantized"}),
+    ("intern_s1", {"mxfp4-pack-quantized"}), ("dots1", {"mxfp4-pack-quantized"}),
 ])
 def test_a_family_is_planned_with_its_experts_in_mxfp4_and_the_rest_as_it_was(tmp_path, name, formats):
     family = few_experts(FAMILIES[name])
@@ -167,6 +169,37 @@ def test_draft_layers_that_vllm_would_stop_at_are_refused(tmp_path):
     drafting = dataclasses.replace(family, tensors=lambda: tensors, config={**family.config, "num_nextn_predict_layers": 1})
     with pytest.raises(UserError, match=r"model\.layers\.20\..* belongs to a draft layer.*take the layers .* num_nextn_predict_layers"):
         planned(tmp_path, drafting)
+
+
+@pytest.mark.parametrize(("name", "pattern", "other"), [
+    ("qwen35_moe_text", r"^model\.", "model.language_model."),
+    ("intern_s1", r"^model\.language_model\.", "language_model.model."), ("intern_s1", r"^model\.(?=vision_tower|multi_modal)", ""),
+])
+def test_a_family_that_is_published_under_two_prefixes_is_planned_under_both(tmp_path, name, pattern, other):
+    family = few_experts(FAMILIES[name])
+    renamed = dataclasses.replace(family, tensors=lambda: {re.sub(pattern, other, tensor): entry for tensor, entry in family.tensors().items()})
+    assert list(renamed.tensors()) != list(family.tensors())
+    made = [planned(tmp_path / kind, model, "mxfp4_experts_mxfp8_rest") for kind, model in (("as it is", family), ("renamed", renamed))]
+    assert made[0]["runtime_modules"] == made[1]["runtime_modules"]
+    assert made[0]["quantization_config"] == made[1]["quantization_config"]
+
+
+@pytest.mark.parametrize("text", ["gpt_oss", "qwen2", None])
+def test_an_architecture_around_another_text_model_than_it_is_known_with_is_refused(tmp_path, text):
+    """InternVL3.5 is also published around gpt-oss, whose experts no release would hold as vLLM reads them."""
+    family = few_experts(FAMILIES["intern_s1"])
+    config = {**family.config, "architectures": ["InternVLForConditionalGeneration"]}
+    planned(tmp_path, dataclasses.replace(family, config=config))
+    other = config | {"text_config": {**config["text_config"], "model_type": text}}
+    with pytest.raises(UserError, match=f"InternVLForConditionalGeneration is known around .* qwen3_moe only, this one's text_config says {text}"):
+        planned(tmp_path, dataclasses.replace(family, config=other))
+
+
+@pytest.mark.parametrize("gone", ["model.vision_tower.encoder.layer.44", "model.vision_tower.encoder.layer.7.mlp.fc1.weight"])
+def test_a_part_of_a_tower_whose_blocks_are_called_layer_is_missed(tmp_path, gone):
+    family = few_experts(FAMILIES["intern_s1"])
+    with pytest.raises(UserError, match=f"no shard holds the {re.escape(gone)};"):
+        planned(tmp_path, family, drop=[name for name in family.tensors() if name.startswith(gone)])
 
 
 @pytest.mark.parametrize(("name", "prefix", "other"), [

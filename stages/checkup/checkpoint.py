@@ -110,9 +110,11 @@ class Checkpoint(Shards):
         return linears, experts, formats
 
     def model_fault(self, row: Architecture, layers: int, experts: list[str]) -> str | None:
-        """`vllm_rules.model_fault` of this checkpoint; layers: text layers; experts: modules of routed experts, as `engine_modules` gives them."""
+        """`text_fault` or `model_fault` (vllm_rules) of this checkpoint; layers: text layers; experts: modules of routed experts, as
+        `engine_modules` gives them."""
         expert_layers = {layer for module in experts if (layer := layer_of(module)) is not None}
-        return vllm_rules.model_fault(row, self.architecture, self.tensors, expert_layers, layers)
+        return (vllm_rules.text_fault(row, self.architecture, self.text.get("model_type"))
+                or vllm_rules.model_fault(row, self.architecture, self.tensors, expert_layers, layers))
 
     def quantized_experts(self, layers: int) -> tuple[set[str], bool]:
         """(projections under which routed experts are stored quantized, whether some are stacked in 3D); of text layers and draft layers."""

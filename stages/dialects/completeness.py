@@ -14,7 +14,7 @@ ROUTED = re.compile(r"\.experts\.|^\w+\.(router\.gate|gate|router)\.weight$")  #
 ATTENTION = {"query": r"w?q\w*", "key": r"w?k\w*|qkv|query_key_value", "value": r"w?k?v\w*|qkv|query_key_value",
              "output": r"o|out|dense|wo\w*"}  # what a layer needs -> projections that are it
 LINEAR = {"input": r"in_proj\w*", "output": r"out"}
-BLOCK = re.compile(r"(?P<tower>.*?\.(?:blocks|layers|resblocks)\.)(?P<number>\d{1,9})\.(?P<tail>.*)", re.S)  # of a vision tower
+BLOCK = re.compile(r"(?P<tower>.*?\.(?:blocks|layers?|resblocks)\.)(?P<number>\d{1,9})\.(?P<tail>.*)", re.S)  # of a vision tower
 GATED = {"gate": r"gate|gate_up|w1", "up": r"up|gate_up|w3", "down": r"down|w2"}
 STORED = re.compile(r"[._](weight(_packed|_scale(_inv)?)?|blocks|scales)$")  # one name for a weight, however it is stored
 

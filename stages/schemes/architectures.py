@@ -63,7 +63,9 @@ class Architecture:
     stacked: bool = False  # the loader reads quantized experts that are stacked in 3D, too
     projector: str | None = None  # beginning of the names of what joins the vision tower to the text model
     tied: bool = False  # whether the head is the embedding where config.json does not say
+    text: tuple[str, ...] = ()  # model types of text_config that the row is of, where vLLM builds the architecture around any text model
     needed: str | None = None  # what each layer with experts must have: without it vLLM routes by uninitialized memory and says nothing
+    borrowed: bool = False  # vLLM has no class of its own: it runs that of transformers, in which modules are merged or not by its version
     plugin: bool = False  # a release bundles the plugin that vLLM needs for its draft layers
     in_process: tuple[str, ...] = ()  # of the names, those that stages/models can run
     tried: tuple[EngineRun, ...] = ()  # what was really run, with the first of `names`
@@ -81,6 +83,11 @@ _M3 = {
     "renames": ((r"^multi_modal_projector\.", "vision_tower.multi_modal_projector."), (r"^patch_merge_mlp\.", "vision_tower.patch_merge_mlp.")),
     "inner": ((r"\.mlp\.fc(\d)$", r".fc\1"),), "never": _NEVER.replace(r".*\.eh_proj$|", ""),
     "cautions": ("its experts limit their activations; " + _LIMITS,)}
+_INTERN = {  # around Qwen3-MoE, whose router sees the config; the tower is built without it
+    "root": INSIDE, "visible": ("qkv_proj",), "never": r"(vision_tower|multi_modal_projector)\..*", "text": ("qwen3_moe",),
+    "projector": r"(model\.)?multi_modal_projector\.",
+    "renames": ((r"^lm_head", "language_model.lm_head"), (r"^model\.language_model\.", "language_model.model."),
+                (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."))}
 _LING = {"merged": GATE_UP, "visible": ("gate_up_proj",), "never": _NEVER, "draftless": True}  # q, k and v are stored merged, as query_key_value
 
 
@@ -112,6 +119,8 @@ ARCHITECTURES = (
         visible=("gate_up_proj", "fused_qkv_a_proj"), never=_NEVER + r"|.*\.indexer\.(wk|weights_proj)$", expanded=r".*\.indexer\.wk$",
         draft=((r"^shared_head\.head$", "head"),),
         tried=_run("experts mxfp4, rest fp8 128x128, drafts fp8 128x128", "experts mxfp4, rest mxfp4", transformers=("experts mxfp4",))),
+    Architecture(("DeepseekV2ForCausalLM",), merged=_DEEPSEEK, visible=("gate_up_proj", "fused_qkv_a_proj"), never=_NEVER,
+                 tried=_run("experts mxfp4", "experts mxfp4, rest mxfp8")),
     Architecture(("KimiK25ForConditionalGeneration",), root=INSIDE, merged=_DEEPSEEK, projector=r"mm_projector\.",
                  visible=("gate_up_proj", "fused_qkv_a_proj"), never=_NEVER + r"|(vision_tower|mm_projector)\..*", tried=_run("experts mxfp4")),
     Architecture(("Qwen3MoeForCausalLM",), visible=("qkv_proj",), never=r".*\.shared_expert_gate$",  # its router sees the config
@@ -124,12 +133,18 @@ ARCHITECTURES = (
         never=_NEVER + r"|visual\.(pos_embed|patch_embed).*", projector=r"model\.visual\.merger\.",
         tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain, drafts fp8 128x128", "experts mxfp4, rest mxfp8",
                    "experts mxfp4, rest mxfp4")),
+    Architecture(  # the text model alone, under the names that it has in the whole one, or shorter ones
+        ("Qwen3_5MoeForCausalLM", "Qwen3_5ForCausalLM"), merged={**STANDARD, **_QWEN_LINEAR},
+        renames=((r"^model\.language_model\.", "model."),), visible=("qkv_proj", "gate_up_proj", "in_proj_qkvz", "in_proj_ba"),
+        never=_NEVER + r"|model\.embed_tokens$", tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain, drafts fp8 128x128")),
     Architecture(
         ("Qwen3VLMoeForConditionalGeneration",), visible=("qkv_proj",), never=r"visual\.(pos_embed|patch_embed).*",  # its router sees the config
         root=INSIDE, projector=r"model\.visual\.merger\.",
         renames=((r"^model\.visual\.", "visual."), (r"^lm_head", "language_model.lm_head"),
                  (r"^model\.language_model\.", "language_model.model.")),
         tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128", "experts mxfp4, rest mxfp8", "experts mxfp4, rest mxfp4")),
+    Architecture(("InternS1ForConditionalGeneration",), **_INTERN, tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128")),
+    Architecture(("InternVLForConditionalGeneration",), **_INTERN, tried=_run("experts mxfp4")),  # the same class of vLLM's
     # its in_proj_qkvz and in_proj_ba are stored merged, rows interleaved by head; embedding and head never see the config
     Architecture(("Qwen3NextForCausalLM",), never=_NEVER + r"|lm_head$|model\.embed_tokens$",
                  tried=_run("experts mxfp4", "experts mxfp4, rest fp8 128x128 and plain, drafts fp8 128x128", "experts mxfp4, rest mxfp8")),
@@ -170,6 +185,9 @@ ARCHITECTURES = (
     Architecture(("MiMoV2ForCausalLM",), merged=GATE_UP, visible=("gate_up_proj",),
                  refused="its qkv_proj is stored as the parts of several GPUs one behind the other, which vLLM puts in order only where it is FP8 as "
                          "published; in a release it would load wrong silently"),
+    Architecture(
+        ("Dots1ForCausalLM",), borrowed=True, never=_NEVER, tried=_run("experts mxfp4"),
+        cautions=("vLLM 0.32 has no class of its own for it and runs that of transformers, which was 5.19 where it was tried",)),
     Architecture(("MixtralForCausalLM",), visible=("qkv_proj",), never=_NEVER, probes=MIXTRAL, experts=MIXTRAL,
                  tried=_run("experts mxfp4", transformers=("experts mxfp4",))),
     Architecture(("Qwen3ForCausalLM",), tried=_run("rest mxfp4")),

@@ -86,6 +86,14 @@ def is_draft(module: str, text_layers: int) -> bool:
     return role_of(f"{module}.weight", text_layers) == "mtp"
 
 
+def text_fault(row: Architecture, architecture: str, text: str | None) -> str | None:
+    """Why a row says nothing of a model that vLLM builds around a text model of this type; None where it does."""
+    if row.text and text not in row.text:
+        return (f"config.json: {architecture} is known around a text model of type {', '.join(row.text)} only, this one's text_config says {text}; "
+                "vLLM takes the names of the text model's modules from its own class: add a row to stages/schemes/architectures.py")
+    return None
+
+
 def model_fault(row: Architecture, architecture: str, names: Iterable[str], expert_layers: Iterable[int], text_layers: int) -> str | None:
     """Why vLLM would not serve a model, or would serve it wrong, whatever its config says of quantization; None where it would.
 

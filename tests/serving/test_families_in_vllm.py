@@ -37,8 +37,12 @@ CASES = [("qwen3", False, "mxfp4_all_linear"), ("qwen3_moe", True, "mxfp4_expert
          ("moonlight", False, "mxfp4_all_linear"), ("kimi_k25", False, "mxfp4_experts"), ("qwen3_5_moe", False, "mxfp4_experts"),
          ("qwen3_5_moe", True, "mxfp4_experts"), ("qwen3_5_moe", False, "mxfp4_experts_mxfp8_rest"),
          ("qwen3_5_moe", False, "mxfp4_all_linear"), ("qwen3_vl_moe", False, "mxfp4_experts"), ("qwen3_vl_moe", True, "mxfp4_experts"),
-         ("qwen3_vl_moe", False, "mxfp4_experts_mxfp8_rest"), ("qwen3_vl_moe", False, "mxfp4_all_linear")]
-FLAGS = {**dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe"), ["--language-model-only"]),  # these have no image processor here
+         ("qwen3_vl_moe", False, "mxfp4_experts_mxfp8_rest"), ("qwen3_vl_moe", False, "mxfp4_all_linear"),
+         ("deepseek_v2", False, "mxfp4_experts"), ("deepseek_v2", False, "mxfp4_experts_mxfp8_rest"), ("qwen3_5_moe_text", False, "mxfp4_experts"),
+         ("qwen3_5_moe_text", True, "mxfp4_experts"), ("interns1", False, "mxfp4_experts"), ("interns1", True, "mxfp4_experts"),
+         ("internvl", False, "mxfp4_experts"), ("dots1", False, "mxfp4_experts")]
+FLAGS = {**dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe", "internvl"), ["--language-model-only"]),  # these have no image processor here
+         "interns1": ["--language-model-only", "--trust-remote-code"],
          **dict.fromkeys(("bailing_moe", "bailing_moe_v2"), ["--trust-remote-code"])}  # transformers has no class for their config.json
 OF_THE_TINY_MODEL = ["mxfp4_experts", "mxfp4_experts_stacked", "mxfp4_experts_mxfp8_rest"]
 needs_vllm = pytest.mark.skipif(not is_current(PROJECT / ".venv-serve"), reason="needs the serving environment: make serve-env")
