@@ -3,7 +3,7 @@
 What an engine would take silently is what is looked for: tensors that no target claims, targets that hit nothing, an
 expert that is missing, a scale of another shape, an index that lies. Numbers are looked at, too: block scales that mean NaN,
 blocks that leave their range unused, matrices whose size stands apart from that of their siblings. A shift of all exponents by
-one cannot be seen in the codes; with a source to compare with, it is. A manifest.json, where there is one, is checked in full.
+one cannot be seen in the codes; with a source to compare with, it is. The files that a manifest.json lists are compared with it.
 
     mxforge verify DIRECTORY [--source DIRECTORY] [--quick] [--json]
 """
