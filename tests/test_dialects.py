@@ -452,7 +452,7 @@ def test_weights_alone_in_fp8_where_vllm_has_no_such_form_are_found(change, word
     group = {"targets": [r"re:.*\.o_proj$"], **kept.group_of("fp8 per channel, weight-only")}
     change(group)
     section = {"config_groups": {"a": group}, "format": kept.FORMAT}
-    faults = list(engine.scheme_arguments(SimpleNamespace(section=section, counts={}, notes=[], tensors={})))
+    faults = list(engine.scheme_arguments(SimpleNamespace(config={}, section=section, counts={}, notes=[], tensors={})))
     modules = [RuntimeModule("model.layers.0.mlp.experts", ROUTED_EXPERTS, ("model.layers.0.mlp.experts.0.down_proj",))]
     faults += coverage_faults(modules, section, {"model.layers.0.mlp.experts.0.down_proj": "fp8 per channel"}, architecture_of("Qwen3MoeForCausalLM"))
     assert any(words in fault for fault in faults), faults
