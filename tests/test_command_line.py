@@ -284,6 +284,13 @@ def test_a_source_shows_what_was_added(release):
     assert found.startswith("the source has no model.layers.0.self_attn.o_proj.bias and 5 more")
 
 
+def test_a_source_shows_another_tokenizer(release, checkpoint):
+    (checkpoint / "vocab.json").write_text("{}")
+    (release / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes() + b"\n")
+    result = checkup.check(release, checkpoint, quick=True)
+    assert result["passed"] and {note.partition(":")[0] for note in result["notes"]} == {"tokenizer.json", "vocab.json"}, result["notes"]
+
+
 def test_a_source_shows_what_was_changed_in_the_config(release, checkpoint):
     changes = {"rope_theta": 1.0, "sliding_window": 32, "moe_top_k": 1}
     renamed = {"transformers_version": "9", "torch_dtype": "bfloat16", "x": 1.0}

@@ -40,7 +40,7 @@ CHECKS = (
     Check("coverage", "vLLM's matching gives every module its stored format", engine.coverage),
     Check("numbers", "Scales are numbers, blocks use their range", values.numbers, asks_for_source=True),
     Check("manifest", "Files are those of manifest.json", manifest.manifest),
-    Check("against_source", "Weights are close to the source's, the rest is equal to it", against_source.compare, asks_for_source=True),
+    Check("against_source", "Weights are close to the source's, all other tensors equal to it", against_source.compare, asks_for_source=True),
 )
 
 

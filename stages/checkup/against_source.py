@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from stages.checkpoint.files import sha256_file
 from stages.checkup.checkpoint import Checkpoint
 from stages.checkup.comparison import Buffers, Match, compare_bytes, compare_decoded, compare_matrix
 from stages.checkup.faults import on_all_cores, some
@@ -19,6 +20,7 @@ from stages.schemes import draft_scales, kept
 from stages.schemes.modules import matrices, module_of
 
 OF_ITS_WRITER = ("transformers_version", "_name_or_path", "use_cache")  # keys of config.json that say nothing of a model
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "merges.txt")  # say which token an id is
 RENAMED = {"torch_dtype": "dtype"}  # by transformers 5
 
 
@@ -38,7 +40,18 @@ def compare(checkpoint: Checkpoint, source: Source | None) -> Iterator[str]:
     added = [name for name in checkpoint.tensors if name not in known and module_of(name) not in source.origins and not _is_inert(checkpoint, name)]
     yield from some(sorted(added), "the source has no", "an engine takes it for the model's")
     yield from _config(checkpoint, source)
+    _compare_tokenizers(checkpoint, source)
     checkpoint.counts["against_source"] = len(matches) + len(passed)
+
+
+def _compare_tokenizers(checkpoint: Checkpoint, source: Source) -> None:
+    """Notes of files of the tokenizer that are not the source's; a tool that writes them anew may have changed no token."""
+    for name in TOKENIZER:
+        ours, theirs = checkpoint.directory / name, source.directory / name
+        if theirs.is_file() and not ours.is_file():
+            checkpoint.notes.append(f"{name}: the source has it, the release has not")
+        elif theirs.is_file() and sha256_file(ours) != sha256_file(theirs):
+            checkpoint.notes.append(f"{name}: has other bytes than the source's; see that ids mean the same tokens")
 
 
 def _is_inert(checkpoint: Checkpoint, name: str) -> bool:
