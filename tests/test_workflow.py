@@ -297,7 +297,7 @@ def test_dvc_rebuilds_the_pinned_releases_to_the_committed_hashes_then_does_noth
     status = run(["dvc", "status"], clone)
     assert all(f"{name}:" in status for name in committed) and "kernels/mxfp4" in status
     planned = run(["snakemake", "-n", "--quiet", "host", "--cores", "2", "--config", "serving=none"], clone)
-    assert len(re.findall(r"^rule quantize_experts:", planned, re.M)) == 6, "code that converts was changed"
+    assert re.search(r"^quantize_experts +6$", planned, re.M), f"code that converts was changed: {planned}"
     code = clone / "stages/sources/index.py"
     code.write_text(code.read_text() + "\n# changed\n")
     assert "rule download_metadata:" in run(["snakemake", "-n", "--quiet", "host", "--cores", "2"], clone), "what lists the source was changed"
