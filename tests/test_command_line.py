@@ -330,9 +330,11 @@ def test_a_source_that_is_none_is_named_and_not_blamed_on_the_release(release, t
     shutil.copytree(TINY, twice)
     shutil.copy(TINY / "model-00003.safetensors", twice / "model-00009.safetensors")
     for source, words in ((release, "is a release itself"), (links, "is a release itself"), (tmp_path, "holds no tensor"),
-                          (part, "names model-00003.safetensors"), (twice, "a tensor belongs to one shard")):
+                          (part, "names model-00003.safetensors")):
         shown = mxforge("verify", release, "--source", source)
-        assert shown.returncode == 1 and str(source) in shown.stderr and words in shown.stderr, shown.stderr
+        assert shown.returncode == 1 and f"--source {source}" in shown.stderr and words in shown.stderr, shown.stderr
+    with pytest.raises(UserError, match=f"{twice}/model-00009.safetensors: holds .* a tensor belongs to one shard"):
+        checkup.check(release, twice, quick=True)
     damaged = tmp_path / "damaged"
     shutil.copytree(TINY, damaged)
     change(damaged, lambda t: t["model.layers.2.moe.gate_proj.weight_scale_inv"].fill_(math.nan), "model.layers.2.moe.gate_proj.weight", index=False)
